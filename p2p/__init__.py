@@ -1,0 +1,1 @@
+"""Peers that find, trust and reach each other. Imports neither torch nor `stage` nor `agorad`."""

@@ -1,0 +1,1 @@
+"""One pipeline stage: model, boundary, microbatches, optimizer, averaging, sync, snapshots, data."""
