@@ -1,0 +1,241 @@
+"""Who may speak: certificates of a run's authorities, and the run's listed nodes.
+
+Theory of operation. Noise proves which key a peer holds; this module decides what that key may do. A
+*certificate* is a statement signed by an authority of the run: "in this run, this peer id acts for
+this account, in this role and stage, until then". ``Trust`` is what one node knows from the
+operator-signed manifest: the run id, the manifest's hash, the authorities' keys, and the *standing*
+of seeds, trainers and authorities, which are members by being listed and so need no certificate
+(start order is free). ``Trust.check`` turns a peer id and what it presented into a ``Member`` or
+raises ``Refused``. Nothing here does IO; ``now`` is an argument (unix seconds).
+
+Encoding: msgpack of a list of fixed order,
+``[1, run, account, peer_id, role, stage|nil, issued, expires, grace_until, authority, signature]``.
+The signature covers the same list without its last element, domain ``certificate``. Times are
+float64. A list that does not encode back to the same bytes is refused, so that one statement has one
+spelling.
+
+Expiry: a certificate holds until ``expires``; until ``grace_until`` (equal to ``expires`` where no
+grace was given) it is still honoured, so that a run outlives an absence of its authorities.
+
+Limits: 1 KiB a certificate, 64 characters for run and account, clocks may differ by 60 s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final, cast
+
+import attrs
+import msgpack
+
+from p2p.errors import LocalError, RemoteError, Refused
+from p2p.identity import Identity, PeerId, verify
+
+ROLES: Final = ("seed", "worker", "trainer", "authority")
+CERTIFICATE_LIMIT: Final = 1024
+"""Bytes of an encoded certificate."""
+NAME_LIMIT: Final = 64
+"""Characters of a run id or an account name."""
+CLOCK_SKEW_S: Final = 60.0
+"""A certificate from an authority whose clock is this much ahead of ours is still believed."""
+
+_VERSION: Final = 1
+_DOMAIN: Final = "certificate"
+_FIELDS: Final = 11
+
+
+@attrs.frozen(kw_only=True)
+class Certificate:
+    """An authority's signed word that ``peer_id`` may take part in ``run``."""
+
+    run: str
+    account: str
+    peer_id: PeerId
+    role: str
+    stage: int | None
+    issued: float
+    """Unix time, as the two below."""
+    expires: float
+    grace_until: float
+    authority: PeerId
+    signature: bytes = attrs.field(repr=False)
+
+    def encode(self) -> bytes:
+        """The canonical bytes that travel in hello and in DHT records."""
+        return _pack([*self._statement(), self.signature])
+
+    def _statement(self) -> list[Any]:
+        return [
+            _VERSION,
+            self.run,
+            self.account,
+            self.peer_id,
+            self.role,
+            self.stage,
+            self.issued,
+            self.expires,
+            self.grace_until,
+            self.authority,
+        ]
+
+    def signature_holds(self) -> bool:
+        """Whether ``authority`` really signed this; costs one Ed25519 verification."""
+        return verify(self.authority, _DOMAIN, _pack(self._statement()), self.signature)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Certificate:
+        """Read what a peer presented; ``RemoteError`` if it is anything but a canonical certificate.
+
+        The signature is not judged here.
+        """
+        if len(data) > CERTIFICATE_LIMIT:
+            raise RemoteError(f"a certificate of {len(data)} bytes; the limit is {CERTIFICATE_LIMIT}")
+        try:
+            row = msgpack.unpackb(data, raw=False, max_map_len=0, max_array_len=_FIELDS)
+        except (ValueError, msgpack.UnpackException, RecursionError) as error:
+            raise RemoteError("a certificate that is not msgpack") from error
+        if not isinstance(row, list) or len(row) != _FIELDS or row[0] != _VERSION:
+            raise RemoteError(f"a certificate that is not a version {_VERSION} list of {_FIELDS} fields")
+        _version, run, account, peer_id, role, stage, issued, expires, grace, authority, signature = row
+        texts = (run, account, peer_id, role, authority)
+        times = (issued, expires, grace)
+        well_formed = (
+            all(isinstance(text, str) and 0 < len(text) <= NAME_LIMIT for text in texts)
+            and role in ROLES
+            and (stage is None or (type(stage) is int and 0 <= stage < 1 << 16))
+            and all(type(time) is float and math.isfinite(time) for time in times)
+            and isinstance(signature, bytes)
+            and len(signature) == 64
+        )
+        if not well_formed:
+            raise RemoteError("a certificate with a field out of its bounds")
+        certificate = cls(
+            run=run,
+            account=account,
+            peer_id=PeerId(peer_id),
+            role=role,
+            stage=stage,
+            issued=issued,
+            expires=expires,
+            grace_until=grace,
+            authority=PeerId(authority),
+            signature=signature,
+        )
+        if certificate.encode() != data:
+            raise RemoteError("a certificate that is not in canonical form")
+        return certificate
+
+
+def issue(
+    identity: Identity,
+    *,
+    run: str,
+    account: str,
+    peer_id: PeerId,
+    role: str = "worker",
+    stage: int | None = None,
+    issued: float,
+    expires: float,
+    grace_until: float | None = None,
+) -> Certificate:
+    """Sign a certificate with the authority's ``identity``; no grace unless it is given."""
+    if role not in ROLES:
+        raise LocalError(f"no such role: {role!r}; roles are {', '.join(ROLES)}")
+    for what, text in (("run id", run), ("account", account)):
+        if not 0 < len(text) <= NAME_LIMIT:
+            raise LocalError(f"the {what} must have 1 to {NAME_LIMIT} characters, not {len(text)}")
+    unsigned = Certificate(
+        run=run,
+        account=account,
+        peer_id=peer_id,
+        role=role,
+        stage=stage,
+        issued=float(issued),
+        expires=float(expires),
+        grace_until=float(expires if grace_until is None else grace_until),
+        authority=identity.peer_id,
+        signature=b"",
+    )
+    return attrs.evolve(unsigned, signature=identity.sign(_DOMAIN, _pack(unsigned._statement())))
+
+
+@attrs.frozen(kw_only=True)
+class Member:
+    """A peer that may speak, as the gate and the handlers see it."""
+
+    peer_id: PeerId
+    role: str
+    stage: int | None
+    expires: float
+    """Unix time after which it is a guest again (grace included); infinite for listed nodes."""
+    account: str
+
+    def require_valid(self, now: float) -> None:
+        """Raise ``Refused`` once the certificate has run out; asked at every stream."""
+        if now > self.expires:
+            raise _expired(self.expires, now)
+
+
+@attrs.frozen(kw_only=True)
+class Trust:
+    """What one node believes about membership, all of it from the manifest."""
+
+    run: str
+    manifest_hash: bytes
+    authorities: frozenset[PeerId]
+    standing: Mapping[PeerId, str] = attrs.field(factory=dict)
+    """Seeds, trainers and authorities by role: members without a certificate."""
+
+    def check(self, certificate: Certificate | None, peer: PeerId, now: float) -> Member:
+        """The member that ``peer`` is, or ``Refused`` with the reason why it is none."""
+        if peer in self.standing:
+            role = self.standing[peer]
+            return Member(peer_id=peer, role=role, stage=None, expires=math.inf, account="")
+        if certificate is None:
+            raise Refused(
+                "no_certificate", "this needs a membership certificate; ask the run's authority for one"
+            )
+        if certificate.run != self.run:
+            raise Refused("wrong_run", f"the certificate is for run {certificate.run!r}, not {self.run!r}")
+        if certificate.peer_id != peer:
+            raise Refused("wrong_key", f"the certificate belongs to {certificate.peer_id}, not to {peer}")
+        if certificate.authority not in self.authorities:
+            raise Refused(
+                "unknown_authority", f"{certificate.authority} is not an authority of run {self.run!r}"
+            )
+        if not certificate.signature_holds():
+            raise Refused("bad_signature", "the certificate's signature does not match its content")
+        if certificate.issued > now + CLOCK_SKEW_S:
+            ahead = certificate.issued - now
+            raise Refused(
+                "not_yet_valid", f"the certificate begins in {ahead:.0f} s; compare the clocks", ahead
+            )
+        last = max(certificate.expires, certificate.grace_until)
+        if now > last:
+            raise _expired(last, now)
+        return Member(
+            peer_id=peer,
+            role=certificate.role,
+            stage=certificate.stage,
+            expires=last,
+            account=certificate.account,
+        )
+
+    def check_encoded(self, data: bytes | None, peer: PeerId, now: float) -> Member:
+        """``check`` for bytes off the wire; damaged ones are ``Refused`` as ``bad_signature``."""
+        if data is None or peer in self.standing:
+            return self.check(None, peer, now)
+        try:
+            certificate = Certificate.decode(data)
+        except RemoteError as error:
+            raise Refused("bad_signature", f"the certificate is damaged: {error}") from error
+        return self.check(certificate, peer, now)
+
+
+def _expired(expires: float, now: float) -> Refused:
+    return Refused("certificate_expired", f"the certificate ran out {now - expires:.0f} s ago; renew it")
+
+
+def _pack(row: list[Any]) -> bytes:
+    return cast(bytes, msgpack.packb(row, use_bin_type=True))
