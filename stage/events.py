@@ -1,0 +1,146 @@
+"""What a pipeline stage and a trainer report. Field meanings are in ``docs/events.md``."""
+
+from __future__ import annotations
+
+import attrs
+
+from p2p.event import Event
+
+
+@attrs.frozen(kw_only=True)
+class MicrobatchIssued(Event):
+    """A trainer created a microbatch; it ends in exactly one completed or failed."""
+
+    ticket: str
+
+
+@attrs.frozen(kw_only=True)
+class MicrobatchAdded(Event):
+    """A replica added this microbatch's gradient to its accumulator. On disk before the answer leaves."""
+
+    ticket: str
+    stage: int
+    replica: str
+    step: int
+
+
+@attrs.frozen(kw_only=True)
+class MicrobatchCompleted(Event):
+    """The trainer has the answer: every stage added it."""
+
+    ticket: str
+    path: list[str]
+    loss: float
+
+
+@attrs.frozen(kw_only=True)
+class MicrobatchFailed(Event):
+    """The trainer gave a microbatch up."""
+
+    ticket: str
+    why: str
+
+
+@attrs.frozen(kw_only=True)
+class Rerouted(Event):
+    """A caller sent a microbatch to another replica because the first did not answer."""
+
+    ticket: str
+    from_: str
+    to: str
+    why: str
+
+
+@attrs.frozen(kw_only=True)
+class Busy(Event):
+    """A replica had no free slot for a microbatch."""
+
+    ticket: str
+    replica: str
+
+
+@attrs.frozen(kw_only=True)
+class ReusedStale(Event):
+    """A cached answer that belongs to another ``c`` was given (once) to a replacement caller."""
+
+    ticket: str
+    stage: int
+    replica: str
+
+
+@attrs.frozen(kw_only=True)
+class Step(Event):
+    """The clock advanced and the replica followed; ``samples`` is what its update averaged (0: none)."""
+
+    stage: int
+    replica: str
+    step: int
+    samples: int
+
+
+@attrs.frozen(kw_only=True)
+class BadGradient(Event):
+    """An accumulated gradient was not finite and was thrown away."""
+
+    stage: int
+    step: int
+    samples: int
+
+
+@attrs.frozen(kw_only=True)
+class RoundFinished(Event):
+    """An averaging round ended with something averaged, and was merged."""
+
+    round: int
+    stage: int
+    slice: int
+    members: list[str]
+    fraction: float
+    checksum: str
+    drops: list[list[str]]
+    disagreement: float
+
+
+@attrs.frozen(kw_only=True)
+class RoundAbandoned(Event):
+    """An averaging round averaged nothing, and why."""
+
+    round: int
+    stage: int
+    why: str
+
+
+@attrs.frozen(kw_only=True)
+class Phase(Event):
+    """A replica's sync phase changed."""
+
+    from_: str
+    to: str
+    why: str
+
+
+@attrs.frozen(kw_only=True)
+class Saved(Event):
+    """A snapshot lies on disk."""
+
+    step: int
+    bytes: int
+
+
+@attrs.frozen(kw_only=True)
+class StateFetched(Event):
+    """A newcomer installed the state of a stage-mate."""
+
+    donor: str
+    step: int
+    bytes: int
+    seconds: float
+
+
+@attrs.frozen(kw_only=True)
+class Evaluated(Event):
+    """Mean loss over the held-out rows, each on two paths."""
+
+    step: int
+    loss: float
+    rows: int
