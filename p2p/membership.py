@@ -29,7 +29,7 @@ from typing import Any, Final, cast
 import attrs
 import msgpack
 
-from p2p.errors import LocalError, RemoteError, Refused
+from p2p.errors import LocalError, Refused, RemoteError
 from p2p.identity import Identity, PeerId, verify
 
 ROLES: Final = ("seed", "worker", "trainer", "authority")
