@@ -1,0 +1,185 @@
+"""The node's own settings, ``agorad.toml``: which role this process plays and where its things lie.
+
+Theory of operation. Unlike the manifest, nobody else sees this file. It is structured strictly (see
+``settings``); ``--role`` and ``--set section.key=value`` of the command line are laid over it before
+that. Relative paths, wherever they come from, are meant relative to the folder of the file, so that a
+node restarts the same from any working directory.
+
+Defaults follow the state folder: identity ``identity.key``, control socket ``control.sock``, events
+``events.jsonl``. Source: interfaces "Files" and "agorad".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import attrs
+
+from agorad.settings import override, read_toml, structure
+from p2p.errors import LocalError
+
+Role = Literal["seed", "worker", "trainer", "authority"]
+ROLES: Final[tuple[str, ...]] = get_args(Role)
+DEFAULT_PORT: Final = 49200
+
+
+@attrs.frozen(kw_only=True)
+class NodeSection:
+    """``[node]``: what every role has."""
+
+    role: Role
+    name: str = ""
+    """For people; the role where it is empty."""
+    run: Path
+    """The run manifest."""
+    state: Path
+    """Folder of everything this node keeps; one daemon at a time."""
+    identity: Path | None = None
+    listen: tuple[str, ...] = (f"/ip4/0.0.0.0/tcp/{DEFAULT_PORT}",)
+    """Multiaddrs; port 0 lets the kernel choose."""
+    announce: tuple[str, ...] = ()
+    """Multiaddrs to tell peers instead of the listening ones (port-remapping clouds)."""
+    control: Path | None = None
+    log: Path | None = None
+    """JSON lines go here too; always to stderr."""
+    threads: int = 1
+    """Threads that computing may use."""
+    device: str = "cpu"
+
+
+@attrs.frozen(kw_only=True)
+class WorkerSection:
+    """``[worker]``: a replica of one stage."""
+
+    account: str = ""
+    """Name at the authority; the node's name where it is empty."""
+    secret_file: Path | None = None
+    """Holds the account's secret; needed until the first grant binds the account to the node's key."""
+    stage: int | None = None
+    """Ask for this stage; the authority chooses where it is not set."""
+    batch: int = 1
+    """Microbatches computed together at most."""
+    slots: int = 2
+    """Microbatches accepted before BUSY is answered."""
+
+
+@attrs.frozen(kw_only=True)
+class TrainerSection:
+    """``[trainer]``: the source of microbatches."""
+
+    data: Path | None = None
+    """A text file or folder; the interpreter's own Python source where it is not set."""
+    credits: int = 0
+    """Microbatches in flight; 0 follows the number of free slots."""
+    steps: int | None = None
+    """Stop when the run's clock reaches this step."""
+    seconds: float | None = None
+    """Stop after this time."""
+
+
+@attrs.frozen(kw_only=True)
+class AuthoritySection:
+    """``[authority]``: who lets peers in."""
+
+    accounts: Path = Path("accounts.toml")
+    """The account file: ``[accounts.<name>] secret_sha256 = "…"``."""
+    lifetime_s: float = 3600.0
+    """Of a certificate; members renew at half of it."""
+    grace_s: float = 3600.0
+    """How long beyond it members are believed when no authority is there to renew."""
+
+
+@attrs.frozen(kw_only=True)
+class Config:
+    """A checked node configuration; all paths absolute once ``load`` made it."""
+
+    node: NodeSection
+    worker: WorkerSection = WorkerSection()
+    trainer: TrainerSection = TrainerSection()
+    authority: AuthoritySection = AuthoritySection()
+    path: Path | None = attrs.field(default=None, init=False)
+    """Where it was read from."""
+
+    def __attrs_post_init__(self) -> None:
+        bounds: tuple[tuple[str, float | None, float, float], ...] = (
+            ("node.threads", self.node.threads, 1, 1024),
+            ("worker.stage", self.worker.stage, 0, 255),
+            ("worker.batch", self.worker.batch, 1, 1024),
+            ("worker.slots", self.worker.slots, 1, 1024),
+            ("trainer.credits", self.trainer.credits, 0, 4096),
+            ("trainer.steps", self.trainer.steps, 1, 1 << 40),
+            ("trainer.seconds", self.trainer.seconds, 0, 1e9),
+            ("authority.lifetime_s", self.authority.lifetime_s, 10, 30 * 86400),
+            ("authority.grace_s", self.authority.grace_s, 0, 30 * 86400),
+        )
+        for name, value, low, high in bounds:
+            if value is not None and not low <= value <= high:
+                raise LocalError(f"{name} = {value} must be between {low} and {high}")
+        if not self.node.listen:
+            raise LocalError("node.listen is empty; name at least one multiaddr, like /ip4/0.0.0.0/tcp/49200")
+
+    @property
+    def name(self) -> str:
+        """What the node is called in logs and status."""
+        return self.node.name or self.node.role
+
+    @property
+    def identity(self) -> Path:
+        """The node's key file."""
+        return self.node.identity or self.node.state / "identity.key"
+
+    @property
+    def control(self) -> Path:
+        """The control socket."""
+        return self.node.control or self.node.state / "control.sock"
+
+    @property
+    def events(self) -> Path:
+        """The event log."""
+        return self.node.state / "events.jsonl"
+
+
+def default_path() -> Path:
+    """The file that is read when none is named: the system's, then the user's."""
+    user = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "agora" / "agorad.toml"
+    system = Path("/etc/agora/agorad.toml")
+    return system if system.exists() else user
+
+
+def from_table(
+    table: dict[str, Any], base: Path, *, role: str | None = None, assignments: Sequence[str] = ()
+) -> Config:
+    """A configuration from tables, overrides laid over it, paths made absolute from ``base``."""
+    if role is not None:
+        assignments = (f"node.role={role}", *assignments)
+    config = structure(Config, override(Config, table, assignments))
+    return attrs.evolve(
+        config,
+        node=_absolute(config.node, base),
+        worker=_absolute(config.worker, base),
+        trainer=_absolute(config.trainer, base),
+        authority=_absolute(config.authority, base),
+    )
+
+
+def load(path: Path, *, role: str | None = None, assignments: Sequence[str] = ()) -> Config:
+    """Read and check ``agorad.toml``; every fault is one sentence that names the file."""
+    table = read_toml(path, "configuration")
+    try:
+        config = from_table(table, path.absolute().parent, role=role, assignments=assignments)
+    except LocalError as error:
+        raise LocalError(f"{path}: {error}") from error
+    object.__setattr__(config, "path", path.absolute())
+    return config
+
+
+def _absolute(section: Any, base: Path) -> Any:
+    changes = {
+        field.name: base / value.expanduser()
+        for field in attrs.fields(type(section))
+        if isinstance(value := getattr(section, field.name), Path)
+    }
+    return attrs.evolve(section, **changes)

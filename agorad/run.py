@@ -1,0 +1,215 @@
+"""The run manifest ``run.toml``: the public, operator-signed description of one training run.
+
+Theory of operation. The manifest is the root of trust: everything that members believe about a run,
+who its authorities, seeds and trainers are, what is trained and how, stands here, and the operator's
+signature covers all of it. It is read as plain TOML tables; signature and hash are over the tables
+*as written* (canonical JSON without ``[signature]``: sorted keys, no spaces), not over what this
+version makes of them, so that a manifest keeps its hash when later versions add settings. Peers compare
+the hash in hello, so a manifest re-signed by another operator is another run.
+
+Names: ``[run]``, ``[[authorities]]``, ``[[seeds]]``, ``[[trainers]]``, ``[model]``, ``[training]``,
+``[admission]``, ``[data]``, ``[signature]``; unknown settings are errors. Limits: 1 MiB, 64 nodes a
+list, 16 addresses a node. Source: interfaces "Files", architecture decision 5.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import attrs
+from p2p.identity import Identity, PeerId, verify
+
+from agorad.settings import read_toml, structure, unstructure
+from p2p.errors import LocalError
+from p2p.membership import Trust
+from stage.config import ModelConfig, TrainingConfig
+
+FORMAT: Final = 1
+_DOMAIN: Final = "manifest"
+_NODES_LIMIT: Final = 64
+_ADDRS_LIMIT: Final = 16
+
+
+@attrs.frozen(kw_only=True)
+class RunInfo:
+    """``[run]``: what the run is called and whose it is."""
+
+    format: int = FORMAT
+    name: str
+    """For people."""
+    id: str
+    """For protocols and DHT keys: lower-case letters, digits, dashes, at most 64."""
+    version: int = 1
+    """Grows with every manifest that the operator signs for this run."""
+    created: float = 0.0
+    """Unix time."""
+    operator: PeerId
+    """The key that signs."""
+
+
+@attrs.frozen(kw_only=True)
+class NodeRef:
+    """A listed node: a member without a certificate, found without the DHT."""
+
+    peer_id: PeerId
+    addrs: tuple[str, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
+class Admission:
+    """``[admission]``: whom the authority lets in."""
+
+    accounts: Literal["file"] = "file"
+    """Where accounts come from."""
+    max_nodes: int = 1000
+    max_nodes_per_account: int = 2
+
+
+@attrs.frozen(kw_only=True)
+class Data:
+    """``[data]``: how text becomes token ids."""
+
+    tokens: Literal["bytes"] = "bytes"
+
+
+@attrs.frozen(kw_only=True)
+class Signature:
+    """``[signature]``: the operator's, over everything else."""
+
+    ed25519: str
+    """128 hexadecimal digits."""
+
+
+@attrs.frozen(kw_only=True)
+class Manifest:
+    """A checked run manifest. ``trust`` and ``hash`` are what the peer-to-peer layer needs of it."""
+
+    run: RunInfo
+    authorities: tuple[NodeRef, ...] = ()
+    seeds: tuple[NodeRef, ...] = ()
+    trainers: tuple[NodeRef, ...] = ()
+    model: ModelConfig
+    training: TrainingConfig
+    admission: Admission = Admission()
+    data: Data = Data()
+    signature: Signature | None = None
+    _content: bytes = attrs.field(default=b"", repr=False, eq=False)
+    """Canonical bytes of the tables as they were read; empty for one made in memory."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.run.format != FORMAT:
+            raise LocalError(
+                f"run.format = {self.run.format}: this version reads format {FORMAT}; update agorad"
+            )
+        if not re.fullmatch(r"[a-z0-9-]{1,64}", self.run.id):
+            raise LocalError(
+                f"run.id = {self.run.id!r} must be 1 to 64 lower-case letters, digits and dashes"
+            )
+        for name in ("authorities", "seeds", "trainers"):
+            nodes: tuple[NodeRef, ...] = getattr(self, name)
+            if len(nodes) > _NODES_LIMIT or any(len(node.addrs) > _ADDRS_LIMIT for node in nodes):
+                raise LocalError(f"{name}: at most {_NODES_LIMIT} nodes with {_ADDRS_LIMIT} addresses each")
+        if self.data.tokens == "bytes" and self.model.vocab < 256:
+            raise LocalError(
+                f"model.vocab = {self.model.vocab} must be at least 256, since the data are bytes"
+            )
+        if min(self.admission.max_nodes, self.admission.max_nodes_per_account) < 1:
+            raise LocalError("admission.max_nodes and admission.max_nodes_per_account must be at least 1")
+
+    @property
+    def content(self) -> bytes:
+        """What the operator signs."""
+        return self._content or _canonical(unstructure(self))
+
+    @property
+    def hash(self) -> bytes:
+        """SHA-256 of the signed content; 32 bytes."""
+        return hashlib.sha256(self.content).digest()
+
+    def trust(self) -> Trust:
+        """What membership checks are made against."""
+        standing: dict[PeerId, str] = {}
+        for role, nodes in (
+            ("seed", self.seeds),
+            ("trainer", self.trainers),
+            ("authority", self.authorities),
+        ):
+            standing.update({node.peer_id: role for node in nodes})
+        return Trust(
+            run=self.run.id,
+            manifest_hash=self.hash,
+            authorities=frozenset(node.peer_id for node in self.authorities),
+            standing=standing,
+        )
+
+    def signed(self, operator: Identity) -> Manifest:
+        """This manifest with the operator's signature."""
+        if operator.peer_id != self.run.operator:
+            raise LocalError(
+                f"the run's operator is {self.run.operator}; the key given is {operator.peer_id}'s"
+            )
+        signature = operator.sign(_DOMAIN, self.content).hex()
+        return attrs.evolve(self, signature=Signature(ed25519=signature), content=self.content)
+
+    def check_signature(self) -> None:
+        """``LocalError`` unless the operator signed exactly this content."""
+        if self.signature is None:
+            raise LocalError(f"the manifest of run {self.run.id!r} is not signed; run `agoractl run sign`")
+        try:
+            signature = bytes.fromhex(self.signature.ed25519)
+        except ValueError:
+            signature = b""
+        if len(signature) != 64 or not verify(self.run.operator, _DOMAIN, self.content, signature):
+            raise LocalError(
+                f"the manifest of run {self.run.id!r} was altered after {self.run.operator} signed it; "
+                "get it again from the run's operator"
+            )
+
+    def table(self) -> dict[str, Any]:
+        """As TOML tables, signature included."""
+        table: dict[str, Any] = json.loads(self.content)
+        if self.signature is not None:
+            table["signature"] = {"ed25519": self.signature.ed25519}
+        return table
+
+
+def from_table(table: Mapping[str, Any]) -> Manifest:
+    """A manifest from TOML tables; shapes and names are checked, the signature is not."""
+    manifest = structure(Manifest, table)
+    return attrs.evolve(manifest, content=_canonical(table))
+
+
+def load(path: Path, *, signed: bool = True) -> Manifest:
+    """Read and check ``run.toml``; every fault is one sentence that names the file."""
+    try:
+        manifest = from_table(read_toml(path, "run manifest"))
+        if signed:
+            manifest.check_signature()
+    except LocalError as error:
+        text = str(error)
+        raise LocalError(text if str(path) in text else f"{path}: {text}") from error
+    return manifest
+
+
+def save(manifest: Manifest, path: Path) -> None:
+    """Write ``run.toml`` so that a reader sees the old file or the whole new one."""
+    import tomli_w  # only those who write manifests pay for it
+
+    head = "# Run manifest of agorad: public, signed by the run's operator; edit and sign it again.\n"
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(head + tomli_w.dumps(manifest.table()))
+    temporary.replace(path)
+
+
+def _canonical(table: Mapping[str, Any]) -> bytes:
+    plain = {key: value for key, value in table.items() if key != "signature"}
+    try:
+        text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:  # TOML dates, inf and nan have no canonical form here
+        raise LocalError(f"the manifest holds a value that cannot be signed: {error}") from error
+    return text.encode()
