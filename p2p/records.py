@@ -1,0 +1,215 @@
+"""What the swarm says of itself in the hash table: one frozen class for each kind of record.
+
+``to_value`` gives the plain map that ``Dht.store`` signs; ``parse`` reads one that came from a peer,
+checks every bound and returns None for anything else. A hostile or future record is thus skipped,
+never an exception in the middle of a loop over a roster. Unknown fields are ignored, so that a later
+version can add some; a missing or wrong one makes the record unreadable.
+
+Limits: 8 addresses of 256 characters a record, 1 KiB for a certificate; the record as a whole is
+bounded by ``p2p.kad.record.VALUE_LIMIT``. That the certificate in a record is genuine is for
+``p2p.membership.Trust`` to say, not for this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final, Self
+
+import attrs
+
+from p2p.event import Emit, Event, ignore
+from p2p.identity import Identity, PeerId, verify
+from p2p.kad.record import Record
+from p2p.membership import CERTIFICATE_LIMIT
+
+MAX_ADDRS: Final = 8
+MAX_ADDR_CHARS: Final = 256
+MAX_STEP: Final = 1 << 48
+MAX_SLOTS: Final = 1 << 16
+MAX_RATE: Final = 1e9
+"""Upper bound of rates, bandwidths and weights; what a peer claims beyond it is nonsense."""
+PHASES: Final = frozenset(
+    {"joining", "queued", "downloading", "syncing", "warming", "active", "paused", "leaving"}
+)
+
+_CLOCK_DOMAIN: Final = "clock"
+
+
+@attrs.frozen(kw_only=True)
+class RecordUnreadable(Event):
+    """A signed record that does not say what its key promises; it was skipped."""
+
+    key: str
+    owner: str
+
+
+def stage_key(run: str, stage: int) -> str:
+    """Where the replicas of a stage announce themselves."""
+    return f"stage/{run}/{stage}"
+
+
+def clock_key(run: str) -> str:
+    """Where trainers publish how many samples they completed."""
+    return f"clock/{run}"
+
+
+def round_key(run: str, stage: int, number: int) -> str:
+    """Where candidates of one averaging round find each other."""
+    return f"round/{run}/{stage}/{number}"
+
+
+@attrs.frozen(kw_only=True)
+class StageRecord:
+    """One replica of one stage: where it is, how far, and how much it can take."""
+
+    addrs: tuple[str, ...]
+    phase: str
+    step: int
+    slots: int
+    """Microbatches that it could accept now."""
+    rate: float
+    """Samples a second that it lately completed."""
+    certificate: bytes
+    disagreement: float | None = None
+    """Relative distance to the others on the last averaged slice."""
+    snapshot_step: int | None = None
+    """Step of the newest state that it could serve."""
+
+    def to_value(self) -> dict[str, Any]:
+        return {**attrs.asdict(self), "addrs": list(self.addrs)}
+
+    @classmethod
+    def parse(cls, value: Any) -> Self | None:
+        if not (
+            isinstance(value, Mapping)
+            and _are_addrs(value.get("addrs"))
+            and isinstance(value.get("phase"), str)
+            and value["phase"] in PHASES
+            and _is_count(value.get("step"), MAX_STEP)
+            and _is_count(value.get("slots"), MAX_SLOTS)
+            and _is_amount(value.get("rate"))
+            and _is_certificate(value.get("certificate"))
+            and (value.get("disagreement") is None or _is_amount(value["disagreement"]))
+            and (value.get("snapshot_step") is None or _is_count(value["snapshot_step"], MAX_STEP))
+        ):
+            return None
+        disagreement = value.get("disagreement")
+        return cls(
+            addrs=tuple(value["addrs"]),
+            phase=value["phase"],
+            step=value["step"],
+            slots=value["slots"],
+            rate=float(value["rate"]),
+            certificate=value["certificate"],
+            disagreement=None if disagreement is None else float(disagreement),
+            snapshot_step=value.get("snapshot_step"),
+        )
+
+
+@attrs.frozen(kw_only=True)
+class ClockRecord:
+    """How many samples a trainer completed so far: its share of the step clock."""
+
+    samples: int
+    at: float
+    """The trainer's unix time when it said so."""
+    signature: bytes = attrs.field(repr=False)
+    """Over run and samples, so that the same statement can travel in microbatch headers too."""
+
+    def to_value(self) -> dict[str, Any]:
+        return attrs.asdict(self)
+
+    @classmethod
+    def sign(cls, trainer: Identity, run: str, samples: int, at: float) -> Self:
+        return cls(samples=samples, at=at, signature=trainer.sign(_CLOCK_DOMAIN, _clock_bytes(run, samples)))
+
+    def signed_by(self, trainer: PeerId, run: str) -> bool:
+        """Whether the trainer really said this of this run; costs an Ed25519 verification."""
+        return verify(trainer, _CLOCK_DOMAIN, _clock_bytes(run, self.samples), self.signature)
+
+    @classmethod
+    def parse(cls, value: Any) -> Self | None:
+        if not (
+            isinstance(value, Mapping)
+            and _is_count(value.get("samples"), MAX_STEP)
+            and _is_number(value.get("at"))
+            and isinstance(value.get("signature"), bytes)
+            and len(value["signature"]) == 64
+        ):
+            return None
+        return cls(samples=value["samples"], at=float(value["at"]), signature=value["signature"])
+
+
+@attrs.frozen(kw_only=True)
+class CandidateRecord:
+    """A replica that wants to take part in one averaging round."""
+
+    addrs: tuple[str, ...]
+    bandwidth: float
+    """Bytes a second that it believes it can send."""
+    weight: float
+    """Samples behind its parameters since the last round; 0 while syncing."""
+    certificate: bytes
+
+    def to_value(self) -> dict[str, Any]:
+        return {**attrs.asdict(self), "addrs": list(self.addrs)}
+
+    @classmethod
+    def parse(cls, value: Any) -> Self | None:
+        if not (
+            isinstance(value, Mapping)
+            and _are_addrs(value.get("addrs"))
+            and _is_amount(value.get("bandwidth"))
+            and _is_amount(value.get("weight"))
+            and _is_certificate(value.get("certificate"))
+        ):
+            return None
+        return cls(
+            addrs=tuple(value["addrs"]),
+            bandwidth=float(value["bandwidth"]),
+            weight=float(value["weight"]),
+            certificate=value["certificate"],
+        )
+
+
+def read_all[T: (StageRecord, ClockRecord, CandidateRecord)](
+    kind: type[T], records: Mapping[str, Record], *, emit: Emit = ignore
+) -> dict[PeerId, T]:
+    """The readable ones of what ``Dht.get`` returned, by owner."""
+    found: dict[PeerId, T] = {}
+    for record in records.values():
+        parsed = kind.parse(record.value)
+        if parsed is None:
+            emit(RecordUnreadable(key=record.key, owner=record.owner))
+        else:
+            found[record.owner] = parsed
+    return found
+
+
+def _clock_bytes(run: str, samples: int) -> bytes:
+    return f"{run}\0{samples}".encode()
+
+
+def _is_count(value: Any, limit: int) -> bool:
+    return type(value) is int and 0 <= value < limit
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e15 < value < 1e15
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= MAX_RATE
+
+
+def _is_certificate(value: Any) -> bool:
+    return isinstance(value, bytes) and len(value) <= CERTIFICATE_LIMIT
+
+
+def _are_addrs(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_ADDRS
+        and all(isinstance(addr, str) and 0 < len(addr) <= MAX_ADDR_CHARS for addr in value)
+    )
