@@ -1,0 +1,270 @@
+"""One pipeline stage of a c-native decoder-only transformer, as plain functions over named tensors.
+
+The residual stream is ``h = c·Uᵀ + F[token]``: U (d×k) orthonormal and the token table F frozen, both
+derived from the run's seed, so ``c`` (T×k) is the whole state and the boundary between stages is ``c``
+itself. A layer reads h, its branch yields z (T×k), and ``c ← c + z / sqrt(‖z‖²/d + ε)``. Since U is
+orthonormal, ‖z·Uᵀ‖ = ‖z‖ and this equals an RMS norm (without scale) of the full-width branch output:
+nothing is ever projected, so a wire in fp32 loses nothing.
+
+    head    c = E[token]
+    layer   c += unit(attention(rms(h)·g)·Zo),  c += unit(swiglu(rms(h)·g)·Z2)      h from c each time
+    tail    loss = cross-entropy(rms(h)·g · Woutᵀ, next token)
+
+Attention is causal, grouped-query, with rotary positions and parameter-free RMS norms on queries and
+keys; documents, if given, do not see each other and count positions from their own start. Layers are
+named by their number in the whole model, not in the stage, so that the same run cut differently has the
+same weights.
+
+Shape suffixes in comments: B microbatches, T tokens, d width, k rank, V vocabulary, H heads.
+Sources: Subspace Networks (arXiv 2506.01260) in reparametrised form; RoPE 2104.09864; GQA 2305.13245;
+SwiGLU 2002.05202; QK-norm 2010.04245.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stage.config import ModelConfig
+from stage.weights import ParameterSpec
+
+BASIS = 0
+"""Version of U; stays 0 while U never moves."""
+INIT_STD = 0.02
+LOGITS_CHUNK = 1 << 22
+"""Most logits (tokens × vocabulary) that exist at a time."""
+
+
+def parameter_specs(config: ModelConfig, stage: int) -> tuple[ParameterSpec, ...]:
+    """The tensors of a stage: name, shape, whether weight decay applies, spread at genesis."""
+    d, k, ffn = config.d, config.k, config.ffn
+    inner = config.heads * config.head_dim
+    qkv = inner + 2 * config.kv_heads * config.head_dim
+    specs = []
+    if stage == 0:
+        specs.append(ParameterSpec("embed", (config.vocab, k), True, INIT_STD))
+    first = sum(config.layers[:stage])
+    for layer in range(first, first + config.layers[stage]):
+        out_std = INIT_STD / math.sqrt(2 * (layer + 1))
+        specs += [
+            ParameterSpec(f"layers.{layer}.qkv", (qkv, d), True, INIT_STD),
+            ParameterSpec(f"layers.{layer}.zo", (k, inner), True, out_std),
+            ParameterSpec(f"layers.{layer}.gate_up", (2 * ffn, d), True, INIT_STD),
+            ParameterSpec(f"layers.{layer}.z2", (k, ffn), True, out_std),
+            ParameterSpec(f"layers.{layer}.norm_attention", (d,), False, 0.0),
+            ParameterSpec(f"layers.{layer}.norm_ffn", (d,), False, 0.0),
+        ]
+    if stage == config.stages - 1:
+        specs.append(ParameterSpec("out", (config.vocab, d), True, INIT_STD))
+        specs.append(ParameterSpec("norm_out", (d,), False, 0.0))
+    return tuple(specs)
+
+
+def basis(d: int, k: int, seed: int) -> Tensor:
+    """U (d×k, fp64), orthonormal, from the seed: QR with the sign of R's diagonal made positive.
+
+    LAPACKs differ in the last bit of a float64; rounding to fp32 afterwards hides nearly all of that,
+    and a last-bit difference of U between nodes is harmless (each node's h is off by 1e-7).
+    """
+    draw = normal(seed, "basis", d * k).double().view(d, k)
+    q, r = torch.linalg.qr(draw)
+    signed: Tensor = q * torch.sign(torch.diagonal(r))
+    return signed
+
+
+@attrs.frozen
+class TailLoss:
+    """What the tail stage answers."""
+
+    total: Tensor
+    """Weighted sum over the microbatches: backward starts here."""
+    losses: Tensor
+    """Mean loss of each microbatch in nats a token, [B], detached."""
+
+
+class Stage:
+    """The frozen parts of one stage (U, F, rotary tables) and its forward pass."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        stage: int,
+        seed: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config
+        self.index = stage
+        self.seed = seed
+        self.is_head = stage == 0
+        self.is_tail = stage == config.stages - 1
+        self.first_layer = sum(config.layers[:stage])
+        self.dtype = dtype
+        self.U = basis(config.d, config.k, seed).float().to(dtype).to(device)
+        self._Ut = self.U.t().contiguous()
+        half = torch.arange(config.head_dim // 2, dtype=torch.float64) / (config.head_dim // 2)
+        angle = torch.arange(config.seq, dtype=torch.float64)[:, None] * config.rope_theta**-half
+        self._cos = angle.cos().to(dtype).to(device)
+        self._sin = angle.sin().to(dtype).to(device)
+
+    def forward(
+        self,
+        leaves: Mapping[str, Tensor],
+        ids: Tensor,
+        c: Tensor | None = None,
+        *,
+        docs: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor | TailLoss:
+        """One stage's pass over a batch of microbatches.
+
+        ``ids`` [B, T+1] int64; ``c`` [B, T, k] from the stage before, None at the head; ``docs`` [B, T]
+        a document number a token; ``weights`` [B] the tickets' weights. The tail answers a TailLoss,
+        the others c.
+        """
+        tokens = ids[:, :-1]
+        fixed = self.token_rows(tokens)
+        c = leaves["embed"][tokens] if c is None else c
+        rotary, mask = self._positions(docs, tokens.shape[1])
+        for layer in range(self.first_layer, self.first_layer + self.config.layers[self.index]):
+            at = f"layers.{layer}."
+            x = self._norm(self._residual(c, fixed), leaves[at + "norm_attention"])
+            z = self._attention(x, leaves[at + "qkv"], rotary, mask) @ leaves[at + "zo"].t()
+            c = c + self._unit(z)
+            x = self._norm(self._residual(c, fixed), leaves[at + "norm_ffn"])
+            gate, up = (x @ leaves[at + "gate_up"].t()).chunk(2, dim=-1)
+            z = (F.silu(gate) * up) @ leaves[at + "z2"].t()
+            c = c + self._unit(z)
+        if not self.is_tail:
+            return c
+        x = self._norm(self._residual(c, fixed), leaves["norm_out"])
+        counts = ids.new_ones(ids.shape[0], dtype=self.dtype) if weights is None else weights
+        arguments = (x, leaves["out"], ids[:, 1:], counts, torch.is_grad_enabled())
+        total, losses = _CrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+        return TailLoss(total, losses)
+
+    def token_rows(self, tokens: Tensor) -> Tensor:
+        """F's rows for these tokens, scaled: the frozen part of h, made once a microbatch. [B, T, d]"""
+        table = _interim_table(self.config.vocab, self.config.d, self.seed)
+        return (table[tokens] * self.config.f_scale).to(self.dtype)
+
+    def _residual(self, c: Tensor, fixed: Tensor) -> Tensor:
+        return torch.addmm(fixed.flatten(0, 1), c.flatten(0, 1), self._Ut).view_as(fixed)
+
+    def _norm(self, h: Tensor, scale: Tensor) -> Tensor:
+        return F.rms_norm(h, (self.config.d,), scale, self.config.eps)
+
+    def _unit(self, z: Tensor) -> Tensor:
+        """z / sqrt(‖z‖²/d + ε): the RMS norm that z·Uᵀ would get at full width."""
+        return z * torch.rsqrt(z.square().sum(-1, keepdim=True) / self.config.d + self.config.eps)
+
+    def _attention(
+        self, x: Tensor, qkv: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> Tensor:
+        config = self.config
+        batch, length, _ = x.shape
+        turned = config.heads + config.kv_heads
+        heads = (x @ qkv.t()).view(batch, length, turned + config.kv_heads, config.head_dim)
+        qk = F.rms_norm(heads[:, :, :turned], (config.head_dim,), None, config.eps)
+        low, high = qk.chunk(2, dim=-1)
+        cos, sin = rotary
+        qk = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            qk[:, : config.heads],
+            qk[:, config.heads :],
+            heads[:, :, turned:].transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=config.heads != config.kv_heads,
+        )
+        return out.transpose(1, 2).flatten(2)
+
+    def _positions(self, docs: Tensor | None, length: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """Rotary tables ([.., T, 1, hd/2]) and, with documents, the block-diagonal causal mask."""
+        if docs is None:
+            return (self._cos[:length, None], self._sin[:length, None]), None
+        place = torch.arange(length, device=docs.device)
+        begins = torch.ones_like(docs, dtype=torch.bool)
+        begins[:, 1:] = docs[:, 1:] != docs[:, :-1]
+        position = place - torch.where(begins, place, 0).cummax(dim=1).values
+        mask = (docs[:, :, None] == docs[:, None, :]) & (place[:, None] >= place)
+        rotary = self._cos[position][:, :, None], self._sin[position][:, :, None]
+        return rotary, mask[:, None]
+
+
+def document_index(starts: tuple[int, ...], length: int) -> Tensor:
+    """Document number of each of ``length`` tokens, from the places where a new document begins. [T]"""
+    docs = torch.zeros(length, dtype=torch.int64)
+    for start in starts:
+        if 0 < start < length:
+            docs[start:] += 1
+    return docs
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Output matrix and cross-entropy in one, over chunks of tokens.
+
+    The gradient of a chunk is made in the forward pass while its logits exist, so neither the logits
+    nor their softmax are kept: 2.1 GB for one 4096-token sequence with a vocabulary of 128k. Without
+    grad mode only the loss is computed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, out: Tensor, targets: Tensor, weights: Tensor, need: bool
+    ) -> tuple[Tensor, Tensor]:
+        batch, length, width = x.shape
+        tokens, targets = x.reshape(-1, width), targets.reshape(-1)
+        per_token = (weights / length).repeat_interleave(length)
+        losses = torch.empty(batch * length, dtype=x.dtype, device=x.device)
+        dx = torch.empty_like(tokens) if need else None
+        dout = torch.zeros_like(out) if need else None
+        rows = max(1, LOGITS_CHUNK // out.shape[0])
+        for start in range(0, batch * length, rows):
+            part = slice(start, start + rows)
+            logits = tokens[part] @ out.t()
+            wanted = targets[part, None]
+            normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
+            losses[part] = (normalizer - logits.gather(1, wanted)).squeeze(1)
+            if dx is not None and dout is not None:
+                dlogits = logits.sub_(normalizer).exp_()
+                dlogits.scatter_add_(1, wanted, dlogits.new_full(wanted.shape, -1.0))
+                dlogits *= per_token[part, None]
+                torch.mm(dlogits, out, out=dx[part])
+                dout.addmm_(dlogits.t(), tokens[part])
+        if dx is not None and dout is not None:
+            ctx.save_for_backward(dx.view_as(x), dout)
+        mean = losses.view(batch, length).mean(1)
+        ctx.mark_non_differentiable(mean)
+        return (mean * weights).sum(), mean
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        dx, dout = ctx.saved_tensors
+        return dx * grads[0], dout * grads[0], None, None, None
+
+
+def normal(seed: int, name: str, n: int) -> Tensor:
+    """Standard normal values for a named tensor of the run."""
+    generator = torch.Generator().manual_seed(hash_name(seed, name))
+    return torch.randn(n, generator=generator)
+
+
+def hash_name(seed: int, name: str) -> int:
+    """A stream number for a name."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+
+
+@functools.cache
+def _interim_table(vocab: int, d: int, seed: int) -> Tensor:
+    return normal(seed, "table", vocab * d).view(vocab, d)
