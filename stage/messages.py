@@ -1,0 +1,184 @@
+"""The messages of ``/agora/microbatch/1``: one microbatch is one call.
+
+    caller                                   callee (a replica of the next stage)
+    microbatch {header} [ids, c]   ->
+                                   <-        busy | no_replica | accepted {slots}
+    payload [ids, c]               ->        only where the payload did not come with the header
+                                   <-        answer {loss, c_hash, path, slots, stale} [dc]
+
+Payload forward: T+1 little-endian uint32 ids, then ``c`` packed by ``stage.boundary`` (absent towards
+the head). Payload back: ``dc`` packed likewise (absent towards the trainer and for evaluation). Everything
+that is not payload is counted as control traffic. Sans-IO and torch-free; hostile input -> RemoteError.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from p2p.errors import RemoteError
+from p2p.identity import PeerId
+from stage.clock import Reading, readings_from_wire
+from stage.ticket import Ticket
+
+PROTOCOL = "/agora/microbatch/1"
+WIRE_DTYPES = ("fp32", "bf16", "int8")
+MAX_PATH = 64
+MAX_DOCUMENTS = 4096
+MAX_TOKENS = 1 << 20
+
+
+@attrs.frozen(kw_only=True)
+class Request:
+    """Header of a microbatch."""
+
+    ticket: Ticket
+    clock: list[Reading]
+    basis: int
+    """Version of the subspace basis that ``c`` is in."""
+    path: list[PeerId]
+    """Who has worked on it so far, the trainer first."""
+    tokens: int
+    """T; the ids are T+1."""
+    documents: list[int]
+    """Positions (ascending, in [1, T)) at which a new document begins; attention does not cross them."""
+    dtype: str
+    dtype_back: str
+    inline: bool
+    """Whether the payload follows this message at once, or only after ``accepted``."""
+    deadline_s: float
+    """How long the caller will wait, counted from now."""
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "t": "microbatch",
+            "ticket": self.ticket.to_wire(),
+            "clock": [reading.to_wire() for reading in self.clock],
+            "basis": self.basis,
+            "path": list(self.path),
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "dtype": self.dtype,
+            "dtype_back": self.dtype_back,
+            "inline": self.inline,
+            "deadline": self.deadline_s,
+        }
+
+    @classmethod
+    def from_wire(cls, header: dict[str, Any]) -> Request:
+        match header:
+            case {
+                "t": "microbatch",
+                "ticket": ticket,
+                "clock": clock,
+                "basis": int(basis),
+                "path": list(path),
+                "tokens": int(tokens),
+                "documents": list(documents),
+                "dtype": str(dtype),
+                "dtype_back": str(dtype_back),
+                "inline": bool(inline),
+                "deadline": float(deadline_s),
+            }:
+                pass
+            case _:
+                raise RemoteError("microbatch: a field is missing or has the wrong type")
+        if dtype not in WIRE_DTYPES or dtype_back not in WIRE_DTYPES:
+            raise RemoteError(f"microbatch: unknown wire dtype {dtype!r} or {dtype_back!r}")
+        if not 0 < tokens <= MAX_TOKENS or not 0.0 < deadline_s < 86_400.0 or basis < 0:
+            raise RemoteError("microbatch: tokens, deadline or basis out of range")
+        if len(path) > MAX_PATH or not all(isinstance(peer, str) for peer in path):
+            raise RemoteError(f"microbatch: path is not a list of at most {MAX_PATH} peer ids")
+        if len(documents) > MAX_DOCUMENTS or not _ascending(documents, tokens):
+            raise RemoteError("microbatch: document boundaries are not ascending positions in [1, T)")
+        return cls(
+            ticket=Ticket.from_wire(ticket), clock=readings_from_wire(clock), basis=basis,
+            path=[PeerId(peer) for peer in path], tokens=tokens, documents=documents,
+            dtype=dtype, dtype_back=dtype_back, inline=inline, deadline_s=deadline_s,
+        )  # fmt: skip
+
+
+def _ascending(documents: list[Any], tokens: int) -> bool:
+    last = 0
+    for position in documents:
+        if type(position) is not int or not last < position < tokens:
+            return False
+        last = position
+    return True
+
+
+@attrs.frozen(kw_only=True)
+class Accepted:
+    slots: int
+    """Free slots left at the callee after this microbatch."""
+
+    def to_wire(self) -> dict[str, Any]:
+        return {"t": "accepted", "slots": self.slots}
+
+
+@attrs.frozen(kw_only=True)
+class BusyReply:
+    retry_after_s: float
+
+    def to_wire(self) -> dict[str, Any]:
+        return {"t": "busy", "retry_after": self.retry_after_s}
+
+
+@attrs.frozen(kw_only=True)
+class NoReplica:
+    """Some later stage has no live replica; nothing was added anywhere by this call."""
+
+    stage: int
+
+    def to_wire(self) -> dict[str, Any]:
+        return {"t": "no_replica", "stage": self.stage}
+
+
+@attrs.frozen(kw_only=True)
+class Answer:
+    """The microbatch is done from the callee to the tail; ``dc`` is the payload of this message."""
+
+    loss: float
+    """Mean cross-entropy a token, nats."""
+    c_hash: bytes
+    """SHA-256 of the packed ``c`` that the answer belongs to (empty towards the trainer)."""
+    path: list[PeerId]
+    """All that worked on it, the trainer first."""
+    slots: int
+    stale: bool
+    """True if somewhere downstream a cached answer for another ``c`` was used."""
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "t": "answer", "loss": self.loss, "c_hash": self.c_hash,
+            "path": list(self.path), "slots": self.slots, "stale": self.stale,
+        }  # fmt: skip
+
+
+Reply = Accepted | BusyReply | NoReplica | Answer
+
+
+def reply_from_wire(header: dict[str, Any]) -> Reply:
+    """Reads any message of the callee. Raises RemoteError."""
+    match header:
+        case {"t": "accepted", "slots": int(slots)} if slots >= 0:
+            return Accepted(slots=slots)
+        case {"t": "busy", "retry_after": float(retry_after_s)} if 0.0 <= retry_after_s <= 600.0:
+            return BusyReply(retry_after_s=retry_after_s)
+        case {"t": "no_replica", "stage": int(stage)} if stage >= 0:
+            return NoReplica(stage=stage)
+        case {
+            "t": "answer",
+            "loss": float(loss),
+            "c_hash": bytes(c_hash),
+            "path": list(path),
+            "slots": int(slots),
+            "stale": bool(stale),
+        } if slots >= 0 and len(path) <= MAX_PATH and all(isinstance(peer, str) for peer in path):
+            # A loss that is not finite would poison every mean that it enters.
+            if not 0.0 <= loss < 1e6:
+                raise RemoteError("answer: loss is not a sensible number")
+            peers = [PeerId(peer) for peer in path]
+            return Answer(loss=loss, c_hash=c_hash, path=peers, slots=slots, stale=stale)
+    raise RemoteError("microbatch: a reply that is none of accepted, busy, no_replica, answer")

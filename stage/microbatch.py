@@ -1,0 +1,308 @@
+"""Serving microbatches: the callee's side of ``/agora/microbatch/1``.
+
+A microbatch goes through these states, and only the commit changes anything that lasts:
+
+    asked -> busy | refused                      no room, or not for us
+    asked -> joined -> answered                  a ticket that we work on or have answered
+    asked -> accepted -> forward -> passed on -> gradient here -> commit -> backward -> answered
+                                                                  `-> cancelled: nothing was added
+
+*Commit*: gradients enter the accumulator from the start of the backward pass, so that is the point
+of no return. It is entered only on a fresh lease (a ping that we sent less than 1.5 s ago was answered on the
+caller's connection) and with no cancel pending; both are looked at on the device thread, right
+before the pass. A caller that vanished therefore either gets this answer, or re-routes after our lease
+ran out, or (the one fault allowed) its connection broke during our backward pass and the
+microbatch counts twice.
+
+*Answers* are kept for a while: a caller that lost us mid-answer, or a replacement of it, gets the kept
+answer. If its ``c`` differs from the one that the answer belongs to (the replacement's weights differ),
+the answer is reused once and counted as stale; a second time the work is done again.
+
+Limits: ``slots`` microbatches in progress, ``MAX_ANSWERS`` kept answers, one payload of the exact size
+that the run's shape gives. Torch-free: ``Compute`` is what touches tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import attrs
+import trio
+
+from p2p.errors import P2PError, Refused, RemoteError
+from p2p.event import Emit
+from p2p.identity import PeerId
+from p2p.rpc import Call
+from stage.clock import StepClock
+from stage.device import BACKWARD, FORWARD, Device
+from stage.events import MicrobatchAdded, ReusedStale
+from stage.messages import MAX_PATH, Accepted, Answer, BusyReply, NoReplica, Request
+from stage.nexthop import NextHop, NoReplicaError
+from stage.ticket import Ticket
+
+MAX_ANSWERS = 512
+RETRY_AFTER_S = 0.05
+"""What BUSY suggests: about the time one microbatch takes here; the router spreads callers anyway."""
+LEASE_WAIT_S = 0.1
+"""How long to wait for the next ping's answer before looking at the lease again."""
+
+
+class Held(Protocol):
+    """A microbatch after its forward pass, holding what the backward pass needs."""
+
+    loss: float
+    """Mean loss a token (tail only)."""
+    c: Any
+    """Packed boundary for the next stage (empty at the tail)."""
+
+    def release(self) -> None:
+        """Forget the graph. Safe to call twice."""
+
+
+class Compute(Protocol):
+    """What runs on the device thread."""
+
+    def forward(self, request: Request, ids: memoryview, c: memoryview) -> Held: ...
+
+    def backward(self, held: Held, dc: memoryview, weight: float) -> Any:
+        """Adds the microbatch's gradient and returns the packed gradient of the stage's input."""
+
+
+@attrs.define
+class _Kept:
+    answer: Answer
+    dc: Any
+    c_hash: bytes
+    reused: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class Shape:
+    """What every microbatch of the run looks like at this stage, in bytes."""
+
+    stage: int
+    stages: int
+    tokens: int
+    ids_bytes: int
+    c_bytes: int
+    """Packed ``c`` from the previous stage (0 at the head)."""
+    dc_bytes: int
+    """Packed ``dc`` towards the previous stage (0 at the head)."""
+    next_back_bytes: int
+    """Packed ``dc`` expected from the next stage (0 at the tail)."""
+    dtype: str
+    dtype_back: str
+
+    @property
+    def head(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def tail(self) -> bool:
+        return self.stage == self.stages - 1
+
+
+class MicrobatchServer:
+    """Handler of ``/agora/microbatch/1`` at one replica."""
+
+    def __init__(
+        self,
+        *,
+        peer_id: PeerId,
+        run: str,
+        trainers: frozenset[PeerId],
+        shape: Shape,
+        clock: StepClock,
+        device: Device,
+        compute: Compute,
+        next_hop: NextHop | None,
+        slots: int,
+        emit: Emit,
+        serving: Callable[[], bool],
+        step: Callable[[], int],
+        clock_advanced: Callable[[], None],
+    ) -> None:
+        self._peer_id = peer_id
+        self._run = run
+        self._trainers = trainers
+        self._shape = shape
+        self._clock = clock
+        self._device = device
+        self._compute = compute
+        self._next_hop = next_hop
+        self._emit = emit
+        self._serving = serving
+        self._step = step
+        self._clock_advanced = clock_advanced
+        self._working: dict[str, trio.Event] = {}
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self.slots_free = slots
+        self.added = 0
+        """Microbatches whose gradient this replica added."""
+        self.last_loss: float | None = None
+        self._idle = trio.Event()
+        self._idle.set()
+
+    @property
+    def in_progress(self) -> int:
+        return len(self._working)
+
+    async def wait_idle(self) -> None:
+        """Until no microbatch is in progress here."""
+        while self._working:
+            await self._idle.wait()
+
+    async def handle(self, call: Call) -> None:
+        """One call: see the module's docstring."""
+        size = self._shape.ids_bytes + self._shape.c_bytes
+        message = await call.receive(max_payload=size)
+        request = Request.from_wire(message.header)
+        self._check(call, request)
+        if self._clock.observe(request.clock):
+            self._clock_advanced()
+        if request.ticket.id not in self._working and request.ticket.id not in self._kept:
+            if self.slots_free <= 0:
+                await call.send(BusyReply(retry_after_s=RETRY_AFTER_S).to_wire())
+                return
+        self.slots_free -= 1  # held while joining too, so that joins are bounded like work
+        try:
+            async with call.connection.watched():
+                await call.send(Accepted(slots=max(0, self.slots_free)).to_wire())
+                payload = message.payload
+                if not request.inline:
+                    payload = (await call.receive(max_payload=size)).payload
+                if len(payload) != size:
+                    raise RemoteError(f"microbatch: {len(payload)} bytes of payload, {size} expected")
+                ids, c = payload[: self._shape.ids_bytes], payload[self._shape.ids_bytes :]
+                request.ticket.check(self._run, self._trainers, ids)
+                with trio.move_on_after(request.deadline_s):
+                    await self._serve(call, request, ids, c)
+        finally:
+            self.slots_free += 1
+
+    def _check(self, call: Call, request: Request) -> None:
+        shape, member = self._shape, call.member
+        if not self._serving():
+            raise Refused("not_serving", "this replica takes no microbatches in its present phase", 1.0)
+        before = ("trainer", None) if shape.head else ("worker", shape.stage - 1)
+        if member is None or (member.role, member.stage) != before:
+            raise Refused("wrong_hop", f"stage {shape.stage} takes microbatches from {before} only")
+        if request.tokens != shape.tokens or request.basis != 0:
+            raise Refused("wrong_shape", f"this run has {shape.tokens} tokens a microbatch and basis 0")
+        if (request.dtype, request.dtype_back) != (shape.dtype, shape.dtype_back):
+            raise Refused("wrong_dtype", f"this run's wire is {shape.dtype} / {shape.dtype_back}")
+        if len(request.path) >= MAX_PATH:
+            raise RemoteError("microbatch: path is full")
+
+    async def _serve(self, call: Call, request: Request, ids: memoryview, c: memoryview) -> None:
+        """Join or work, while watching for the caller's cancel (a reset or the end of its stream)."""
+        failure: P2PError | trio.TooSlowError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_at_end_of, call, nursery.cancel_scope)
+            try:
+                kept = await self._join_or_work(call, request, ids, c)
+                answer = attrs.evolve(kept.answer, slots=max(0, self.slots_free + 1))
+                await call.send(answer.to_wire(), kept.dc)
+            except NoReplicaError as error:
+                await call.send(NoReplica(stage=error.stage).to_wire())
+            except (P2PError, trio.TooSlowError) as error:
+                failure = error  # raised outside, where no nursery wraps it
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    async def _join_or_work(self, call: Call, request: Request, ids: memoryview, c: memoryview) -> _Kept:
+        ticket = request.ticket
+        while (working := self._working.get(ticket.id)) is not None:
+            await working.wait()
+        c_hash = b"" if self._shape.head else hashlib.sha256(c).digest()
+        kept = self._reusable(ticket, c_hash)
+        if kept is not None:
+            return kept
+        self._working[ticket.id] = done = trio.Event()
+        if self._idle.is_set():
+            self._idle = trio.Event()
+        try:
+            return await self._work(call, request, ids, c, c_hash)
+        finally:
+            del self._working[ticket.id]
+            done.set()
+            if not self._working:
+                self._idle.set()
+
+    def _reusable(self, ticket: Ticket, c_hash: bytes) -> _Kept | None:
+        kept = self._kept.get(ticket.id)
+        if kept is None or kept.c_hash == c_hash:
+            return kept
+        if kept.reused:
+            return None
+        kept.reused = True
+        self._emit(ReusedStale(ticket=ticket.id, stage=self._shape.stage, replica=self._peer_id))
+        return attrs.evolve(kept, answer=attrs.evolve(kept.answer, stale=True))
+
+    async def _work(
+        self, call: Call, request: Request, ids: memoryview, c: memoryview, c_hash: bytes
+    ) -> _Kept:
+        held = await self._device.run(FORWARD, self._compute.forward, request, ids, c)
+        try:
+            path, loss, stale, dc = [*request.path, self._peer_id], held.loss, False, memoryview(b"")
+            train = request.ticket.kind == "train"
+            if self._next_hop is not None:
+                onward = attrs.evolve(request, path=path, clock=self._clock.readings)
+                back = self._shape.next_back_bytes if train else 0
+                passed = await self._next_hop.send(onward, [ids, held.c], back_bytes=back)
+                path, loss, stale, dc = (
+                    passed.answer.path,
+                    passed.answer.loss,
+                    passed.answer.stale,
+                    passed.dc,
+                )
+            answer = Answer(loss=loss, c_hash=c_hash, path=path, slots=0, stale=stale)
+            if not train:
+                return _Kept(answer, b"", c_hash)
+            dc_in = await self._commit(call, held, dc, request.ticket.weight)
+            # No checkpoint between the backward pass and here: what was added is always on record.
+            self.added += 1
+            self.last_loss = loss
+            self._emit(
+                MicrobatchAdded(
+                    ticket=request.ticket.id,
+                    stage=self._shape.stage,
+                    replica=self._peer_id,
+                    step=self._step(),
+                )
+            )
+            kept = _Kept(answer, dc_in, c_hash)
+            self._kept[request.ticket.id] = kept
+            while len(self._kept) > MAX_ANSWERS:
+                self._kept.popitem(last=False)
+            return kept
+        finally:
+            held.release()
+
+    async def _commit(self, call: Call, held: Held, dc: memoryview, weight: float) -> Any:
+        """Waits for a fresh lease, then the backward pass. Raises Cancelled if the caller is gone first."""
+
+        def backward() -> Any:
+            if not call.connection.lease.fresh():
+                return None
+            return self._compute.backward(held, dc, weight)
+
+        while True:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            dc_in = await self._device.run(BACKWARD, backward)
+            if dc_in is not None:
+                return dc_in
+            await trio.sleep(LEASE_WAIT_S)
+
+
+async def _cancel_at_end_of(call: Call, scope: trio.CancelScope) -> None:
+    """A caller says nothing more after its payload, so this returns only when its stream ends."""
+    try:
+        await call.receive()
+    except RemoteError:
+        pass  # reset or connection lost: that is the cancel that is waited for
+    scope.cancel()

@@ -1,0 +1,165 @@
+"""Handing a microbatch to a replica of the next stage and awaiting its gradient: the caller's side.
+
+One ``send`` is one microbatch. It chooses a replica, calls, and, if that replica does not answer,
+chooses another with the same payload, until the deadline. A replica that fell silent is abandoned no
+sooner than ``LEASE_S`` after it last answered, because until then it may still commit (architecture,
+decision 3); one that refused or had no room has added nothing and is left at once. An attempt is
+charged to the router when chosen and corrected by its reply. Torch-free: trainers use it for stage 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import trio
+
+from p2p.errors import DialError, P2PError, Refused, RemoteError
+from p2p.event import Emit
+from p2p.host import Host
+from p2p.identity import PeerId
+from p2p.rpc import Call
+from stage.events import Busy, Rerouted
+from stage.messages import (
+    PROTOCOL,
+    Accepted,
+    Answer,
+    BusyReply,
+    NoReplica,
+    Reply,
+    Request,
+    reply_from_wire,
+)
+from stage.roster import StageView
+from stage.router import Router
+
+LEASE_S = 1.5
+DIAL_S = 5.0
+ACCEPT_S = 10.0
+"""A replica accepts or says BUSY at once; silence for this long is a failure."""
+PATIENCE_S = 5.0
+"""How long all replicas of a stage may be failing before the stage counts as empty."""
+
+
+class NoReplicaError(Exception):
+    """The stage (or a later one) has no live replica at present; nothing was added by this attempt."""
+
+    def __init__(self, stage: int) -> None:
+        super().__init__(f"stage {stage} has no live replica")
+        self.stage = stage
+
+
+@attrs.frozen
+class Passed:
+    """A finished microbatch as the caller sees it."""
+
+    answer: Answer
+    dc: memoryview
+    """Packed gradient of ``c`` (empty for the trainer and for evaluation)."""
+    peer: PeerId
+
+
+class NextHop:
+    """Calls to the replicas of one stage."""
+
+    def __init__(self, host: Host, view: StageView, router: Router, emit: Emit) -> None:
+        self._host = host
+        self._view = view
+        self._router = router
+        self._emit = emit
+
+    async def send(self, request: Request, payload: Sequence[Any], *, back_bytes: int) -> Passed:
+        """Returns when some replica has answered.
+
+        ``payload``: buffers of ids and packed ``c``; ``back_bytes``: exact size of the packed ``dc``.
+        Raises NoReplicaError, or trio.TooSlowError after ``request.deadline_s``.
+        """
+        failed: tuple[PeerId, str] | None = None
+        patience = trio.current_time() + PATIENCE_S
+        with trio.fail_after(request.deadline_s):
+            while True:
+                self._router.update(self._view.serving())
+                if self._router.empty():
+                    raise NoReplicaError(self._view.stage)
+                peer = self._router.choose(trio.current_time())
+                if peer is None:
+                    await self._wait_for_somebody(patience)
+                    continue
+                if failed is not None:
+                    if failed[0] != peer:
+                        self._emit(
+                            Rerouted(ticket=request.ticket.id, from_=failed[0], to=peer, why=failed[1])
+                        )
+                    failed = None
+                try:
+                    outcome = await self._attempt(peer, request, payload, back_bytes)
+                except (P2PError, trio.TooSlowError) as error:
+                    self._router.failed(peer, trio.current_time())
+                    failed = (peer, _why(error))
+                    continue
+                if isinstance(outcome, Passed):
+                    return outcome
+                if isinstance(outcome, NoReplica):
+                    raise NoReplicaError(outcome.stage)
+                patience = trio.current_time() + PATIENCE_S  # BUSY is a sign of life
+                self._router.busy(peer, trio.current_time(), outcome.retry_after_s)
+                self._emit(Busy(ticket=request.ticket.id, replica=peer))
+
+    async def _wait_for_somebody(self, patience: float) -> None:
+        now = trio.current_time()
+        wait_s = self._router.wait_s(now)
+        if wait_s is None or now > patience:
+            raise NoReplicaError(self._view.stage)
+        with trio.move_on_after(max(wait_s, 0.005)):
+            await self._view.wait_changed()
+
+    async def _attempt(
+        self, peer: PeerId, request: Request, payload: Sequence[Any], back_bytes: int
+    ) -> Passed | BusyReply | NoReplica:
+        began = trio.current_time()
+        inline = self._router.free(peer)
+        asked = attrs.evolve(request, inline=inline)
+        async with await self._host.call(
+            peer, PROTOCOL, addrs=self._view.addrs(peer), deadline=DIAL_S
+        ) as call:
+            try:
+                async with call.connection.watched():
+                    await call.send(asked.to_wire(), payload if inline else b"")
+                    with trio.fail_after(ACCEPT_S):
+                        reply, _ = await _receive(call)
+                    if isinstance(reply, BusyReply | NoReplica):
+                        return reply
+                    if not isinstance(reply, Accepted):
+                        raise RemoteError("microbatch: neither accepted nor busy")
+                    self._router.room(peer, reply.slots)
+                    if not inline:
+                        await call.send({"t": "payload"}, payload)
+                    reply, dc = await _receive(call, back_bytes)
+            except Refused:
+                raise
+            except (P2PError, trio.TooSlowError):
+                # Asked and then silent: it may commit on its lease until LEASE_S after its last word.
+                await trio.sleep_until(call.connection.last_answer + LEASE_S)
+                raise
+        if isinstance(reply, NoReplica):
+            return reply
+        if not isinstance(reply, Answer) or len(dc) != back_bytes:
+            raise RemoteError(f"microbatch: not an answer with {back_bytes} bytes of gradient")
+        self._router.answered(peer, trio.current_time() - began, reply.slots)
+        return Passed(reply, dc, peer)
+
+
+async def _receive(call: Call, max_payload: int = 0) -> tuple[Reply, memoryview]:
+    message = await call.receive(max_payload=max_payload)
+    return reply_from_wire(message.header), message.payload
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, Refused):
+        return error.code
+    if isinstance(error, DialError):
+        return "unreachable"
+    if isinstance(error, trio.TooSlowError):
+        return "timeout"
+    return str(error)[:200] or type(error).__name__
