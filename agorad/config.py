@@ -100,8 +100,7 @@ class Config:
     worker: WorkerSection = WorkerSection()
     trainer: TrainerSection = TrainerSection()
     authority: AuthoritySection = AuthoritySection()
-    path: Path | None = attrs.field(default=None, init=False)
-    """Where it was read from."""
+    _source: Path | None = None
 
     def __attrs_post_init__(self) -> None:
         bounds: tuple[tuple[str, float | None, float, float], ...] = (
@@ -125,6 +124,11 @@ class Config:
     def name(self) -> str:
         """What the node is called in logs and status."""
         return self.node.name or self.node.role
+
+    @property
+    def path(self) -> Path | None:
+        """The file it was read from."""
+        return self._source
 
     @property
     def identity(self) -> Path:
@@ -172,8 +176,7 @@ def load(path: Path, *, role: str | None = None, assignments: Sequence[str] = ()
         config = from_table(table, path.absolute().parent, role=role, assignments=assignments)
     except LocalError as error:
         raise LocalError(f"{path}: {error}") from error
-    object.__setattr__(config, "path", path.absolute())
-    return config
+    return attrs.evolve(config, source=path.absolute())
 
 
 def _absolute(section: Any, base: Path) -> Any:

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import attrs
-from p2p.identity import Identity, PeerId, verify
 
 from agorad.settings import read_toml, structure, unstructure
-from p2p.errors import LocalError
+from p2p.errors import LocalError, RemoteError
+from p2p.identity import Identity, PeerId, verify
 from p2p.membership import Trust
 from stage.config import ModelConfig, TrainingConfig
 
@@ -58,6 +58,18 @@ class NodeRef:
 
     peer_id: PeerId
     addrs: tuple[str, ...] = ()
+    """Multiaddrs."""
+
+    def __attrs_post_init__(self) -> None:
+        _check_peer_id(self.peer_id, "a listed node")
+        try:
+            self.multiaddrs()
+        except RemoteError as error:
+            raise LocalError(f"the address of {self.peer_id} in the manifest is wrong: {error}") from error
+
+    def multiaddrs(self) -> list[Multiaddr]:
+        """The addresses, parsed."""
+        return [Multiaddr.parse(addr) for addr in self.addrs]
 
 
 @attrs.frozen(kw_only=True)
@@ -110,6 +122,7 @@ class Manifest:
             raise LocalError(
                 f"run.id = {self.run.id!r} must be 1 to 64 lower-case letters, digits and dashes"
             )
+        _check_peer_id(self.run.operator, "run.operator")
         for name in ("authorities", "seeds", "trainers"):
             nodes: tuple[NodeRef, ...] = getattr(self, name)
             if len(nodes) > _NODES_LIMIT or any(len(node.addrs) > _ADDRS_LIMIT for node in nodes):
@@ -204,6 +217,13 @@ def save(manifest: Manifest, path: Path) -> None:
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(head + tomli_w.dumps(manifest.table()))
     temporary.replace(path)
+
+
+def _check_peer_id(peer_id: PeerId, where: str) -> None:
+    try:
+        public_key_of(peer_id)
+    except RemoteError as error:
+        raise LocalError(f"{where} has a peer id that is none: {error}") from error
 
 
 def _canonical(table: Mapping[str, Any]) -> bytes:

@@ -23,8 +23,9 @@ Limits: 1 KiB a certificate, 64 characters for run and account, clocks may diffe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Final, cast
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final, cast, final
 
 import attrs
 import msgpack
@@ -231,6 +232,28 @@ class Trust:
         except RemoteError as error:
             raise Refused("bad_signature", f"the certificate is damaged: {error}") from error
         return self.check(certificate, peer, now)
+
+
+@final
+class Membership:
+    """What a host is given: whom to believe, what to present, and which time it is.
+
+    ``own_certificate`` is asked at every hello, so that a renewed certificate is presented by itself.
+    """
+
+    def __init__(
+        self,
+        trust: Trust,
+        own_certificate: Callable[[], bytes | None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.trust = trust
+        self.own_certificate = own_certificate
+        self.clock = clock
+
+    def admit(self, peer: PeerId, certificate: bytes | None) -> Member:
+        """The member that ``peer`` is at this time, or ``Refused``."""
+        return self.trust.check_encoded(certificate, peer, self.clock())
 
 
 def _expired(expires: float, now: float) -> Refused:

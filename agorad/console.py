@@ -1,0 +1,71 @@
+"""Events as lines for people: ``12:04:09 [STEP] step 12, 8 samples``.
+
+A table from event name to tag and sentence; events that are not in it are for programs and give no
+line. Used by the daemon on a terminal and by the demo's live view, which reads other processes' events
+as JSON. Lines fit 100 columns: long values are cut.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+WIDTH: Final = 100
+
+
+def friendly(entry: Mapping[str, Any]) -> str | None:
+    """The line for one event, or None where people need none."""
+    kind = entry.get("event", "")
+    if kind not in _LINES:
+        return None
+    tag, sentence = _LINES[kind]
+    at = time.strftime("%H:%M:%S", time.localtime(entry.get("at", 0.0)))
+    line = f"{at} [{tag}] {sentence(entry)}"
+    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+
+
+def short(peer_id: str | None) -> str:
+    """The end of a peer id, which differs between peers as their beginning does not."""
+    return (peer_id or "?")[-6:]
+
+
+def _round(e: Mapping[str, Any]) -> str:
+    drops = f", dropped {', '.join(short(peer) for peer, _why in e['drops'])}" if e["drops"] else ""
+    return (
+        f"round {e['round']} of stage {e['stage']}: averaged {e['fraction']:.0%} of slice {e['slice']} "
+        f"among {len(e['members'])}{drops}"
+    )
+
+
+def _joined(e: Mapping[str, Any]) -> str:
+    stage = "" if e["stage"] is None else f" for stage {e['stage']}"
+    return f"{short(e['peer'])} ({e['account']}): {e['outcome']}{stage}"
+
+
+_LINES: Final[dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]]] = {
+    "started": ("NODE", lambda e: f"{e['name']} ({e['role']}) of run {e['run']}, {e['peer_id']}"),
+    "ready": ("NODE", lambda e: f"ready after {e['seconds']:.1f} s on {', '.join(e['addrs'])}"),
+    "stopping": ("NODE", lambda e: f"leaving: {e['why']}"),
+    "stopped": ("NODE", lambda e: f"ended with {e['code']}: {e['why']}"),
+    "reloaded": ("NODE", lambda e: "settings read again" if e["ok"] else f"settings kept: {e['why']}"),
+    "certificate_granted": ("JOIN", lambda e: f"access granted by {short(e['authority'])}"),
+    "join_delayed": ("JOIN", lambda e: f"not in yet ({e['why']}); asking again in {e['retry_s']:.0f} s"),
+    "join_answered": ("JOIN", _joined),
+    "subscriber_failed": ("BUG", lambda e: f"{e['subscriber']} failed: {e['error']}"),
+    "handler_failed": ("BUG", lambda e: f"a handler failed: {e.get('error', '')}"),
+    "peer_refused": ("PEER", lambda e: f"refused {short(e['peer'])} on {e['protocol']}: {e['why']}"),
+    "microbatch_failed": ("BATCH", lambda e: f"{e['ticket']} given up: {e['why']}"),
+    "rerouted": ("ROUTE", lambda e: f"{e['ticket']}: {short(e['from'])} → {short(e['to'])}, {e['why']}"),
+    "step": ("STEP", lambda e: f"stage {e['stage']}: step {e['step']}, {e['samples']} samples"),
+    "bad_gradient": ("STEP", lambda e: f"step {e['step']}: a gradient that is not finite was thrown away"),
+    "round_finished": ("ROUND", _round),
+    "round_abandoned": ("ROUND", lambda e: f"round {e['round']} of stage {e['stage']}: {e['why']}"),
+    "phase": ("PHASE", lambda e: f"{e['from']} → {e['to']}: {e['why']}"),
+    "saved": ("DISK", lambda e: f"snapshot of step {e['step']}, {e['bytes'] / 1e6:.1f} MB"),
+    "state_fetched": (
+        "STATE",
+        lambda e: f"step {e['step']} from {short(e['donor'])}, {e['bytes'] / 1e6:.1f} MB",
+    ),
+    "evaluated": ("EVAL", lambda e: f"step {e['step']}: loss {e['loss']:.4f} on {e['rows']} rows"),
+}

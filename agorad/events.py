@@ -1,0 +1,214 @@
+"""The event bus: every event of this process, numbered, stored, counted and handed on.
+
+Theory of operation. Components get ``Bus.emit`` as a plain callable. ``emit`` numbers the event,
+appends it as one JSON line to ``events.jsonl`` with a single ``write`` to a descriptor in append mode
+(so that it is in the kernel, and survives a kill -9 of this process, before ``emit`` returns; the
+accounting of microbatches relies on that), keeps it in a ring for ``agoractl events``, counts it, and
+calls the subscribers. A line: ``{"id", "at" (unix seconds), "event", ...fields}``; bytes are
+hexadecimal. Ids grow by one within a process and start at 1 in each.
+
+Limits: 4096 events in the ring; the file is renamed to ``events.jsonl.1`` at 256 MiB, one old file is
+kept. ``emit`` is for the daemon's trio thread only. It never raises and never waits: a full disk is
+counted in ``unwritten`` and training goes on; a subscriber that raises is dropped and reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import trio
+
+from p2p.event import Event, event_fields, event_name
+
+RING: Final = 4096
+FILE_LIMIT: Final = 256 << 20
+
+Entry = dict[str, Any]
+"""An event as it is stored: id, at, event, and its fields."""
+
+
+@attrs.frozen(kw_only=True)
+class Started(Event):
+    """The daemon began: who it is."""
+
+    name: str
+    role: str
+    run: str
+    peer_id: str
+    version: str
+
+
+@attrs.frozen(kw_only=True)
+class Ready(Event):
+    """The node serves; ``seconds`` since the process began."""
+
+    seconds: float
+    addrs: list[str]
+
+
+@attrs.frozen(kw_only=True)
+class Stopping(Event):
+    """The node leaves."""
+
+    why: str
+
+
+@attrs.frozen(kw_only=True)
+class Stopped(Event):
+    """The last event of a process that ended by itself."""
+
+    code: int
+    why: str
+
+
+@attrs.frozen(kw_only=True)
+class Reloaded(Event):
+    """SIGHUP: the configuration was read again; ``why`` says what was wrong if it was kept as before."""
+
+    ok: bool
+    why: str
+
+
+@attrs.frozen(kw_only=True)
+class CertificateGranted(Event):
+    """This node has a (new) certificate."""
+
+    account: str
+    stage: int | None
+    expires: float
+    authority: str
+
+
+@attrs.frozen(kw_only=True)
+class JoinDelayed(Event):
+    """No authority granted a certificate this time; the node asks again in ``retry_s``."""
+
+    why: str
+    retry_s: float
+
+
+@attrs.frozen(kw_only=True)
+class JoinAnswered(Event):
+    """An authority answered a join: ``outcome`` is ``granted``, ``renewed`` or a refusal's code."""
+
+    peer: str
+    account: str
+    stage: int | None
+    outcome: str
+
+
+@attrs.frozen(kw_only=True)
+class SubscriberFailed(Event):
+    """A part of the daemon that listens to events raised and was disconnected: a bug."""
+
+    subscriber: str
+    error: str
+
+
+Subscriber = Callable[[Entry], None]
+
+
+class Bus:
+    """See the module's head. ``path`` None keeps events in memory only (tests, command line)."""
+
+    def __init__(self, path: Path | None = None, *, clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._clock = clock
+        self._fd = -1
+        self._size = 0
+        self._ring: deque[Entry] = deque(maxlen=RING)
+        self._subscribers: list[Subscriber] = []
+        self._news: trio.Event | None = None
+        self.last_id = 0
+        self.counts: Counter[str] = Counter()
+        self.unwritten = 0
+        """Events that the disk did not take."""
+        if path is not None:
+            self._open(path)
+
+    def emit(self, event: Event) -> None:
+        """Record and hand on; on return the line is with the operating system."""
+        self.last_id += 1
+        name = event_name(type(event))
+        entry: Entry = {"id": self.last_id, "at": self._clock(), "event": name, **event_fields(event)}
+        self.counts[name] += 1
+        self._ring.append(entry)
+        if self._fd >= 0:
+            self._write(entry)
+        for subscriber in tuple(self._subscribers):
+            self._hand(subscriber, entry)
+        if self._news is not None:
+            self._news.set()
+            self._news = None
+
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        """Call ``subscriber`` with every entry from now on; returns what ends it."""
+        self._subscribers.append(subscriber)
+        return lambda: self._subscribers.remove(subscriber) if subscriber in self._subscribers else None
+
+    def since(self, last_seen: int = 0) -> list[Entry]:
+        """Entries after id ``last_seen`` that are still in the ring."""
+        return [entry for entry in self._ring if entry["id"] > last_seen]
+
+    async def follow(self, last_seen: int = 0) -> AsyncIterator[list[Entry]]:
+        """Batches of entries after ``last_seen``, for ever; a slow reader sees a gap in the ids."""
+        while True:
+            batch = self.since(last_seen)
+            if batch:
+                last_seen = batch[-1]["id"]
+                yield batch
+            else:
+                if self._news is None:
+                    self._news = trio.Event()
+                await self._news.wait()
+
+    def close(self) -> None:
+        """Close the file; events after this are kept in memory only."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _open(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._size = os.fstat(self._fd).st_size
+
+    def _write(self, entry: Entry) -> None:
+        line = encode_entry(entry)
+        try:
+            if self._size + len(line) > FILE_LIMIT and self._path is not None:
+                self._path.replace(self._path.with_name(self._path.name + ".1"))
+                self.close()
+                self._open(self._path)
+            written = os.write(self._fd, line)
+        except OSError:
+            self.unwritten += 1
+            return
+        self._size += written
+        self.unwritten += written != len(line)
+
+    def _hand(self, subscriber: Subscriber, entry: Entry) -> None:
+        try:
+            subscriber(entry)
+        except Exception as error:  # one listener's bug must not reach the emitter, nor repeat
+            self._subscribers.remove(subscriber)
+            self.emit(SubscriberFailed(subscriber=repr(subscriber), error=repr(error)))
+
+
+def encode_entry(entry: Entry) -> bytes:
+    """One JSON line, newline included."""
+    return (json.dumps(entry, separators=(",", ":"), default=_plain, ensure_ascii=False) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).hex()
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return str(value)

@@ -1,0 +1,65 @@
+"""How the daemon ends: the exit codes of ``agorad``, and which failure means which.
+
+A role that must end for a reason of its own raises ``DaemonExit``; everything else that escapes is
+mapped here. Units restart only on the codes in ``RETRYABLE``. Source: interfaces "agorad".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import Final
+
+from p2p.errors import LocalError, Refused
+
+
+class ExitCode(IntEnum):
+    """Exit codes of ``agorad``; a contract with units and scripts."""
+
+    CLEAN = 0
+    BUG = 1
+    USAGE = 2
+    REQUIREMENTS = 10
+    REFUSED = 11
+    PORT = 12
+    NETWORK = 13
+    ACCELERATOR = 14
+    NUMERICAL = 15
+    MEMORY = 16
+    REMOVED = 17
+    DUPLICATE = 18
+
+
+RETRYABLE: Final = frozenset({1, 13, 14, 15, 16})
+
+
+class DaemonExit(Exception):  # noqa: N818, it is a decision, not an error
+    """The daemon ends with ``code``; ``why`` is a sentence for people."""
+
+    def __init__(self, code: ExitCode, why: str) -> None:
+        super().__init__(why)
+        self.code = code
+        self.why = why
+
+
+def verdict(error: BaseException) -> tuple[ExitCode, str | None]:
+    """Exit code and sentence for what escaped; the sentence is None where only a traceback helps."""
+    leaves = list(_leaves(error))
+    for leaf in leaves:
+        if isinstance(leaf, DaemonExit):
+            return leaf.code, leaf.why
+    for leaf in leaves:
+        if isinstance(leaf, MemoryError):
+            return ExitCode.MEMORY, "out of memory"
+    if all(isinstance(leaf, LocalError | Refused) for leaf in leaves):
+        code = ExitCode.USAGE if isinstance(leaves[0], LocalError) else ExitCode.REFUSED
+        return code, str(leaves[0])
+    return ExitCode.BUG, None
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

@@ -1,0 +1,67 @@
+"""The log: a subscriber of the bus that writes lines for people or for machines.
+
+On a terminal, friendly lines (``console``); otherwise, and always in the log file, JSON lines with a
+``level``. Events that happen many times a second (one a microbatch) are ``debug`` and are not logged:
+they are in ``events.jsonl`` and in the counters, so a healthy hour stays readable. Nothing in the
+daemon reads a log. A log that cannot be written (closed pipe, full disk) is given up silently: the
+event file says the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, TextIO
+
+from agorad.console import friendly
+from agorad.events import Entry, encode_entry
+
+DEBUG: Final = frozenset(
+    {
+        "microbatch_issued",
+        "microbatch_added",
+        "microbatch_completed",
+        "busy",
+        "peer_connected",
+        "peer_disconnected",
+    }
+)
+WARNING: Final = frozenset(
+    {"peer_refused", "round_abandoned", "bad_gradient", "join_delayed", "microbatch_failed"}
+)
+ERROR: Final = frozenset({"subscriber_failed", "handler_failed"})
+
+
+def level(name: str) -> str:
+    """How much an event of this name matters to people."""
+    if name in DEBUG:
+        return "debug"
+    return "error" if name in ERROR else "warning" if name in WARNING else "info"
+
+
+class Log:
+    """Subscribe an instance to the bus: ``bus.subscribe(Log(sys.stderr, None))``."""
+
+    def __init__(self, stream: TextIO, path: Path | None) -> None:
+        self._stream: TextIO | None = stream
+        self._terminal = stream.isatty()
+        # Kept open for the life of the process; line buffered.
+        self._file = path.open("a", buffering=1) if path is not None else None
+
+    def __call__(self, entry: Entry) -> None:
+        rank = level(entry["event"])
+        if rank == "debug":
+            return
+        line = encode_entry({"level": rank, **entry}).decode()
+        if self._file is not None:
+            try:
+                self._file.write(line)
+            except OSError:
+                self._file = None
+        if self._stream is None:
+            return
+        text = friendly(entry) if self._terminal else line.rstrip("\n")
+        if text is not None:
+            try:
+                print(text, file=self._stream, flush=True)
+            except OSError:
+                self._stream = None
