@@ -1,0 +1,2 @@
+#define AGORA_TARGET avx2
+#include "kernels_inl.h"

@@ -1,0 +1,2 @@
+#define AGORA_TARGET avx512
+#include "kernels_inl.h"

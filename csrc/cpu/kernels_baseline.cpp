@@ -1,0 +1,2 @@
+#define AGORA_TARGET baseline
+#include "kernels_inl.h"

@@ -1,0 +1,28 @@
+// All CPU kernels for one instruction set. The including file names it (AGORA_TARGET) and the build gives
+// it the matching compiler flags; nothing here may leave the namespace of that target.
+
+#include "../functors/normal.h"
+#include "../functors/reduce.h"
+#include "../functors/slices.h"
+#include "kernels.h"
+
+// clang-format off: the order matters
+#include "normal_inl.h"
+#include "boundary_inl.h"
+#include "averaging_inl.h"
+// clang-format on
+
+#define AGORA_JOIN_(a, b) a##b
+#define AGORA_JOIN(a, b) AGORA_JOIN_(a, b)
+#define AGORA_TEXT_(a) #a
+#define AGORA_TEXT(a) AGORA_TEXT_(a)
+
+namespace agora {
+
+const CpuKernels AGORA_JOIN(AGORA_TARGET, _kernels) = {
+    AGORA_TEXT(AGORA_TARGET), AGORA_TARGET::fill,  AGORA_TARGET::rows,    AGORA_TARGET::expand,
+    AGORA_TARGET::project,    AGORA_TARGET::pack,  AGORA_TARGET::merge,   AGORA_TARGET::inspect,
+    AGORA_TARGET::add,        AGORA_TARGET::finish,
+};
+
+}  // namespace agora

@@ -1,0 +1,19 @@
+// Splits units of work over threads.
+//
+// One process-wide pool, started by the first call that wants more than one thread, never stopped. The
+// calling thread takes part. Units are handed out in pieces of `grain`, by an atomic counter, so that a
+// slow core gets fewer. Work of at most one piece, a call while the pool is busy, and a call after fork()
+// (the threads stay behind) run on the calling thread alone: slower, never wrong and never stuck.
+#pragma once
+
+#include <stdint.h>
+
+#include <functional>
+
+namespace agora {
+
+constexpr int kMaxThreads = 64;
+
+void parallel_for(int threads, int64_t units, int64_t grain, const std::function<void(int64_t, int64_t)>& work);
+
+}  // namespace agora
