@@ -1,9 +1,10 @@
 """What the swarm says of itself in the hash table: one frozen class for each kind of record.
 
-``to_value`` gives the plain map that ``Dht.store`` signs; ``parse`` reads one that came from a peer,
-checks every bound and returns None for anything else. A hostile or future record is thus skipped,
-never an exception in the middle of a loop over a roster. Unknown fields are ignored, so that a later
-version can add some; a missing or wrong one makes the record unreadable.
+``to_value`` gives the plain map that ``Dht.store`` signs; ``from_value`` reads one that came from a
+peer and raises RemoteError unless every bound holds. ``read_all`` reads what ``Dht.get`` returned and
+skips (with an event) what is not readable, so that one hostile writer cannot hide the others. Unknown
+fields are ignored, so that a later version can add some; a missing or wrong one makes the record
+unreadable.
 
 Limits: 8 addresses of 256 characters a record, 1 KiB for a certificate; the record as a whole is
 bounded by ``p2p.kad.record.VALUE_LIMIT``. That the certificate in a record is genuine is for
@@ -14,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import attrs
 
+from p2p.errors import RemoteError
 from p2p.event import Emit, Event, ignore
-from p2p.identity import Identity, PeerId, verify
+from p2p.identity import PeerId
 from p2p.kad.record import Record
 from p2p.membership import CERTIFICATE_LIMIT
 
@@ -33,7 +35,7 @@ PHASES: Final = frozenset(
     {"joining", "queued", "downloading", "syncing", "warming", "active", "paused", "leaving"}
 )
 
-_CLOCK_DOMAIN: Final = "clock"
+_Kind = TypeVar("_Kind", "StageRecord", "ClockRecord", "CandidateRecord")
 
 
 @attrs.frozen(kw_only=True)
@@ -63,7 +65,7 @@ def round_key(run: str, stage: int, number: int) -> str:
 class StageRecord:
     """One replica of one stage: where it is, how far, and how much it can take."""
 
-    addrs: tuple[str, ...]
+    addrs: tuple[str, ...] = attrs.field(converter=tuple)
     phase: str
     step: int
     slots: int
@@ -80,7 +82,7 @@ class StageRecord:
         return {**attrs.asdict(self), "addrs": list(self.addrs)}
 
     @classmethod
-    def parse(cls, value: Any) -> Self | None:
+    def from_value(cls, value: Any) -> Self:
         if not (
             isinstance(value, Mapping)
             and _are_addrs(value.get("addrs"))
@@ -93,7 +95,7 @@ class StageRecord:
             and (value.get("disagreement") is None or _is_amount(value["disagreement"]))
             and (value.get("snapshot_step") is None or _is_count(value["snapshot_step"], MAX_STEP))
         ):
-            return None
+            raise RemoteError("a stage record that is not what its key promises")
         disagreement = value.get("disagreement")
         return cls(
             addrs=tuple(value["addrs"]),
@@ -115,21 +117,16 @@ class ClockRecord:
     at: float
     """The trainer's unix time when it said so."""
     signature: bytes = attrs.field(repr=False)
-    """Over run and samples, so that the same statement can travel in microbatch headers too."""
+    """The trainer's own, over run and samples: the statement that microbatch headers carry too.
+
+    Checked by the reader who counts it (``stage.clock``), not here.
+    """
 
     def to_value(self) -> dict[str, Any]:
         return attrs.asdict(self)
 
     @classmethod
-    def sign(cls, trainer: Identity, run: str, samples: int, at: float) -> Self:
-        return cls(samples=samples, at=at, signature=trainer.sign(_CLOCK_DOMAIN, _clock_bytes(run, samples)))
-
-    def signed_by(self, trainer: PeerId, run: str) -> bool:
-        """Whether the trainer really said this of this run; costs an Ed25519 verification."""
-        return verify(trainer, _CLOCK_DOMAIN, _clock_bytes(run, self.samples), self.signature)
-
-    @classmethod
-    def parse(cls, value: Any) -> Self | None:
+    def from_value(cls, value: Any) -> Self:
         if not (
             isinstance(value, Mapping)
             and _is_count(value.get("samples"), MAX_STEP)
@@ -137,7 +134,7 @@ class ClockRecord:
             and isinstance(value.get("signature"), bytes)
             and len(value["signature"]) == 64
         ):
-            return None
+            raise RemoteError("a clock record that is not what its key promises")
         return cls(samples=value["samples"], at=float(value["at"]), signature=value["signature"])
 
 
@@ -145,7 +142,7 @@ class ClockRecord:
 class CandidateRecord:
     """A replica that wants to take part in one averaging round."""
 
-    addrs: tuple[str, ...]
+    addrs: tuple[str, ...] = attrs.field(converter=tuple)
     bandwidth: float
     """Bytes a second that it believes it can send."""
     weight: float
@@ -156,7 +153,7 @@ class CandidateRecord:
         return {**attrs.asdict(self), "addrs": list(self.addrs)}
 
     @classmethod
-    def parse(cls, value: Any) -> Self | None:
+    def from_value(cls, value: Any) -> Self:
         if not (
             isinstance(value, Mapping)
             and _are_addrs(value.get("addrs"))
@@ -164,7 +161,7 @@ class CandidateRecord:
             and _is_amount(value.get("weight"))
             and _is_certificate(value.get("certificate"))
         ):
-            return None
+            raise RemoteError("a candidate record that is not what its key promises")
         return cls(
             addrs=tuple(value["addrs"]),
             bandwidth=float(value["bandwidth"]),
@@ -173,22 +170,15 @@ class CandidateRecord:
         )
 
 
-def read_all[T: (StageRecord, ClockRecord, CandidateRecord)](
-    kind: type[T], records: Mapping[str, Record], *, emit: Emit = ignore
-) -> dict[PeerId, T]:
+def read_all(kind: type[_Kind], records: Mapping[str, Record], *, emit: Emit = ignore) -> dict[PeerId, _Kind]:
     """The readable ones of what ``Dht.get`` returned, by owner."""
-    found: dict[PeerId, T] = {}
+    found: dict[PeerId, _Kind] = {}
     for record in records.values():
-        parsed = kind.parse(record.value)
-        if parsed is None:
+        try:
+            found[record.owner] = kind.from_value(record.value)
+        except RemoteError:
             emit(RecordUnreadable(key=record.key, owner=record.owner))
-        else:
-            found[record.owner] = parsed
     return found
-
-
-def _clock_bytes(run: str, samples: int) -> bytes:
-    return f"{run}\0{samples}".encode()
 
 
 def _is_count(value: Any, limit: int) -> bool:

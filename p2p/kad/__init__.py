@@ -3,3 +3,11 @@
 Read ``ids``, ``table``, ``record``, ``store``, ``lookup`` (no IO in any of them), then ``messages``
 and ``node``, which drives them over a ``Host``.
 """
+
+from __future__ import annotations
+
+from p2p.kad.node import Dht, KadLimits, Seeds
+from p2p.kad.record import Record
+from p2p.kad.table import Contact
+
+__all__ = ["Contact", "Dht", "KadLimits", "Record", "Seeds"]

@@ -74,7 +74,7 @@ class Store:
         if before is None and self._owners.get(record.owner, 0) >= self._max_per_owner:
             raise Refused("owner_full", f"{self._max_per_owner} records of this owner are kept already", 10.0)
         if grown > self._max_bytes:
-            raise Refused("store_full", f"this node keeps {self._max_bytes >> 20} MiB of records already", 10.0)
+            raise Refused("store_full", f"this node keeps {self._max_bytes >> 20} MiB already", 10.0)
         if before is None:
             self._owners[record.owner] = self._owners.get(record.owner, 0) + 1
             self._count += 1

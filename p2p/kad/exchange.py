@@ -1,0 +1,247 @@
+"""Both ends of one question: asking a node over the ``Host``, and answering.
+
+Answering. ``find_node`` and ``find_value`` are open to guests, ``store`` only to members, and a
+member stores only records that it owns. Asking: every question has a deadline; whoever misses it, or
+breaks the protocol, leaves the routing table at once; whoever is passed over as slow twice in a row
+does too (a lookup that ends early would otherwise never learn that a peer is dead).
+
+Only members that listen somewhere enter the routing table, with the addresses that they state
+themselves in a message of their own; what others tell about third parties is tried, never believed.
+
+Limits: ``MAX_PAGES`` pages an answer, ``MAX_NOTED`` peers in each of the small memories kept here.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, final
+
+import trio
+
+from p2p.errors import Refused, RemoteError
+from p2p.event import Emit
+from p2p.identity import PeerId
+from p2p.kad import messages
+from p2p.kad.events import ClockSkewed, RecordRefused
+from p2p.kad.ids import key_id
+from p2p.kad.messages import PROTOCOL, Answer, FindNode, FindValue, Question, StoreRecords
+from p2p.kad.record import SAME_CLOCK_S, Record, Verifier, received, relayed
+from p2p.kad.store import Store
+from p2p.kad.table import MAX_ADDRS, Contact, Table
+from p2p.multiaddr import Multiaddr
+
+if TYPE_CHECKING:
+    from p2p.host import Host
+    from p2p.rpc import Call
+
+MAX_PAGES: Final = 48
+MAX_NOTED: Final = 256
+SLOW_STRIKES: Final = 2
+
+
+@final
+class Exchange:
+    """See the file's opening. ``newcomer`` is called with each contact that is new to the table."""
+
+    def __init__(
+        self,
+        host: Host,
+        table: Table,
+        *,
+        clock: Callable[[], float],
+        emit: Emit,
+        hop_s: float,
+        patience_s: float,
+        newcomer: Callable[[Contact], None],
+    ) -> None:
+        self.records = Store()
+        self.verifier = Verifier()
+        self._host = host
+        self._table = table
+        self._clock = clock
+        self._emit = emit
+        self._hop_s = hop_s
+        self._patience_s = patience_s
+        self._newcomer = newcomer
+        self._skewed: OrderedDict[PeerId, None] = OrderedDict()
+        self._strikes: OrderedDict[PeerId, int] = OrderedDict()
+        host.handle(PROTOCOL, self._serve, open_to_all=True, max_payload=messages.MAX_PAYLOAD)
+
+    # Asking
+
+    async def find_node(
+        self, contact: Contact, target: int, *, hop_s: float | None = None
+    ) -> Sequence[Contact]:
+        """The contacts that a node knows nearest to a place."""
+        question = FindNode(target=target, now=self._clock(), addrs=self._addrs())
+        answer, _ = await self._ask(contact, question, hop_s=hop_s)
+        return answer.nodes
+
+    async def find_value(self, contact: Contact, key: str) -> tuple[Sequence[Contact], list[Record]]:
+        """Nearer contacts, and the records of a key that a node keeps, all pages of them."""
+        nodes: Sequence[Contact] = ()
+        found: list[Record] = []
+        after: str | None = None
+        for page in range(MAX_PAGES):
+            question = FindValue(key=key, after=after, now=self._clock(), addrs=self._addrs())
+            answer, rows = await self._ask(contact, question)
+            if page == 0:
+                nodes = answer.nodes
+            for wire, remaining in rows:
+                record = self._open(contact.peer, wire, remaining)
+                if record is not None and record.key == key:
+                    found.append(record)
+            last = found[-1].subkey if found else None
+            if not answer.more or last is None or (after is not None and last <= after):
+                break  # an honest node's pages go forward
+            after = last
+        return nodes, found
+
+    async def store(self, contact: Contact, record: Record) -> bool:
+        """Whether a node took a record of ours."""
+        question = StoreRecords(now=self._clock(), addrs=self._addrs())
+        answer, _ = await self._ask(contact, question, messages.pack_batch([record.wire]))
+        if len(answer.results) != 1:
+            raise RemoteError("a store answered with another number of results than records")
+        return answer.results[0] == "ok"
+
+    async def _ask(
+        self, contact: Contact, question: Question, payload: bytes = b"", *, hop_s: float | None = None
+    ) -> tuple[Answer, list[tuple[bytes, float]]]:
+        """One exchange. RemoteError and TooSlowError put the peer out of the table, Refused does not."""
+        hop_s = hop_s or self._hop_s
+        began = trio.current_time()
+        try:
+            with trio.fail_after(hop_s):
+                async with await self._host.call(
+                    contact.peer, PROTOCOL, addrs=_dialable(contact.addrs), deadline=hop_s
+                ) as call:
+                    await call.send(messages.question_header(question), payload)
+                    reply = await call.receive(max_payload=messages.MAX_PAYLOAD)
+                    answer = messages.read_answer(reply.header)
+                    rows = messages.read_page(reply.payload)
+                    is_member = call.member is not None
+        except (RemoteError, trio.TooSlowError):
+            self._table.failed(contact.peer)
+            raise
+        except trio.Cancelled:
+            if trio.current_time() >= began + self._patience_s:
+                self._strike(contact.peer)
+            raise
+        self._strikes.pop(contact.peer, None)
+        self._clock_seen(contact.peer, answer.now)
+        if is_member:
+            self._heard(contact.peer, answer.addrs)
+        return answer, rows
+
+    def _strike(self, peer: PeerId) -> None:
+        strikes = self._strikes.pop(peer, 0) + 1
+        if strikes >= SLOW_STRIKES:
+            self._table.failed(peer)
+        else:
+            remember(self._strikes, peer, strikes, MAX_NOTED)
+
+    def _heard(self, peer: PeerId, addrs: tuple[str, ...]) -> None:
+        """A member said where it listens."""
+        if not addrs:
+            return
+        contact = Contact(peer, addrs)
+        known = self._table.find(peer)
+        if self._table.heard(contact, trio.current_time()) and known is None:
+            self._newcomer(contact)
+        if known != contact:
+            self._host.learn(peer, _dialable(addrs))
+
+    def _open(self, peer: PeerId, wire: bytes, remaining: float) -> Record | None:
+        """A record that ``peer`` handed us, or None (with an event) if it is not to be believed."""
+        try:
+            return relayed(self.verifier.open(wire), self._clock(), remaining)
+        except Refused as error:
+            if error.code != "expired":
+                self._emit(RecordRefused(peer=peer, key="", code=error.code))
+        except RemoteError:
+            self._emit(RecordRefused(peer=peer, key="", code="bad_record"))
+        return None
+
+    # Serving
+
+    async def _serve(self, call: Call) -> None:
+        message = await call.receive(max_payload=messages.MAX_PAYLOAD)
+        question = messages.read_question(message.header)
+        skew = self._clock_seen(call.peer, question.now)
+        if call.member is not None:
+            self._heard(call.peer, question.addrs)
+        match question:
+            case FindNode():
+                await call.send(self._answer(nodes=self._closest(question.target, call.peer)))
+            case FindValue():
+                now = self._clock()
+                page, more = self.records.page(question.key, question.after, messages.PAGE, now)
+                nodes = self._closest(key_id(question.key), call.peer) if question.after is None else ()
+                payload = messages.pack_page([(record.wire, record.expires - now) for record in page])
+                await call.send(self._answer(nodes=nodes, more=more), payload)
+            case StoreRecords():
+                if call.member is None:
+                    raise Refused("no_certificate", "only members of the run store records in its hash table")
+                batch = messages.read_batch(message.payload)
+                results = tuple(self._keep(call.peer, wire, skew) for wire in batch)
+                await call.send(self._answer(results=results))
+
+    def _keep(self, peer: PeerId, wire: bytes, skew: float) -> str:
+        """Store one record that a member sent; ``ok`` or the code of the refusal."""
+        try:
+            record = self.verifier.open(wire)
+        except RemoteError:
+            self._emit(RecordRefused(peer=peer, key="", code="bad_record"))
+            raise
+        try:
+            if record.owner != peer:
+                raise Refused("not_owner", "records are stored by their owners")
+            now = self._clock()
+            self.records.put(received(record, now, skew), now)
+        except Refused as error:
+            self._emit(RecordRefused(peer=peer, key=record.key, code=error.code))
+            return error.code
+        return "ok"
+
+    def _answer(self, **fields: Any) -> dict[str, Any]:
+        return messages.answer_header(Answer(now=self._clock(), addrs=self._addrs(), **fields))
+
+    def _closest(self, target: int, asker: PeerId) -> tuple[Contact, ...]:
+        """The nearest that we know and can say how to reach, the asker aside."""
+        nearest = self._table.nearest(target, messages.MAX_NODES + 1)
+        known = [contact for contact in nearest if contact.addrs and contact.peer != asker]
+        return tuple(known[: messages.MAX_NODES])
+
+    def _addrs(self) -> tuple[str, ...]:
+        return tuple(str(addr.bare()) for addr in self._host.addrs)[:MAX_ADDRS]
+
+    def _clock_seen(self, peer: PeerId, theirs: float) -> float:
+        """Seconds that a peer's clock is ahead of ours; reported once a peer when it is too much."""
+        skew = theirs - self._clock()
+        if abs(skew) <= SAME_CLOCK_S:
+            self._skewed.pop(peer, None)
+        elif peer not in self._skewed:
+            remember(self._skewed, peer, None, MAX_NOTED)
+            self._emit(ClockSkewed(peer=peer, seconds=skew))
+        return skew
+
+
+def _dialable(texts: Sequence[str]) -> list[Multiaddr]:
+    """Addresses out of a message; those in a form that we do not know are left out."""
+    found = []
+    for text in texts:
+        try:
+            found.append(Multiaddr.parse(text))
+        except RemoteError:
+            continue
+    return found
+
+
+def remember(cache: OrderedDict[Any, Any], key: Any, value: Any, limit: int) -> None:
+    """Put a value in a bounded cache, latest last."""
+    cache[key] = value
+    cache.move_to_end(key)
+    if len(cache) > limit:
+        cache.popitem(last=False)

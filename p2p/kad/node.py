@@ -1,0 +1,377 @@
+"""The hash table as its users know it: store, get, and staying part of it.
+
+``store`` signs, keeps a copy at once (so a local ``get`` sees it), and sends it to the ``replicas``
+nearest nodes; where those are is remembered for ``ROUTE_LIFE_S`` or until somebody nearer turns up,
+because swarm records are stored again every few seconds. ``get`` merges the answers of the ``quorum``
+nearest nodes that can be heard, and asks up to ``WIDE`` when all of them came back empty.
+
+``run`` joins (seeds, and contacts lost earlier; jittered back-off, for ever), refreshes stale buckets,
+asks a missing seed now and then so that two halves of a swarm find each other again, and at half the
+life of each of our records that nobody replaced sends the *same* record to the nodes that are nearest
+by then. Its end never moves: a record that its owner stops storing is over at its ttl.
+
+Limits: ``MAX_OWN`` own records, ``MAX_ROUTES`` remembered routes and as many answers, and those of the
+parts. Times of records are the clock's that was given; waiting uses trio's. Sources: Kademlia (2002);
+peers that fall apart into two tables of the same seeds are hivemind's issue 624.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from random import Random
+from typing import TYPE_CHECKING, Any, Final, final
+
+import attrs
+import trio
+
+from p2p.errors import LocalError, P2PError, PeerGone, Refused, RemoteError
+from p2p.event import Emit, ignore
+from p2p.identity import Identity, PeerId
+from p2p.kad.events import DhtIsolated, DhtJoined, RecordRefused
+from p2p.kad.exchange import Exchange, remember
+from p2p.kad.ids import key_id, random_in_bucket
+from p2p.kad.lookup import Lookup
+from p2p.kad.record import Record, seal
+from p2p.kad.store import newest
+from p2p.kad.table import MAX_ADDRS, Contact, Table
+from p2p.multiaddr import Multiaddr
+
+if TYPE_CHECKING:
+    from p2p.host import Host
+
+Seeds = Sequence[tuple[PeerId, Sequence[Multiaddr]]]
+
+MAX_OWN: Final = 256
+MAX_ROUTES: Final = 256
+ROUTE_LIFE_S: Final = 30.0
+RECENT_S: Final = 5.0
+"""Age up to which ``get(fresh=False)`` answers from what it read last."""
+WIDE: Final = 8
+REFRESH_S: Final = 60.0
+STALE_S: Final = 600.0
+RETRY_FIRST_S: Final = 0.5
+RETRY_MOST_S: Final = 30.0
+
+
+@attrs.frozen(kw_only=True)
+class KadLimits:
+    """What an operator or a test may want otherwise."""
+
+    k: int = 20
+    alpha: int = 3
+    replicas: int = 20
+    quorum: int = 3
+    hop_s: float = 1.0
+    """Deadline of one question."""
+    patience_s: float = 0.4
+    """A peer silent for this long no longer holds a lookup up."""
+
+
+@attrs.define
+class _Own:
+    record: Record
+    again_at: float
+    """When it is sent to the then nearest nodes again, unless replaced before."""
+
+
+@final
+class Dht:
+    """See the file's opening. One object a host; ``run`` it in a nursery of the host's life."""
+
+    def __init__(
+        self,
+        host: Host,
+        identity: Identity,
+        *,
+        clock: Callable[[], float] = time.time,
+        rng: Random | None = None,
+        emit: Emit = ignore,
+        limits: KadLimits = KadLimits(),
+    ) -> None:
+        self.table = Table(identity.peer_id, k=limits.k)
+        self.joined = trio.Event()
+        """Set once another node answered (at once for a node that was given no seeds)."""
+        self._identity = identity
+        self._clock = clock
+        self._rng = rng or Random()
+        self._emit = emit
+        self._limits = limits
+        self._seq = 0
+        self._seeds: dict[PeerId, Contact] = {}
+        self._own: OrderedDict[tuple[str, str], _Own] = OrderedDict()
+        self._own_changed = trio.Event()
+        self._routes: OrderedDict[str, tuple[float, list[Contact]]] = OrderedDict()
+        self._recent: OrderedDict[str, tuple[float, dict[str, Record]]] = OrderedDict()
+        self._exchange = Exchange(
+            host,
+            self.table,
+            clock=clock,
+            emit=emit,
+            hop_s=limits.hop_s,
+            patience_s=limits.patience_s,
+            newcomer=self._newcomer,
+        )
+        self.records = self._exchange.records
+        """What this node keeps for the swarm."""
+
+    # Asking
+
+    async def store(self, key: str, subkey: str, value: Any, *, ttl: float, deadline: float) -> int:
+        """Sign and place a record; the number of nodes that keep it, this one included.
+
+        ``deadline`` is in seconds from now; what was not placed by then is not counted. Only
+        ``LocalError`` is raised: a record that nobody else took is sent again once somebody is there.
+        """
+        now = self._clock()
+        self._seq = max(self._seq + 1, int(now * 1e6))
+        record = seal(self._identity, key, subkey, value, seq=self._seq, issued=now, ttl=ttl)
+        if (key, subkey) not in self._own and len(self._own) >= MAX_OWN:
+            self._forget_own(now)
+            if len(self._own) >= MAX_OWN:
+                raise LocalError(f"this node keeps {MAX_OWN} records of its own in the table already")
+        self._exchange.verifier.remember(record)
+        try:
+            self.records.put(record, now)
+        except Refused as error:  # our clock went back, or other people's records fill our store
+            self._emit(RecordRefused(peer=self._identity.peer_id, key=key, code=error.code))
+        self._own[key, subkey] = _Own(record, now + ttl / 2)
+        self._own_changed.set()
+        return 1 + await self._place(record, deadline)
+
+    async def get(self, key: str, *, deadline: float, fresh: bool = True) -> dict[str, Record]:
+        """The live records of a key, by subkey; empty if there are none.
+
+        ``deadline`` is in seconds from now. Raises PeerGone when nobody could be asked, although
+        there should be somebody: "nothing there" and "cannot tell" are different answers.
+        """
+        now = self._clock()
+        if not fresh and (known := self._recent.get(key)) is not None and now < known[0] + RECENT_S:
+            return {subkey: record for subkey, record in known[1].items() if record.expires > now}
+        found = self.records.get(key, now)
+        lookup = self._lookup(key_id(key), need=self._limits.quorum)
+        heard: list[int] = []
+
+        async def ask(contact: Contact) -> Sequence[Contact]:
+            nodes, records = await self._exchange.find_value(contact, key)
+            newest(found, records)
+            heard.append(len(records))
+            if not any(heard) and len(heard) >= self._limits.quorum:
+                lookup.widen(WIDE)
+            return nodes
+
+        with trio.move_on_after(deadline):
+            await self._drive(lookup, ask)
+        if not heard and (lookup.queries or self._seeds):
+            raise PeerGone(f"no node of the hash table answered ({lookup.queries} were asked)")
+        now = self._clock()
+        found = {subkey: record for subkey, record in found.items() if record.expires > now}
+        remember(self._recent, key, (now, found), MAX_ROUTES)
+        return dict(found)
+
+    async def get_many(self, keys: Iterable[str], *, deadline: float) -> dict[str, dict[str, Record]]:
+        """Several keys at once; those that could not be read are missing from the answer."""
+        answers: dict[str, dict[str, Record]] = {}
+
+        async def one(key: str) -> None:
+            try:
+                answers[key] = await self.get(key, deadline=deadline)
+            except RemoteError:
+                pass
+
+        async with trio.open_nursery() as nursery:
+            for key in keys:
+                nursery.start_soon(one, key)
+        return answers
+
+    async def nearest(self, target: int, *, deadline: float) -> list[Contact]:
+        """The nodes nearest to a place that answered, nearest first, at most k."""
+        lookup = self._lookup(target, need=self._limits.k)
+
+        async def ask(contact: Contact) -> Sequence[Contact]:
+            return await self._exchange.find_node(contact, target)
+
+        with trio.move_on_after(deadline):
+            await self._drive(lookup, ask)
+        return lookup.result()
+
+    # Keeping up
+
+    async def run(
+        self, seeds: Seeds, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Join and stay; never returns by itself. Started after the first attempt to join."""
+        for peer, addrs in seeds:
+            if peer != self.table.own:
+                self._seeds[peer] = Contact(peer, tuple(str(addr) for addr in addrs)[:MAX_ADDRS])
+        if not self._seeds:
+            self.joined.set()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._stay_joined)
+            nursery.start_soon(self._renew)
+            task_status.started()
+
+    async def _stay_joined(self, *, task_status: trio.TaskStatus[None]) -> None:
+        retry_s = RETRY_FIRST_S
+        attempted = False
+        while True:
+            if len(self.table) == 0:
+                began = trio.current_time()
+                await self._join()
+                if len(self.table):
+                    retry_s = RETRY_FIRST_S
+                    self.joined.set()
+                    self._emit(DhtJoined(peers=len(self.table), seconds=trio.current_time() - began))
+                    self._send_all_again()
+            if not attempted:
+                attempted = True
+                task_status.started()
+            if len(self.table):
+                await trio.sleep(REFRESH_S * self._rng.uniform(0.75, 1.25))
+                await self._refresh()
+            elif self._seeds or self.table.lost:
+                wait_s = retry_s * self._rng.uniform(0.5, 1.5)
+                self._emit(DhtIsolated(retry_in=wait_s))
+                await trio.sleep(wait_s)
+                retry_s = min(RETRY_MOST_S, 2 * retry_s)
+            else:
+                await trio.sleep(RETRY_FIRST_S)  # the first node: others come to us
+
+    async def _join(self) -> None:
+        candidates = {contact.peer: contact for contact in [*self.table.lost, *self._seeds.values()]}
+        if not candidates:
+            return
+        lookup = self._lookup(self.table.own_id, need=self._limits.k, start=candidates.values())
+
+        async def ask(contact: Contact) -> Sequence[Contact]:
+            # The first call of a life dials, and seeds are few: give them more time than a hop.
+            hop_s = 5 * self._limits.hop_s
+            return await self._exchange.find_node(contact, self.table.own_id, hop_s=hop_s)
+
+        await self._drive(lookup, ask)
+
+    async def _refresh(self) -> None:
+        now = trio.current_time()
+        deadline = 10 * self._limits.hop_s
+        missing = [seed for peer, seed in self._seeds.items() if peer not in self.table]
+        if missing:
+            try:
+                await self._exchange.find_node(self._rng.choice(missing), self.table.own_id)
+            except (P2PError, trio.TooSlowError):
+                pass  # a seed may be down; it is asked again next time
+        await self.nearest(self.table.own_id, deadline=deadline)
+        stale = self.table.stale(now - STALE_S)
+        if stale:
+            index = self._rng.choice(stale)
+            await self.nearest(random_in_bucket(self.table.own_id, index, self._rng), deadline=deadline)
+            self.table.refreshed(index, now)
+
+    async def _renew(self) -> None:
+        """Send records of ours again that were not replaced at half their life."""
+        while True:
+            self._own_changed = trio.Event()
+            now = self._clock()
+            self._forget_own(now)
+            due = [own for own in self._own.values() if own.again_at <= now]
+            for own in due:
+                own.again_at = math.inf
+                self._routes.pop(own.record.key, None)
+                await self._place(own.record, 10 * self._limits.hop_s)
+            if not due:
+                next_at = min((own.again_at for own in self._own.values()), default=math.inf)
+                with trio.move_on_after(max(0.05, next_at - now)):
+                    await self._own_changed.wait()
+
+    def _send_all_again(self) -> None:
+        """What was stored while nobody was there has only been kept by ourselves."""
+        self._routes.clear()
+        for own in self._own.values():
+            own.again_at = -math.inf
+        self._own_changed.set()
+
+    def _forget_own(self, now: float) -> None:
+        for place in [place for place, own in self._own.items() if own.record.expires <= now]:
+            del self._own[place]
+
+    # Placing
+
+    async def _place(self, record: Record, deadline: float) -> int:
+        """Send a record to its nearest nodes but us; how many took it."""
+        taken = 0
+        failed: list[PeerId] = []
+
+        async def send(contact: Contact) -> None:
+            nonlocal taken
+            try:
+                if await self._exchange.store(contact, record):
+                    taken += 1
+            except (P2PError, trio.TooSlowError):
+                failed.append(contact.peer)
+
+        with trio.move_on_after(deadline):
+            route = await self._route(record.key, deadline)
+            async with trio.open_nursery() as nursery:
+                for contact in route:
+                    nursery.start_soon(send, contact)
+        if failed:
+            self._routes.pop(record.key, None)
+        return taken
+
+    async def _route(self, key: str, deadline: float) -> list[Contact]:
+        """The nodes other than us that should keep a key's records."""
+        now = trio.current_time()
+        known = self._routes.get(key)
+        if known is not None and now < known[0] + ROUTE_LIFE_S:
+            return known[1]
+        target = key_id(key)
+        nearest = await self.nearest(target, deadline=deadline)
+        nearest = nearest[: self._limits.replicas]
+        if len(nearest) == self._limits.replicas and self.table.own_id ^ target < nearest[-1].id ^ target:
+            nearest.pop()  # we are one of the replicas ourselves
+        if nearest:
+            remember(self._routes, key, (now, nearest), MAX_ROUTES)
+        return nearest
+
+    def _newcomer(self, contact: Contact) -> None:
+        """Routes that a contact new to the table would be part of are to be found again."""
+        for key, (_, route) in list(self._routes.items()):
+            target = key_id(key)
+            if len(route) < self._limits.replicas or contact.id ^ target < route[-1].id ^ target:
+                del self._routes[key]
+
+    # Looking up
+
+    def _lookup(self, target: int, *, need: int, start: Iterable[Contact] | None = None) -> Lookup:
+        if start is None:
+            start = self.table.nearest(target, self._limits.k) or self._seeds.values()
+        return Lookup(
+            target,
+            start,
+            own=self.table.own,
+            need=need,
+            alpha=self._limits.alpha,
+            patience=self._limits.patience_s,
+        )
+
+    async def _drive(self, lookup: Lookup, ask: Callable[[Contact], Awaitable[Sequence[Contact]]]) -> None:
+        """Run a lookup to its end; questions still open then are given up."""
+        changed = trio.Event()
+
+        async def one(contact: Contact) -> None:
+            try:
+                lookup.answered(contact.peer, await ask(contact))
+            except (P2PError, trio.TooSlowError):
+                lookup.failed(contact.peer)
+            changed.set()
+
+        async with trio.open_nursery() as nursery:
+            while not lookup.done(now := trio.current_time()):
+                for contact in lookup.due(now):
+                    nursery.start_soon(one, contact)
+                timer = lookup.timer(now)
+                with trio.move_on_at(math.inf if timer is None else timer):
+                    await changed.wait()
+                changed = trio.Event()
+            nursery.cancel_scope.cancel()
