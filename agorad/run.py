@@ -25,8 +25,9 @@ import attrs
 
 from agorad.settings import read_toml, structure, unstructure
 from p2p.errors import LocalError, RemoteError
-from p2p.identity import Identity, PeerId, verify
+from p2p.identity import Identity, PeerId, public_key_of, verify
 from p2p.membership import Trust
+from p2p.multiaddr import Multiaddr
 from stage.config import ModelConfig, TrainingConfig
 
 FORMAT: Final = 1

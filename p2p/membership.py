@@ -23,7 +23,6 @@ Limits: 1 KiB a certificate, 64 characters for run and account, clocks may diffe
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, cast, final
 
@@ -245,7 +244,7 @@ class Membership:
         self,
         trust: Trust,
         own_certificate: Callable[[], bytes | None],
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float],
     ) -> None:
         self.trust = trust
         self.own_certificate = own_certificate

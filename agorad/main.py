@@ -1,0 +1,88 @@
+"""``agorad``: read the settings, play one role in the foreground, end with a code that means something.
+
+The role's module is imported only once the settings are known, so that everything but the worker
+starts without torch. Errors that people can mend are one sentence on stderr; a traceback means a bug.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import click
+import trio
+
+from agorad import __version__, run
+from agorad.config import ROLES, Config, default_path, load
+from agorad.exitcodes import ExitCode, verdict
+from agorad.node import run_node, start_time
+from p2p.errors import LocalError
+from p2p.identity import Identity
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Settings, TOML.")
+@click.option("--role", type=click.Choice(ROLES), help="Instead of node.role.")
+@click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Overrides one setting.")
+@click.option("--log-file", type=click.Path(path_type=Path), help="Instead of node.log.")
+@click.option("--check-config", is_flag=True, help="Check settings, manifest and key; start nothing.")
+@click.version_option(__version__, prog_name="agorad")
+def main(
+    config_path: Path | None,
+    role: str | None,
+    assignments: tuple[str, ...],
+    log_file: Path | None,
+    check_config: bool,
+) -> None:
+    """Take part in training one model together with others."""
+    if log_file is not None:
+        assignments = (*assignments, f"node.log={log_file.absolute()}")
+    try:
+        settings = load(config_path or default_path(), role=role, assignments=assignments)
+        if check_config:
+            _check(settings)
+            return
+        _live(settings)
+    except BaseException as error:
+        sys.exit(_explain(error))
+
+
+def _live(settings: Config) -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    role = importlib.import_module(f"agorad.roles.{settings.node.role}")
+
+    async def live() -> None:
+        await run_node(settings, role.run, started_at=start_time())
+
+    trio.run(live)
+
+
+def _check(settings: Config) -> None:
+    """All that can be known to be wrong before a start."""
+    run.load(settings.node.run)
+    if settings.identity.exists():
+        Identity.load(settings.identity)
+    for file in (settings.worker.secret_file, settings.trainer.data):
+        if file is not None and not file.exists():
+            raise LocalError(f"{file} does not exist")
+    click.echo(f"{settings.path}: fine")
+
+
+def _explain(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else ExitCode.BUG
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    code, sentence = verdict(error)
+    if sentence is None:
+        traceback.print_exception(error)
+        sentence = "this is a bug in agorad; please report it with the lines above"
+    click.echo(f"agorad: {sentence}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""One node of a run: the parts that all roles share, put together, started and stopped.
+
+Theory of operation. ``run_node`` builds what a role stands on, in this order: state folder and locks,
+event bus and log, identity, manifest, host with membership, control socket, hash table; then it calls
+the role's ``async def run(node: Node) -> None``. A role registers its protocols on ``node.host`` and
+its commands in ``node.commands``, calls ``node.ready()`` once it serves, keeps ``node.status`` true,
+and returns when its work is done or soon after ``node.stopping`` is set. Whatever it started in
+``node.nursery`` is cancelled after that, then the host closes its connections.
+
+Stopping: the first SIGTERM or SIGINT sets ``node.stopping`` and gives the role ``DRAIN_S`` to return;
+a second one ends the process at once. SIGHUP reads the configuration again: all or nothing, and only
+what is looked up at use (the authority's settings and account file) changes. Limits: one role a
+process; a role that overstays its drain is cancelled.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import trio
+from p2p.host import Host
+
+from agorad import __version__, config, control, run, state_dirs
+from agorad.config import Config
+from agorad.events import Bus, Ready, Reloaded, Started, Stopped, Stopping
+from agorad.exitcodes import ExitCode, verdict
+from agorad.log import Log
+from agorad.notify import Notifier
+from agorad.run import Manifest
+from p2p.errors import LocalError, P2PError
+from p2p.event import Event
+from p2p.identity import Identity
+from p2p.kad import Dht
+from p2p.membership import Certificate, Membership
+from p2p.multiaddr import Multiaddr
+
+DRAIN_S: Final = 28.0
+"""A role has this long to hand back its work; the whole stop stays under 30 s."""
+
+
+@attrs.define(eq=False)
+class Node:
+    """What a role is given. Attributes are for reading unless they say otherwise."""
+
+    config: Config
+    """Replaced as a whole on SIGHUP: look settings up at use where that should matter."""
+    manifest: Manifest
+    identity: Identity
+    host: Host
+    dht: Dht
+    bus: Bus
+    nursery: trio.Nursery
+    """For the role's background tasks; cancelled once the role returned."""
+    notifier: Notifier
+    commands: dict[str, control.Command] = attrs.field(factory=dict)
+    """Control commands by name; roles add theirs."""
+    status: dict[str, Any] = attrs.field(factory=dict)
+    """The role's part of ``agoractl status``; see ``status_document``. Written by the role."""
+    certificate: Certificate | None = None
+    """What this node presents in hello; set by ``joining``."""
+    stopping: trio.Event = attrs.field(factory=trio.Event)
+    """Set when the node is to leave."""
+    clock: Callable[[], float] = time.time
+    rng: random.Random = attrs.field(factory=random.Random)
+    warnings: dict[str, str] = attrs.field(factory=dict)
+    """Present troubles by key, as sentences for ``agoractl status``; roles set and delete."""
+    started_at: float = 0.0
+    """Of the process; same clock as ``time.time``."""
+    is_ready: bool = False
+
+    def emit(self, event: Event) -> None:
+        """Report an event."""
+        self.bus.emit(event)
+
+    def ready(self) -> None:
+        """The role serves; tell the manager and the log. Calling it again does nothing."""
+        if self.is_ready:
+            return
+        self.is_ready = True
+        self.status.setdefault("phase", "active")
+        addrs = [str(addr) for addr in self.host.addrs]
+        self.emit(Ready(seconds=round(time.time() - self.started_at, 3), addrs=addrs))
+        self.notifier.ready()
+
+    def stop(self, why: str) -> None:
+        """Begin to leave; calling it again does nothing."""
+        if not self.stopping.is_set():
+            self.emit(Stopping(why=why))
+            self.notifier.stopping()
+            self.status["phase"] = "leaving"
+            self.stopping.set()
+
+    def status_document(self) -> dict[str, Any]:
+        """This node as ``agoractl status --json`` shows it."""
+        warnings = list(self.warnings.values())
+        if self.bus.unwritten:
+            warnings.append(f"{self.bus.unwritten} events could not be written to {self.config.events}")
+        return {
+            "name": self.config.name,
+            "role": self.config.node.role,
+            "pid": os.getpid(),
+            "peer_id": self.identity.peer_id,
+            "uptime_s": round(time.time() - self.started_at, 3),
+            "run": self.manifest.run.id,
+            "phase": "joining",
+            "stage": None,
+            "step": 0,
+            "loss": None,
+            "microbatches": {},
+            "round": None,
+            "peers": len(self.host.connections),
+            "points": None,
+            "queue": None,
+            "addrs": [str(addr) for addr in self.host.addrs],
+            **self.status,
+            "warnings": warnings,
+        }
+
+
+Role = Callable[[Node], Awaitable[None]]
+
+
+async def run_node(settings: Config, role: Role, *, started_at: float) -> None:
+    """Live as one node until the role returns or a signal says so. Raises what went wrong."""
+    listen = _addresses(settings.node.listen, "node.listen")
+    announce = _addresses(settings.node.announce, "node.announce")
+    manifest = run.load(settings.node.run)
+    state_dirs.prepare(settings.node.state)
+    locks = [state_dirs.claim(settings.node.state)]
+    identity = Identity.load_or_create(settings.identity)
+    locks.append(state_dirs.claim(settings.identity))
+    bus = Bus(settings.events)
+    bus.subscribe(Log(sys.stderr, settings.node.log))
+    bus.emit(
+        Started(
+            name=settings.name,
+            role=settings.node.role,
+            run=manifest.run.id,
+            peer_id=identity.peer_id,
+            version=__version__,
+        )
+    )
+    try:
+        await _live(settings, manifest, identity, bus, listen, announce, role, started_at)
+    except BaseException as error:
+        code, why = verdict(error)
+        bus.emit(Stopped(code=code, why=why or repr(error)))
+        raise
+    else:
+        bus.emit(Stopped(code=ExitCode.CLEAN, why="done"))
+    finally:
+        bus.close()
+        for lock in locks:
+            os.close(lock)
+
+
+async def _live(
+    settings: Config,
+    manifest: Manifest,
+    identity: Identity,
+    bus: Bus,
+    listen: list[Multiaddr],
+    announce: list[Multiaddr],
+    role: Role,
+    started_at: float,
+) -> None:
+    rng = random.Random()
+    host = Host(identity, emit=bus.emit, rng=rng)
+    dht = Dht(host, identity, rng=rng, emit=bus.emit)
+    listener = control.listen(settings.control)
+    try:
+        async with trio.open_nursery() as services, host.run(listen), trio.open_nursery() as nursery:
+            node = Node(
+                config=settings,
+                manifest=manifest,
+                identity=identity,
+                host=host,
+                dht=dht,
+                bus=bus,
+                nursery=nursery,
+                notifier=Notifier(),
+                rng=rng,
+                started_at=started_at,
+            )
+            host.membership = Membership(manifest.trust(), lambda: _presented(node), node.clock)
+            host.announce = announce
+            services.start_soon(_obey_signals, node)
+            services.start_soon(node.notifier.watchdog)
+            node.commands.update(_commands(node))
+            await services.start(control.serve, listener, node.commands)
+            _learn(node)
+            seeds = [
+                (ref.peer_id, ref.multiaddrs()) for ref in manifest.seeds if ref.peer_id != identity.peer_id
+            ]
+            await nursery.start(dht.run, seeds)
+            await _drain(node, role)
+            node.stop("the role's work is done")
+            nursery.cancel_scope.cancel()
+            services.cancel_scope.cancel()
+    finally:
+        listener.close()
+        settings.control.unlink(missing_ok=True)
+
+
+async def _drain(node: Node, role: Role) -> None:
+    """Run the role; once stopping is set it has ``DRAIN_S`` left."""
+
+    async def enforce(scope: trio.CancelScope) -> None:
+        await node.stopping.wait()
+        scope.deadline = trio.current_time() + DRAIN_S
+
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+            nursery.start_soon(enforce, scope)
+            await role(node)
+        nursery.cancel_scope.cancel()
+
+
+async def _obey_signals(node: Node) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async for number in signals:
+            if number == signal.SIGHUP:
+                _reload(node)
+            elif node.stopping.is_set():
+                os._exit(128 + number)
+            else:
+                node.stop(f"asked to ({signal.Signals(number).name})")
+
+
+def _reload(node: Node) -> None:
+    node.notifier.reloading()
+    try:
+        path = node.config.path
+        if path is None:
+            raise LocalError("this node was not started from a file")
+        fresh = config.load(path)
+        fixed = [
+            field.name
+            for field in attrs.fields(config.NodeSection)
+            if getattr(fresh.node, field.name) != getattr(node.config.node, field.name)
+        ]
+        if fixed:
+            raise LocalError(f"node.{fixed[0]} changes only with a restart")
+    except LocalError as error:
+        node.emit(Reloaded(ok=False, why=str(error)))
+    else:
+        node.config = fresh
+        node.emit(Reloaded(ok=True, why=""))
+    node.notifier.ready()
+
+
+def _commands(node: Node) -> dict[str, control.Command]:
+    async def status(_request: Mapping[str, Any]) -> dict[str, Any]:
+        return node.status_document()
+
+    async def counters(_request: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "events": dict(node.bus.counts),
+            "protocols": {name: list(pair) for name, pair in node.host.counters.protocols.items()},
+            "bytes": [node.host.counters.bytes_out, node.host.counters.bytes_in],
+        }
+
+    async def events(request: Mapping[str, Any]) -> Any:
+        since = request.get("since", 0)
+        if type(since) is not int:
+            raise control.BadRequest("since is the id of an event, a whole number")
+        return node.bus.follow(since) if request.get("follow") else node.bus.since(since)
+
+    async def leave(_request: Mapping[str, Any]) -> dict[str, Any]:
+        node.stop("asked to leave")
+        return {}
+
+    return {"status": status, "counters": counters, "events": events, "leave": leave}
+
+
+def _presented(node: Node) -> bytes | None:
+    return None if node.certificate is None else node.certificate.encode()
+
+
+def _learn(node: Node) -> None:
+    """The manifest's nodes are known without the hash table, so start order is free."""
+    for ref in (*node.manifest.seeds, *node.manifest.authorities, *node.manifest.trainers):
+        if ref.addrs and ref.peer_id != node.identity.peer_id:
+            node.host.learn(ref.peer_id, ref.multiaddrs())
+
+
+def _addresses(texts: tuple[str, ...], setting: str) -> list[Multiaddr]:
+    try:
+        return [Multiaddr.parse(text) for text in texts]
+    except P2PError as error:
+        raise LocalError(f"{setting}: {error}") from error
+
+
+def start_time() -> float:
+    """Unix time at which this process began, from /proc where there is one."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return time.time()
