@@ -1,0 +1,422 @@
+"""The butterfly: every member reduces its share of the vector and hands the means out.
+
+Theory of operation (sans-IO: messages and time in, messages and one outcome out). The vector is cut in
+parts; part p has one *reducer* and that one's *deputy*, the next member in the roster.
+
+    raw(p)     every member with weight  -> reducer     its own numbers
+    mean(p)    reducer -> deputy                        signed over group, part, digest, contributors
+    ack(p)     deputy  -> reducer
+    mean(p)    reducer -> everybody else
+    ask(p)     a member whose reducer is lost -> deputy: mean(p), or gone(p), once the deputy knows
+    gone(p)    reducer or deputy: nobody will get this part from me
+    report     everybody -> everybody, when no part is pending; then ``verdict`` decides what counts
+
+Parts go in any order. A sender that is lost or late is dropped from the parts it has not sent; the others'
+mean stands if two contributed (or all who have weight). A sender with numbers that are not finite is
+dropped from all parts of that reducer, but stays in the round and receives.
+
+Races, and what settles them:
+- *Reducer dies before the deputy has its part*: nobody else can have it; the deputy sees the reducer lost,
+  marks the part missing and says ``gone`` to all who ask. Not averaged, for everyone.
+- *Reducer dies after*: whoever lacks the part asks the deputy, which holds it. Averaged, for everyone.
+- *A member asks while the deputy still hears from the reducer* (one broken link): the deputy keeps the
+  question until the part arrives or its reducer is lost to it too.
+- *Deputy dies*: the reducer sends to everybody without the acknowledgement. On its own this would be unsafe
+  (the deputy may only be cut off, having said ``gone`` to others): the verdict makes it safe, since a part
+  that some reporter lacks does not count.
+- *Both die*: the part may have reached some members and not others; it counts only if all reporters hold it.
+- *A reducer sends different bytes to different members*: reports carry digests, and parts that differ do not
+  count; both signatures are the evidence.
+
+Guaranteed under crashes, stops and lost links in any number: all members that finish have averaged the same
+parts with the same bytes, hence equal checksums. A member that cannot learn the verdict fails and its vector
+is untouched. Guaranteed for the loss of any one member of three or more at any moment: all others finish.
+Not guaranteed (impossible): that all finish or none does; that a round of two survives the loss of one.
+
+Times are fractions of the round's duration, each a last resort: losing a link is noticed by the connection
+itself within 2 s and resolves everything that waited for it at once.
+
+Limits: the roster's. Memory: the result (one vector) and the reducers of unfinished parts of one share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from p2p.averaging import fields
+from p2p.averaging.outcome import Outcome
+from p2p.averaging.reducer import MakeReducer, Reducer
+from p2p.averaging.roster import Roster, Sign, Verify
+from p2p.averaging.shares import MAX_PARTS
+from p2p.averaging.verdict import DIGEST, MESSAGES, NOTHING, Value, Verdict
+from p2p.errors import LocalError, RemoteError
+
+if TYPE_CHECKING:
+    from p2p.identity import PeerId
+
+RAW_BY: Final = 0.45
+"""Fraction of the round after which silent senders are dropped from the parts they have not sent."""
+ACK_BY: Final = 0.55
+"""After which a silent deputy is not waited for."""
+MEANS_BY: Final = 0.7
+"""After which parts that have not come are given up."""
+REPORT_BY: Final = 0.8
+"""After which the verdict is made from the reports at hand."""
+BALLOT_EVERY: Final = 0.04
+"""Between the turns of successive ballot owners where nobody is known to be lost; the last is at the end."""
+
+_DOMAIN: Final = "round-part"
+_ROUNDING: Final = 1e-9
+"""So that a timer set for ``wake_at`` finds its mark passed, whatever the last bit of the division."""
+
+
+class Part(Enum):
+    """What this member knows of a part."""
+
+    PENDING = "pending"
+    HELD = "held"
+    MISSING = "missing"
+
+
+@attrs.frozen
+class Send:
+    """A message to member ``to``; ``payload`` may be a view into a buffer that keeps until the end."""
+
+    to: int
+    header: dict[str, Any]
+    payload: bytes | memoryview = attrs.field(default=b"", repr=False)
+
+
+class Exchange:
+    """One member's side of a committed round. After each input drain ``out`` and look at ``done``."""
+
+    def __init__(
+        self,
+        roster: Roster,
+        me: PeerId,
+        vector: memoryview,
+        make_reducer: MakeReducer,
+        sign: Sign,
+        verify: Verify,
+        now: float,
+        seconds: float,
+    ) -> None:
+        if len(vector) != roster.floats * 4:
+            raise LocalError("the vector is not as long as the roster says")
+        self.roster = roster
+        self.me = roster.peers.index(me)
+        self.out: list[Send] = []
+        self.outcome: Outcome | None = None
+        self.failed: str | None = None
+        self._vector = vector
+        self._result = bytearray(vector)
+        self._view = memoryview(self._result)
+        self._make_reducer = make_reducer
+        self._sign = sign
+        self._verify = verify
+        self._began = now
+        self._seconds = seconds
+        self._n = len(roster.members)
+        self._weights = [member.weight for member in roster.members]
+        self._everybody = sum(1 << i for i, weight in enumerate(self._weights) if weight > 0)
+        self._spans = roster.spans
+        self._owners = roster.owners
+        self._status = [Part.PENDING] * len(self._spans)
+        self._digests = [NOTHING] * len(self._spans)
+        self._proofs: dict[int, tuple[int, bytes]] = {}  # part -> contributors, the reducer's signature
+        self._reducers: dict[int, Reducer] = {}
+        self._added = {p: 0 for p, owner in enumerate(self._owners) if owner == self.me}
+        self._pending = len(self._spans)
+        self._lost: dict[int, str] = {}
+        self._barred: dict[int, str] = {}
+        self._unacked: set[int] = set()
+        self._askers: dict[int, set[int]] = {}
+        self._asked: set[int] = set()
+        self._passed = 0.0
+        self._turn = REPORT_BY + self.me * BALLOT_EVERY
+        self._verdict = Verdict(self.me, self._n, len(self._spans))
+
+    # -- inputs
+
+    def start(self) -> None:
+        """Send this member's numbers off, beginning at another reducer than its neighbour does."""
+        if self._weights[self.me] > 0:
+            order = sorted(range(len(self._spans)), key=lambda p: (self._owners[p] - self.me) % self._n)
+            for part in order:
+                if self._owners[part] != self.me:
+                    begin, end = self._spans[part]
+                    self._tell(self._owners[part], {"t": "raw", "p": part}, self._vector[begin:end])
+        self._reduce_own()
+        self._advance()
+
+    def heard(self, sender: int, header: Mapping[str, Any], payload: memoryview) -> None:
+        """A message of member ``sender``; ``RemoteError`` means: drop its link and call ``lost``."""
+        if self.done or sender in self._lost:
+            return
+        kind = fields.text(header, "t", 16)
+        if kind in MESSAGES:
+            self._verdict.heard(sender, kind, header, payload)
+        elif kind == "raw":
+            self._raw(sender, self._part(header), payload)
+        elif kind == "mean":
+            self._mean(sender, self._part(header), header, payload)
+        elif kind == "ack":
+            part = self._part(header)
+            if self._owners[part] != self.me or sender != self.roster.deputy(self.me):
+                raise RemoteError("an acknowledgement from one who is not the deputy")
+            self._spread(part)
+        elif kind == "ask":
+            self._asked_by(sender, self._parts(header))
+        elif kind == "gone":
+            self._gone(sender, self._parts(header))
+        else:
+            raise RemoteError(f"no such message: {kind}")
+        self._advance()
+
+    def lost(self, member: int, why: str) -> None:
+        """The link to ``member`` ended for good. All that waited for it is settled now."""
+        if self.done or member in self._lost or member == self.me:
+            return
+        self._lost[member] = why
+        self._reduce_own()
+        if member == self.roster.deputy(self.me):
+            for part in sorted(self._unacked):
+                self._spread(part)
+        questions: dict[int, list[int]] = {}
+        for part, status in enumerate(self._status):
+            owner = self._owners[part]
+            deputy = self.roster.deputy(owner)
+            if status is not Part.PENDING or owner not in self._lost:
+                continue
+            if deputy == self.me or deputy in self._lost:
+                self._miss(part)
+            elif part not in self._asked:
+                self._asked.add(part)
+                questions.setdefault(deputy, []).append(part)
+        for deputy, parts in questions.items():
+            self._tell(deputy, {"t": "ask", "p": parts})
+        self._advance()
+
+    def tick(self, now: float) -> None:
+        """Time has come to ``now``; at or after ``wake_at`` something gives up."""
+        if self.done:
+            return
+        passed = (now - self._began) / self._seconds if self._seconds > 0 else 1.0
+        self._passed = max(self._passed, passed + _ROUNDING)
+        if self._passed >= RAW_BY:
+            for part in [p for p in self._added if self._status[p] is Part.PENDING]:
+                self._finish(part)
+        if self._passed >= ACK_BY:
+            for part in sorted(self._unacked):
+                self._spread(part)
+        if self._passed >= MEANS_BY and self._pending:
+            for part, status in enumerate(self._status):
+                if status is Part.PENDING:
+                    self._barred.setdefault(self._owners[part], "parts did not come")
+                    self._miss(part)
+        self._advance()
+        if self._passed >= 1.0 and not self.done:
+            self.failed = "no verdict before the round's deadline"
+
+    def wake_at(self) -> float:
+        """When ``tick`` is due next."""
+        due = [mark for mark in (RAW_BY, ACK_BY, MEANS_BY, REPORT_BY, self._turn) if mark > self._passed]
+        return self._began + self._seconds * min([*due, 1.0])
+
+    @property
+    def done(self) -> bool:
+        return self.outcome is not None or self.failed is not None
+
+    # -- as reducer
+
+    def _raw(self, sender: int, part: int, payload: memoryview) -> None:
+        if self._owners[part] != self.me:
+            raise RemoteError("numbers for a part that is reduced elsewhere")
+        if not self._everybody >> sender & 1:
+            raise RemoteError("numbers from a member without weight")
+        if self._added[part] >> sender & 1:
+            raise RemoteError("the same part twice")
+        begin, end = self._spans[part]
+        if len(payload) != end - begin:
+            raise RemoteError("a part of the wrong length")
+        if self._status[part] is Part.PENDING and sender not in self._barred:
+            self._add(part, sender, payload)
+            self._reduce_own() if sender in self._barred else self._finish_if_complete(part)
+
+    def _add(self, part: int, member: int, payload: memoryview) -> None:
+        begin, end = self._spans[part]
+        if part not in self._reducers:
+            self._reducers[part] = self._make_reducer(end - begin)
+        try:
+            self._reducers[part].add(payload, self._weights[member])
+        except RemoteError as error:
+            self._barred[member] = str(error)
+        else:
+            self._added[part] |= 1 << member
+
+    def _reduce_own(self) -> None:
+        for part in self._added:
+            if self._status[part] is Part.PENDING:
+                self._finish_if_complete(part)
+
+    def _finish_if_complete(self, part: int) -> None:
+        away = sum(1 << i for i in {*self._lost, *self._barred})
+        if not self._everybody & ~(self._added[part] | away | 1 << self.me):
+            self._finish(part)
+
+    def _finish(self, part: int) -> None:
+        begin, end = self._spans[part]
+        if self._weights[self.me] > 0 and self.me not in self._barred:
+            self._add(part, self.me, self._vector[begin:end])
+        for late in range(self._n):
+            if self._everybody & ~self._added[part] & ~(1 << self.me) & 1 << late and late not in self._lost:
+                self._barred.setdefault(late, "sent nothing in time")
+        reducer = self._reducers.pop(part, None)
+        contributors = self._added[part]
+        if reducer is None or contributors.bit_count() < min(2, self._everybody.bit_count()):
+            self._miss(part)
+            for to in range(self._n):
+                self._tell(to, {"t": "gone", "p": [part]})
+            return
+        mean = reducer.finish()
+        if len(mean) != end - begin:
+            raise LocalError("the reducer returned another length than it was given")
+        self._hold(part, mean, contributors, None)
+        self._unacked.add(part)
+        self._hand(part, self.roster.deputy(self.me))
+
+    def _spread(self, part: int) -> None:
+        if part in self._unacked:
+            self._unacked.discard(part)
+            for to in range(self._n):
+                if to != self.roster.deputy(self.me):
+                    self._hand(part, to)
+
+    # -- as receiver and deputy
+
+    def _mean(self, sender: int, part: int, header: Mapping[str, Any], payload: memoryview) -> None:
+        owner = self._owners[part]
+        if sender not in (owner, self.roster.deputy(owner)) or owner == self.me:
+            raise RemoteError("a mean from one who did not reduce it")
+        begin, end = self._spans[part]
+        contributors = fields.integer(header, "by", 1, (1 << self._n) - 1)
+        signature = fields.blob(header, "sig", 64, 64)
+        if len(payload) != end - begin:
+            raise RemoteError("a mean of the wrong length")
+        if self._status[part] is not Part.HELD:
+            self._hold(part, payload, contributors, signature)
+        if sender == owner and self.me == self.roster.deputy(owner):
+            self._tell(owner, {"t": "ack", "p": part})
+
+    def _hold(self, part: int, mean: bytes | memoryview, contributors: int, signature: bytes | None) -> None:
+        """Keep a mean: ``signature`` None where this member reduced it and signs now."""
+        digest = hashlib.sha256(mean).digest()
+        said = b"%b%d/%d/%b" % (self.roster.group, part, contributors, digest)
+        owner = self.roster.peers[self._owners[part]]
+        if signature is None:
+            signature = self._sign(_DOMAIN, said)
+        elif not self._verify(owner, _DOMAIN, said, signature):
+            raise RemoteError("a mean that its reducer did not sign")
+        begin, end = self._spans[part]
+        self._view[begin:end] = mean
+        self._digests[part] = digest[:DIGEST]
+        self._proofs[part] = (contributors, signature)
+        self._settle(part, Part.HELD)
+
+    def _miss(self, part: int) -> None:
+        if self._status[part] is Part.PENDING:
+            self._settle(part, Part.MISSING)
+
+    def _settle(self, part: int, status: Part) -> None:
+        if self._status[part] is Part.PENDING:
+            self._pending -= 1
+        self._status[part] = status
+        for asker in sorted(self._askers.pop(part, ())):
+            self._answer(asker, part)
+
+    def _asked_by(self, sender: int, parts: Sequence[int]) -> None:
+        for part in parts:
+            if self.roster.deputy(self._owners[part]) != self.me:
+                raise RemoteError("a question for another deputy")
+            if self._status[part] is Part.PENDING:
+                self._askers.setdefault(part, set()).add(sender)
+            else:
+                self._answer(sender, part)
+
+    def _answer(self, asker: int, part: int) -> None:
+        if self._status[part] is Part.HELD:
+            self._hand(part, asker)
+        else:
+            self._tell(asker, {"t": "gone", "p": [part]})
+
+    def _gone(self, sender: int, parts: Sequence[int]) -> None:
+        for part in parts:
+            owner = self._owners[part]
+            if sender != owner and not (sender == self.roster.deputy(owner) and part in self._asked):
+                raise RemoteError("gone, says one who was not asked")
+            self._miss(part)
+
+    # -- agreement and end
+
+    def _advance(self) -> None:
+        """Report once nothing is pending, take a turn as owner of a ballot, pass messages on, finish."""
+        verdict = self._verdict
+        if not self._pending and self.me not in verdict.reports:
+            verdict.report(b"".join(self._digests))
+        if self.me in verdict.reports and not verdict.started:
+            silent = [i for i in range(self._n) if i not in verdict.reports and i not in self._lost]
+            mine = all(earlier in self._lost for earlier in range(self.me)) and not silent
+            if mine or self._passed >= self._turn:
+                verdict.start()
+        for note in verdict.out:
+            self._tell(note.to, note.header, note.payload)
+        verdict.out.clear()
+        if verdict.decided is not None and not self.done:
+            self._end(verdict.decided)
+
+    def _end(self, value: Value) -> None:
+        counted = [part for part in range(len(self._spans)) if value.digest(part) != NOTHING]
+        if not counted:
+            self.failed = "no part was averaged by all"
+            return
+        if any(self._digests[part] != value.digest(part) for part in counted):
+            self.failed = "the round counts parts that did not reach this member"
+            return
+        result = self._result
+        extra = {p for p, status in enumerate(self._status) if status is Part.HELD} - set(counted)
+        if extra:  # a copy, since messages not sent yet may point into the first one
+            result = bytearray(result)
+            for begin, end in (self._spans[part] for part in extra):
+                result[begin:end] = self._vector[begin:end]
+        contributors = 0
+        for part in counted:
+            contributors |= self._proofs[part][0]
+        drops = {**self._barred, **self._lost}
+        for i in range(self._n):
+            if not value.mask >> i & 1:
+                drops.setdefault(i, "did not finish")
+        self.outcome = Outcome.of(self.roster, result, counted, value.mask, contributors, drops)
+
+    # -- helpers
+
+    def _hand(self, part: int, to: int) -> None:
+        begin, end = self._spans[part]
+        contributors, signature = self._proofs[part]
+        header = {"t": "mean", "p": part, "by": contributors, "sig": signature}
+        self._tell(to, header, self._view[begin:end])
+
+    def _tell(self, to: int, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+        if to != self.me and to not in self._lost:
+            self.out.append(Send(to, header, payload))
+
+    def _part(self, header: Mapping[str, Any]) -> int:
+        return fields.integer(header, "p", 0, len(self._spans) - 1)
+
+    def _parts(self, header: Mapping[str, Any]) -> list[int]:
+        parts = fields.array(header, "p", MAX_PARTS)
+        return [fields.integer({"p": part}, "p", 0, len(self._spans) - 1) for part in parts]

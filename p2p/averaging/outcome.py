@@ -1,0 +1,75 @@
+"""What a finished round brought: the value that leaves this package.
+
+Everything in it but ``drops``, the payload counts and the numbers outside ``averaged`` is equal on all
+members that finish, because all of them apply the same verdict to the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+
+from p2p.averaging.roster import Roster
+from p2p.averaging.shares import FLOAT_BYTES
+
+if TYPE_CHECKING:
+    from p2p.identity import PeerId
+
+
+@attrs.frozen(kw_only=True)
+class Outcome:
+    """The end of one member's round."""
+
+    number: int
+    slice_index: int
+    members: tuple[PeerId, ...]
+    """Who finished, by the verdict."""
+    fraction: float
+    """Of the vector that was averaged, above 0 up to 1."""
+    vector: bytearray = attrs.field(repr=False)
+    """fp32: the mean where averaged, this member's own numbers elsewhere."""
+    averaged: list[tuple[int, int]]
+    """Ranges of floats [start, stop) that were averaged; neighbours are joined."""
+    checksum: str
+    """sha256, hex, of the averaged bytes in order."""
+    drops: tuple[tuple[PeerId, str], ...]
+    """Who was dropped and why, as this member saw it."""
+    payload_out: int
+    payload_in: int
+    weight_total: float
+    """Accepted weights of all who contributed to an averaged part."""
+
+    @classmethod
+    def of(
+        cls,
+        roster: Roster,
+        vector: bytearray,
+        counted: Sequence[int],
+        finished: int,
+        contributors: int,
+        drops: Mapping[int, str],
+    ) -> Outcome:
+        """The outcome of ``roster`` by the parts that count; members are given as bit masks and indices."""
+        ranges: list[tuple[int, int]] = []
+        checksum = hashlib.sha256()
+        with memoryview(vector) as view:
+            for begin, end in (roster.spans[part] for part in counted):
+                checksum.update(view[begin:end])
+                begin, end = begin // FLOAT_BYTES, end // FLOAT_BYTES
+                ranges.append((ranges.pop()[0] if ranges and ranges[-1][1] == begin else begin, end))
+        return cls(
+            number=roster.key.number,
+            slice_index=roster.slice_index,
+            members=tuple(peer for i, peer in enumerate(roster.peers) if finished >> i & 1),
+            fraction=sum(stop - start for start, stop in ranges) / roster.floats,
+            vector=vector,
+            averaged=ranges,
+            checksum=checksum.hexdigest(),
+            drops=tuple((roster.peers[i], why) for i, why in sorted(drops.items())),
+            payload_out=0,
+            payload_in=0,
+            weight_total=sum(m.weight for i, m in enumerate(roster.members) if contributors >> i & 1),
+        )
