@@ -1,0 +1,173 @@
+"""The lookup as a state machine: whom it asks, when it ends, what a liar or a dead peer costs."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2p.errors import LocalError
+from p2p.identity import PeerId, peer_id_of
+from p2p.kad.ids import key_id
+from p2p.kad.lookup import Lookup
+from p2p.kad.table import Contact
+
+OWN = peer_id_of(b"\xff" * 32)
+TARGET = key_id("target")
+PATIENCE = 0.4
+
+
+def contacts(count: int, seed: int = 0) -> list[Contact]:
+    """Contacts, nearest to the target first."""
+    rng = Random(seed)
+    made = [Contact(peer_id_of(rng.randbytes(32))) for _ in range(count)]
+    return sorted(made, key=lambda contact: contact.id ^ TARGET)
+
+
+def lookup(start: list[Contact], need: int, **more: int) -> Lookup:
+    return Lookup(TARGET, start, own=OWN, need=need, patience=PATIENCE, **more)
+
+
+def test_it_asks_alpha_at_a_time_nearest_first() -> None:
+    known = contacts(8)
+    search = lookup(known[::-1], need=8)
+    assert search.due(0.0) == known[:3]
+    assert search.due(0.1) == []
+    search.answered(known[1].peer, [])
+    assert search.due(0.1) == [known[3]]
+    search.failed(known[0].peer)
+    assert search.due(0.1) == [known[4]]
+    assert not search.done(0.1)
+
+
+def test_records_are_enough_once_the_quorum_of_the_nearest_answered() -> None:
+    known = contacts(8)
+    search = lookup(known[4:], need=3)
+    assert search.due(0.0) == known[4:7]
+    search.answered(known[4].peer, known[:4])
+    search.answered(known[5].peer, [])
+    assert search.due(0.0) == known[:2]
+    for contact in known[:2]:
+        search.answered(contact.peer, [])
+    assert not search.done(0.0)
+    assert search.due(0.0) == [known[2]]
+    search.answered(known[2].peer, [])
+    assert search.done(0.0)
+    assert search.result() == known[:3]
+    search.widen(5)
+    assert not search.done(0.0)
+    assert search.due(0.0) == [known[3]]
+
+
+def test_a_failed_peer_is_replaced_by_the_next_nearest() -> None:
+    known = contacts(4)
+    search = lookup(known, need=3)
+    search.due(0.0)
+    for contact in known[1:3]:
+        search.answered(contact.peer, [])
+    search.failed(known[0].peer)
+    assert search.due(0.0) == [known[3]]
+    search.answered(known[3].peer, [])
+    assert search.done(0.0)
+    assert search.result() == known[1:]
+
+
+def test_a_silent_peer_holds_nothing_up_beyond_the_patience() -> None:
+    known = contacts(5)
+    search = lookup(known, need=3)
+    search.due(0.0)
+    for contact in known[1:3]:
+        search.answered(contact.peer, [])
+    assert search.due(0.1) == []
+    assert search.timer(0.1) == PATIENCE
+    assert search.due(PATIENCE) == [known[3]]
+    search.answered(known[3].peer, [])
+    assert search.done(PATIENCE + 0.1)
+    assert search.timer(2 * PATIENCE) is None
+
+
+def test_the_late_answer_of_a_slow_peer_counts() -> None:
+    known = contacts(3)
+    search = lookup(known, need=3)
+    search.due(0.0)
+    for contact in known[:2]:
+        search.answered(contact.peer, [])
+    assert not search.done(PATIENCE)  # nobody else to ask: wait for the deadline
+    search.answered(known[2].peer, [])
+    assert search.done(PATIENCE)
+    assert search.result() == known
+
+
+def test_it_ends_when_nobody_is_left() -> None:
+    known = contacts(2)
+    search = lookup(known, need=3)
+    assert not search.done(0.0)
+    search.due(0.0)
+    search.failed(known[0].peer)
+    search.answered(known[1].peer, [Contact(OWN)])
+    assert search.done(0.0)
+    assert search.result() == known[1:]
+    assert lookup([], need=3).done(0.0)
+    assert lookup([Contact(OWN)], need=3).done(0.0)
+
+
+def test_answers_nobody_waits_for_are_ignored() -> None:
+    known = contacts(3)
+    search = lookup(known[1:2], need=1)
+    search.answered(known[1].peer, known[:1])
+    search.failed(known[2].peer)
+    assert search.due(0.0) == known[1:2]
+    assert search.result() == []
+
+
+def test_liars_run_into_the_limits() -> None:
+    search = Lookup(
+        TARGET, contacts(3), own=OWN, need=20, patience=PATIENCE, max_candidates=50, max_queries=30
+    )
+    seed = 1
+    now = 0.0
+    while not search.done(now):
+        for contact in search.due(now):
+            seed += 1
+            search.answered(contact.peer, contacts(20, seed))
+        assert len(search._candidates) <= 50 + search.queries
+    assert search.queries == 30
+
+
+def test_nonsense_arguments() -> None:
+    with pytest.raises(LocalError):
+        lookup([], need=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 60), st.integers(1, 8), st.floats(0, 0.6))
+def test_it_always_ends_and_finds_the_nearest_living(seed: int, count: int, need: int, dead: float) -> None:
+    """Every node knows all others, some are silent for ever, time moves on by timers and deadlines."""
+    rng = Random(seed)
+    known = contacts(count, seed)
+    alive = {contact.peer for contact in known if rng.random() >= dead} | {known[0].peer}
+    search = lookup([*rng.sample(known, min(count, 5)), known[0]], need=need)
+    now, open_since = 0.0, dict[PeerId, float]()
+    for _ in range(10_000):
+        if search.done(now):
+            break
+        for contact in search.due(now):
+            if contact.peer in alive:
+                search.answered(contact.peer, rng.sample(known, min(count, 20)))
+            else:
+                open_since[contact.peer] = now
+        timer = search.timer(now)
+        deadlines = [since + 1.0 for since in open_since.values()]
+        later = [time for time in [timer, *deadlines] if time is not None and time > now]
+        if later:
+            now = min(later)
+        for peer in [peer for peer, since in open_since.items() if now >= since + 1.0]:
+            del open_since[peer]
+            search.failed(peer)
+    else:
+        pytest.fail("the lookup never ended")
+    if count <= 20:  # then every answer names everybody
+        expected = [contact for contact in known if contact.peer in alive][:need]
+        assert search.result() == expected

@@ -1,0 +1,85 @@
+"""Typed swarm records: they survive the table, and hostile ones are skipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2p.errors import RemoteError
+from p2p.event import Event
+from p2p.identity import Identity
+from p2p.kad.record import Record, Verifier, seal
+from p2p.records import CandidateRecord, ClockRecord, RecordUnreadable, StageRecord, read_all, stage_key
+
+ALICE, BOB = Identity.generate(b"a" * 32), Identity.generate(b"b" * 32)
+KEY = stage_key("run", 1)
+STAGE = StageRecord(
+    addrs=("/ip4/10.0.0.1/tcp/1",),
+    phase="active",
+    step=7,
+    slots=2,
+    rate=1.5,
+    certificate=b"c",
+    disagreement=0.01,
+    snapshot_step=5,
+)
+CLOCK = ClockRecord(samples=3, at=1.5, signature=bytes(64))
+CANDIDATE = CandidateRecord(addrs=(), bandwidth=1e6, weight=0.0, certificate=b"")
+ALL = [STAGE, attrs.evolve(STAGE, disagreement=None, snapshot_step=None), CLOCK, CANDIDATE]
+
+
+def through(value: Any, who: Identity = ALICE) -> Record:
+    return Verifier().open(seal(who, KEY, who.peer_id, value, seq=1, issued=0.0, ttl=10).wire)
+
+
+@pytest.mark.parametrize("record", ALL)
+def test_records_come_back(record: StageRecord | ClockRecord | CandidateRecord) -> None:
+    assert type(record).from_value(through(record.to_value()).value) == record
+    assert type(record).from_value({**record.to_value(), "later": 1}) == record
+
+
+NONSENSE = [None, True, -1, 1 << 60, float("nan"), float("inf"), "x" * 3000, b"x" * 3000, [1], ["a"] * 9, {}]
+FINE = {("disagreement", None), ("snapshot_step", None), ("at", -1)}
+
+
+@pytest.mark.parametrize("record", ALL)
+@pytest.mark.parametrize("bad", NONSENSE, ids=lambda bad: repr(bad)[:12])
+def test_each_field_is_checked(record: StageRecord | ClockRecord | CandidateRecord, bad: Any) -> None:
+    for field in record.to_value():
+        if (field, bad if bad in (None, -1) else 0) not in FINE:
+            with pytest.raises(RemoteError):
+                type(record).from_value({**record.to_value(), field: bad})
+
+
+def test_missing_fields_are_unreadable() -> None:
+    for record in ALL:
+        for field in record.to_value():
+            if field not in ("disagreement", "snapshot_step"):
+                value = record.to_value()
+                del value[field]
+                with pytest.raises(RemoteError):
+                    type(record).from_value(value)
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(json_like)
+def test_anything_is_read_or_refused(value: Any) -> None:
+    for kind in (StageRecord, ClockRecord, CandidateRecord):
+        with pytest.raises(RemoteError):
+            kind.from_value(value)
+
+
+def test_one_hostile_writer_hides_nobody() -> None:
+    events: list[Event] = []
+    found = {ALICE.peer_id: through(STAGE.to_value()), BOB.peer_id: through({"addrs": 1}, BOB)}
+    assert read_all(StageRecord, found, emit=events.append) == {ALICE.peer_id: STAGE}
+    assert events == [RecordUnreadable(key=KEY, owner=BOB.peer_id)]
