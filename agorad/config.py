@@ -64,6 +64,8 @@ class WorkerSection:
     """Microbatches computed together at most."""
     slots: int = 2
     """Microbatches accepted before BUSY is answered."""
+    snapshot_every: int = 10
+    """Steps between two snapshots."""
 
 
 @attrs.frozen(kw_only=True)
@@ -108,6 +110,7 @@ class Config:
             ("worker.stage", self.worker.stage, 0, 255),
             ("worker.batch", self.worker.batch, 1, 1024),
             ("worker.slots", self.worker.slots, 1, 1024),
+            ("worker.snapshot_every", self.worker.snapshot_every, 1, 1 << 40),
             ("trainer.credits", self.trainer.credits, 0, 4096),
             ("trainer.steps", self.trainer.steps, 1, 1 << 40),
             ("trainer.seconds", self.trainer.seconds, 0, 1e9),

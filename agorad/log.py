@@ -21,6 +21,7 @@ DEBUG: Final = frozenset(
         "microbatch_added",
         "microbatch_completed",
         "busy",
+        "traffic",
         "peer_connected",
         "peer_disconnected",
     }

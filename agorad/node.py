@@ -41,7 +41,12 @@ from p2p.identity import Identity
 from p2p.kad import Dht
 from p2p.membership import Certificate, Membership
 from p2p.multiaddr import Multiaddr
+from stage.events import Traffic
+from stage.traffic import BoundaryCount
 
+ROUND_PROTOCOLS: Final = "/agora/round/"
+TRAFFIC_S: Final = 5.0
+"""Between two traffic reports, so that little of a killed node's is lost."""
 DRAIN_S: Final = 28.0
 """A role has this long to hand back its work; the whole stop stays under 30 s."""
 
@@ -72,6 +77,8 @@ class Node:
     rng: random.Random = attrs.field(factory=random.Random)
     warnings: dict[str, str] = attrs.field(factory=dict)
     """Present troubles by key, as sentences for ``agoractl status``; roles set and delete."""
+    boundary: BoundaryCount = attrs.field(factory=BoundaryCount)
+    """Boundary payload that this node sent; counted by the roles."""
     started_at: float = 0.0
     """Of the process; same clock as ``time.time``."""
     is_ready: bool = False
@@ -97,6 +104,22 @@ class Node:
             self.notifier.stopping()
             self.status["phase"] = "leaving"
             self.stopping.set()
+
+    def report_traffic(self) -> None:
+        """Emit what this process sent so far, by kind."""
+        counters = self.host.counters
+        averaging = sum(
+            sent for name, (sent, _received) in counters.protocols.items() if name.startswith(ROUND_PROTOCOLS)
+        )
+        self.emit(
+            Traffic(
+                boundary=self.boundary.bytes,
+                averaging=averaging,
+                control=counters.bytes_out - self.boundary.bytes - averaging,
+                forward_hops=self.boundary.forward_hops,
+                backward_hops=self.boundary.backward_hops,
+            )
+        )
 
     def status_document(self) -> dict[str, Any]:
         """This node as ``agoractl status --json`` shows it."""
@@ -177,34 +200,39 @@ async def _live(
     dht = Dht(host, identity, rng=rng, emit=bus.emit)
     listener = control.listen(settings.control)
     try:
-        async with trio.open_nursery() as services, host.run(listen), trio.open_nursery() as nursery:
-            node = Node(
-                config=settings,
-                manifest=manifest,
-                identity=identity,
-                host=host,
-                dht=dht,
-                bus=bus,
-                nursery=nursery,
-                notifier=Notifier(),
-                rng=rng,
-                started_at=started_at,
-            )
-            host.membership = Membership(manifest.trust(), lambda: _presented(node), node.clock)
-            host.announce = announce
-            services.start_soon(_obey_signals, node)
-            services.start_soon(node.notifier.watchdog)
-            node.commands.update(_commands(node))
-            await services.start(control.serve, listener, node.commands)
-            _learn(node)
-            seeds = [
-                (ref.peer_id, ref.multiaddrs()) for ref in manifest.seeds if ref.peer_id != identity.peer_id
-            ]
-            await nursery.start(dht.run, seeds)
-            await _drain(node, role)
-            node.stop("the role's work is done")
-            nursery.cancel_scope.cancel()
-            services.cancel_scope.cancel()
+        async with trio.open_nursery() as services:
+            async with host.run(listen), trio.open_nursery() as nursery:
+                node = Node(
+                    config=settings,
+                    manifest=manifest,
+                    identity=identity,
+                    host=host,
+                    dht=dht,
+                    bus=bus,
+                    nursery=nursery,
+                    notifier=Notifier(),
+                    rng=rng,
+                    started_at=started_at,
+                )
+                host.membership = Membership(manifest.trust(), lambda: _presented(node), node.clock)
+                host.announce = announce
+                services.start_soon(_obey_signals, node)
+                services.start_soon(node.notifier.watchdog)
+                services.start_soon(_report_traffic, node)
+                node.commands.update(_commands(node))
+                await services.start(control.serve, listener, node.commands)
+                _learn(node)
+                seeds = [
+                    (ref.peer_id, ref.multiaddrs())
+                    for ref in manifest.seeds
+                    if ref.peer_id != identity.peer_id
+                ]
+                await nursery.start(dht.run, seeds)
+                await _drain(node, role)
+                node.stop("the role's work is done")
+                node.report_traffic()
+                nursery.cancel_scope.cancel()
+            services.cancel_scope.cancel()  # after the host closed, so that it may say goodbye
     finally:
         listener.close()
         settings.control.unlink(missing_ok=True)
@@ -222,6 +250,12 @@ async def _drain(node: Node, role: Role) -> None:
             nursery.start_soon(enforce, scope)
             await role(node)
         nursery.cancel_scope.cancel()
+
+
+async def _report_traffic(node: Node) -> None:
+    while True:
+        await trio.sleep(TRAFFIC_S)
+        node.report_traffic()
 
 
 async def _obey_signals(node: Node) -> None:
