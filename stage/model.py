@@ -25,7 +25,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import attrs
 import torch
@@ -33,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stage.config import ModelConfig
+from stage.functions import AddUnit, CrossEntropy, NormRotate, ReadNorm
 from stage.weights import ParameterSpec
 
 BASIS = 0
@@ -56,7 +56,8 @@ def parameter_specs(config: ModelConfig, stage: int) -> tuple[ParameterSpec, ...
         specs += [
             ParameterSpec(f"layers.{layer}.qkv", (qkv, d), True, INIT_STD),
             ParameterSpec(f"layers.{layer}.zo", (k, inner), True, out_std),
-            ParameterSpec(f"layers.{layer}.gate_up", (2 * ffn, d), True, INIT_STD),
+            ParameterSpec(f"layers.{layer}.gate", (ffn, d), True, INIT_STD),
+            ParameterSpec(f"layers.{layer}.up", (ffn, d), True, INIT_STD),
             ParameterSpec(f"layers.{layer}.z2", (k, ffn), True, out_std),
             ParameterSpec(f"layers.{layer}.norm_attention", (d,), False, 0.0),
             ParameterSpec(f"layers.{layer}.norm_ffn", (d,), False, 0.0),
@@ -109,7 +110,6 @@ class Stage:
         self.first_layer = sum(config.layers[:stage])
         self.dtype = dtype
         self.U = basis(config.d, config.k, seed).float().to(dtype).to(device)
-        self._Ut = self.U.t().contiguous()
         half = torch.arange(config.head_dim // 2, dtype=torch.float64) / (config.head_dim // 2)
         angle = torch.arange(config.seq, dtype=torch.float64)[:, None] * config.rope_theta**-half
         self._cos = angle.cos().to(dtype).to(device)
@@ -136,19 +136,18 @@ class Stage:
         rotary, mask = self._positions(docs, tokens.shape[1])
         for layer in range(self.first_layer, self.first_layer + self.config.layers[self.index]):
             at = f"layers.{layer}."
-            x = self._norm(self._residual(c, fixed), leaves[at + "norm_attention"])
+            x = self._read(c, fixed, leaves[at + "norm_attention"])
             z = self._attention(x, leaves[at + "qkv"], rotary, mask) @ leaves[at + "zo"].t()
-            c = c + self._unit(z)
-            x = self._norm(self._residual(c, fixed), leaves[at + "norm_ffn"])
-            gate, up = (x @ leaves[at + "gate_up"].t()).chunk(2, dim=-1)
-            z = (F.silu(gate) * up) @ leaves[at + "z2"].t()
-            c = c + self._unit(z)
+            c = self._write(c, z)
+            x = self._read(c, fixed, leaves[at + "norm_ffn"])
+            z = (F.silu(x @ leaves[at + "gate"].t()) * (x @ leaves[at + "up"].t())) @ leaves[at + "z2"].t()
+            c = self._write(c, z)
         if not self.is_tail:
             return c
-        x = self._norm(self._residual(c, fixed), leaves["norm_out"])
+        x = self._read(c, fixed, leaves["norm_out"])
         counts = ids.new_ones(ids.shape[0], dtype=self.dtype) if weights is None else weights
-        arguments = (x, leaves["out"], ids[:, 1:], counts, torch.is_grad_enabled())
-        total, losses = _CrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+        need = torch.is_grad_enabled()
+        total, losses = CrossEntropy.apply(x, leaves["out"], ids[:, 1:], counts, need, LOGITS_CHUNK)  # type: ignore[no-untyped-call]
         return TailLoss(total, losses)
 
     def token_rows(self, tokens: Tensor) -> Tensor:
@@ -156,15 +155,13 @@ class Stage:
         table = _interim_table(self.config.vocab, self.config.d, self.seed)
         return (table[tokens] * self.config.f_scale).to(self.dtype)
 
-    def _residual(self, c: Tensor, fixed: Tensor) -> Tensor:
-        return torch.addmm(fixed.flatten(0, 1), c.flatten(0, 1), self._Ut).view_as(fixed)
+    def _read(self, c: Tensor, fixed: Tensor, scale: Tensor) -> Tensor:
+        x: Tensor = ReadNorm.apply(c, fixed, self.U, scale, self.config.eps)  # type: ignore[no-untyped-call]
+        return x
 
-    def _norm(self, h: Tensor, scale: Tensor) -> Tensor:
-        return F.rms_norm(h, (self.config.d,), scale, self.config.eps)
-
-    def _unit(self, z: Tensor) -> Tensor:
-        """z / sqrt(‖z‖²/d + ε): the RMS norm that z·Uᵀ would get at full width."""
-        return z * torch.rsqrt(z.square().sum(-1, keepdim=True) / self.config.d + self.config.eps)
+    def _write(self, c: Tensor, z: Tensor) -> Tensor:
+        c_next: Tensor = AddUnit.apply(c, z, self.config.d, self.config.eps)  # type: ignore[no-untyped-call]
+        return c_next
 
     def _attention(
         self, x: Tensor, qkv: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None
@@ -173,10 +170,8 @@ class Stage:
         batch, length, _ = x.shape
         turned = config.heads + config.kv_heads
         heads = (x @ qkv.t()).view(batch, length, turned + config.kv_heads, config.head_dim)
-        qk = F.rms_norm(heads[:, :, :turned], (config.head_dim,), None, config.eps)
-        low, high = qk.chunk(2, dim=-1)
-        cos, sin = rotary
-        qk = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).transpose(1, 2)
+        qk = NormRotate.apply(heads[:, :, :turned], *rotary, config.eps)  # type: ignore[no-untyped-call]
+        qk = qk.transpose(1, 2)
         out = F.scaled_dot_product_attention(
             qk[:, : config.heads],
             qk[:, config.heads :],
@@ -207,49 +202,6 @@ def document_index(starts: tuple[int, ...], length: int) -> Tensor:
         if 0 < start < length:
             docs[start:] += 1
     return docs
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Output matrix and cross-entropy in one, over chunks of tokens.
-
-    The gradient of a chunk is made in the forward pass while its logits exist, so neither the logits
-    nor their softmax are kept: 2.1 GB for one 4096-token sequence with a vocabulary of 128k. Without
-    grad mode only the loss is computed.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, out: Tensor, targets: Tensor, weights: Tensor, need: bool
-    ) -> tuple[Tensor, Tensor]:
-        batch, length, width = x.shape
-        tokens, targets = x.reshape(-1, width), targets.reshape(-1)
-        per_token = (weights / length).repeat_interleave(length)
-        losses = torch.empty(batch * length, dtype=x.dtype, device=x.device)
-        dx = torch.empty_like(tokens) if need else None
-        dout = torch.zeros_like(out) if need else None
-        rows = max(1, LOGITS_CHUNK // out.shape[0])
-        for start in range(0, batch * length, rows):
-            part = slice(start, start + rows)
-            logits = tokens[part] @ out.t()
-            wanted = targets[part, None]
-            normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
-            losses[part] = (normalizer - logits.gather(1, wanted)).squeeze(1)
-            if dx is not None and dout is not None:
-                dlogits = logits.sub_(normalizer).exp_()
-                dlogits.scatter_add_(1, wanted, dlogits.new_full(wanted.shape, -1.0))
-                dlogits *= per_token[part, None]
-                torch.mm(dlogits, out, out=dx[part])
-                dout.addmm_(dlogits.t(), tokens[part])
-        if dx is not None and dout is not None:
-            ctx.save_for_backward(dx.view_as(x), dout)
-        mean = losses.view(batch, length).mean(1)
-        ctx.mark_non_differentiable(mean)
-        return (mean * weights).sum(), mean
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        dx, dout = ctx.saved_tensors
-        return dx * grads[0], dout * grads[0], None, None, None
 
 
 def normal(seed: int, name: str, n: int) -> Tensor:
