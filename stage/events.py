@@ -144,3 +144,14 @@ class Evaluated(Event):
     step: int
     loss: float
     rows: int
+
+
+@attrs.frozen(kw_only=True)
+class Traffic(Event):
+    """Bytes sent by this process since it began: ``boundary`` and ``averaging`` payload, all the rest."""
+
+    boundary: int
+    averaging: int
+    control: int
+    forward_hops: int
+    backward_hops: int

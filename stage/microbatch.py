@@ -42,6 +42,7 @@ from stage.events import MicrobatchAdded, ReusedStale
 from stage.messages import MAX_PATH, Accepted, Answer, BusyReply, NoReplica, Request
 from stage.nexthop import NextHop, NoReplicaError
 from stage.ticket import Ticket
+from stage.traffic import BoundaryCount
 
 MAX_ANSWERS = 512
 RETRY_AFTER_S = 0.05
@@ -124,6 +125,7 @@ class MicrobatchServer:
         serving: Callable[[], bool],
         step: Callable[[], int],
         clock_advanced: Callable[[], None],
+        count: BoundaryCount,
     ) -> None:
         self._peer_id = peer_id
         self._run = run
@@ -137,6 +139,7 @@ class MicrobatchServer:
         self._serving = serving
         self._step = step
         self._clock_advanced = clock_advanced
+        self._count = count
         self._working: dict[str, trio.Event] = {}
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self.slots_free = slots
@@ -205,6 +208,8 @@ class MicrobatchServer:
             try:
                 kept = await self._join_or_work(call, request, ids, c)
                 answer = attrs.evolve(kept.answer, slots=max(0, self.slots_free + 1))
+                if len(kept.dc):
+                    self._count.backward(len(kept.dc))
                 await call.send(answer.to_wire(), kept.dc)
             except NoReplicaError as error:
                 await call.send(NoReplica(stage=error.stage).to_wire())

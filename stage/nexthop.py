@@ -33,6 +33,7 @@ from stage.messages import (
 )
 from stage.roster import StageView
 from stage.router import Router
+from stage.traffic import BoundaryCount
 
 LEASE_S = 1.5
 DIAL_S = 5.0
@@ -63,11 +64,15 @@ class Passed:
 class NextHop:
     """Calls to the replicas of one stage."""
 
-    def __init__(self, host: Host, view: StageView, router: Router, emit: Emit) -> None:
+    def __init__(
+        self, host: Host, view: StageView, router: Router, emit: Emit, count: BoundaryCount | None = None
+    ) -> None:
+        """``count``: where boundary crossings are counted; None for a trainer, whose hop is none."""
         self._host = host
         self._view = view
         self._router = router
         self._emit = emit
+        self._count = count
 
     async def send(self, request: Request, payload: Sequence[Any], *, back_bytes: int) -> Passed:
         """Returns when some replica has answered.
@@ -126,6 +131,8 @@ class NextHop:
             try:
                 async with call.connection.watched():
                     await call.send(asked.to_wire(), payload if inline else b"")
+                    if inline:
+                        self._count_forward(payload)
                     with trio.fail_after(ACCEPT_S):
                         reply, _ = await _receive(call)
                     if isinstance(reply, BusyReply | NoReplica):
@@ -135,6 +142,7 @@ class NextHop:
                     self._router.room(peer, reply.slots)
                     if not inline:
                         await call.send({"t": "payload"}, payload)
+                        self._count_forward(payload)
                     reply, dc = await _receive(call, back_bytes)
             except Refused:
                 raise
@@ -148,6 +156,10 @@ class NextHop:
             raise RemoteError(f"microbatch: not an answer with {back_bytes} bytes of gradient")
         self._router.answered(peer, trio.current_time() - began, reply.slots)
         return Passed(reply, dc, peer)
+
+    def _count_forward(self, payload: Sequence[Any]) -> None:
+        if self._count is not None:
+            self._count.forward(sum(len(part) for part in payload))
 
 
 async def _receive(call: Call, max_payload: int = 0) -> tuple[Reply, memoryview]:

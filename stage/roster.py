@@ -13,12 +13,12 @@ from collections.abc import Callable
 import attrs
 import trio
 
-from p2p.errors import P2PError, Refused
+from p2p.errors import P2PError
 from p2p.identity import PeerId
 from p2p.kad import Dht
 from p2p.membership import Certificate, Trust
 from p2p.multiaddr import Multiaddr
-from p2p.records import StageRecord, stage_key
+from p2p.records import StageRecord, read_all, stage_key
 
 REFRESH_S = 2.0
 DECLARE_S = 3.0
@@ -96,22 +96,21 @@ class Roster:
         except (P2PError, trio.TooSlowError):
             return
         entries = {}
-        for found in records.values():
-            entry = self._entry(view.stage, found.owner, found.value, float(found.seq))
+        for owner, record in read_all(StageRecord, records).items():
+            entry = self._entry(view.stage, owner, record, records[owner].seq)
             if entry is not None:
-                entries[entry.peer] = entry
+                entries[owner] = entry
         view.replace(entries)
 
-    def _entry(self, stage: int, owner: PeerId, value: object, seen_at: float) -> Entry | None:
+    def _entry(self, stage: int, owner: PeerId, record: StageRecord, seq: int) -> Entry | None:
         try:
-            record = StageRecord.from_value(value)
             member = self._trust.check(Certificate.decode(record.certificate), owner, self._now())
-            addrs = [Multiaddr(addr) for addr in record.addrs]
-        except (P2PError, Refused):
+            addrs = [Multiaddr.parse(addr) for addr in record.addrs]
+        except P2PError:
             return None
         if member.role != "worker" or member.stage != stage:
             return None
-        return Entry(owner, record, addrs, seen_at)
+        return Entry(owner, record, addrs, float(seq))
 
 
 class Declaration:

@@ -1,0 +1,206 @@
+"""What a demo writes before it starts anything: keys, a signed manifest, accounts, one config a node.
+
+Everything lies in one folder, so that each node can be stopped and started again by hand with
+``agorad --config FILE`` and so that removing the folder removes the swarm. Ports are chosen by the kernel:
+each is reserved by binding it and is let go just before its node starts, which keeps addresses in the
+manifest and in ``swarm.json`` true across restarts. ``--set`` reaches the manifest (``model``,
+``training``, ``admission``, ``data``) and the nodes (``node``, ``worker``, ``trainer``, ``authority``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import socket
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from agorad import config as node_config
+from agorad import run as manifest_file
+from agorad.run import Manifest, NodeRef, RunInfo
+from agorad.settings import nearest, override, unstructure
+from p2p.errors import LocalError
+from p2p.identity import Identity
+from stage import presets
+from stage.config import split_layers
+
+MANIFEST_SECTIONS: Final = ("model", "training", "admission", "data")
+NODE_SECTIONS: Final = ("node", "worker", "trainer", "authority")
+MOST: Final = {"stages": 32, "workers": 64, "trainers": 8}
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """What was asked for."""
+
+    stages: int
+    workers: int
+    trainers: int
+    steps: int | None
+    seconds: float | None
+    data: Path | None
+    assignments: tuple[str, ...]
+
+
+@attrs.frozen(kw_only=True)
+class DemoNode:
+    """One process of the demo."""
+
+    name: str
+    role: str
+    stage: int | None
+    identity: Identity
+    addr: str
+    folder: Path
+    reserved: socket.socket
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "agorad.toml"
+
+    @property
+    def control(self) -> Path:
+        return self.folder / "control.sock"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "agorad.log"
+
+    @property
+    def events(self) -> Path:
+        return self.folder / "events.jsonl"
+
+
+@attrs.frozen(kw_only=True)
+class Layout:
+    """A swarm on disk, ready to start."""
+
+    folder: Path
+    manifest_path: Path
+    manifest: Manifest
+    nodes: tuple[DemoNode, ...]
+
+    def of_role(self, role: str) -> list[DemoNode]:
+        return [node for node in self.nodes if node.role == role]
+
+
+def check(plan: Plan) -> Manifest:
+    """The manifest without its nodes: every fault of the plan shows here, before anything is written."""
+    for name, most in MOST.items():
+        value = getattr(plan, name)
+        if not 1 <= value <= most:
+            raise LocalError(f"--{name} {value}: between 1 and {most} are possible")
+    if plan.steps is not None and plan.steps < 1:
+        raise LocalError(f"--steps {plan.steps}: at least 1")
+    if plan.seconds is not None and plan.seconds <= 0:
+        raise LocalError(f"--seconds {plan.seconds}: more than 0")
+    known = MANIFEST_SECTIONS + NODE_SECTIONS
+    for assignment in plan.assignments:
+        section = assignment.partition(".")[0].partition("=")[0]
+        if section not in known:
+            raise LocalError(f"unknown setting in --set {assignment!r}; {nearest(section, known)}")
+    operator = Identity.generate()
+    manifest = _manifest(plan, operator, {})
+    if manifest.model.stages != plan.stages:
+        raise LocalError(
+            f"model.layers names {manifest.model.stages} stages, --stages asks for {plan.stages}"
+        )
+    _node_table(plan, {"role": "worker", "run": "run.toml", "state": "."}, {})
+    return manifest
+
+
+def prepare(plan: Plan, folder: Path) -> Layout:
+    """Write the swarm into ``folder``, which exists."""
+    operator = Identity.generate()
+    nodes = [_node("seed", "seed", None, folder), _node("authority", "authority", None, folder)]
+    for stage in range(plan.stages):
+        for replica in range(plan.workers):
+            nodes.append(_node(f"worker-{stage}-{replica}", "worker", stage, folder))
+    nodes += [_node(f"trainer-{index}", "trainer", None, folder) for index in range(plan.trainers)]
+    manifest = _manifest(
+        plan,
+        operator,
+        {
+            key: tuple(
+                NodeRef(peer_id=node.identity.peer_id, addrs=(node.addr,))
+                for node in nodes
+                if node.role == role
+            )
+            for key, role in (("seeds", "seed"), ("authorities", "authority"), ("trainers", "trainer"))
+        },
+    ).signed(operator)
+    operator.save(folder / "operator.key")
+    manifest_path = folder / "run.toml"
+    manifest_file.save(manifest, manifest_path)
+    secret = secrets.token_hex(16)
+    (folder / "authority").mkdir()
+    accounts = f'[accounts.demo]\nsecret_sha256 = "{hashlib.sha256(secret.encode()).hexdigest()}"\n'
+    _private(folder / "authority" / "accounts.toml", accounts)
+    _private(folder / "secret", secret + "\n")
+    for node in nodes:
+        node.folder.mkdir(exist_ok=True)
+        node.identity.save(node.folder / "identity.key")
+        node_section = {
+            "role": node.role, "name": node.name, "run": "../run.toml", "state": ".",
+            "listen": [node.addr], "log": "agorad.log",
+        }  # fmt: skip
+        extra: dict[str, Any] = {}
+        if node.role == "worker":
+            extra["worker"] = {"account": "demo", "secret_file": "../secret", "stage": node.stage}
+        elif node.role == "trainer":
+            trainer = {"data": plan.data and str(plan.data.absolute()), "steps": plan.steps}
+            trainer["seconds"] = plan.seconds
+            extra["trainer"] = {key: value for key, value in trainer.items() if value is not None}
+        _write_toml(node.config, _node_table(plan, node_section, extra))
+    return Layout(folder=folder, manifest_path=manifest_path, manifest=manifest, nodes=tuple(nodes))
+
+
+def _node(name: str, role: str, stage: int | None, folder: Path) -> DemoNode:
+    reserved = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    addr = f"/ip4/127.0.0.1/tcp/{reserved.getsockname()[1]}"
+    return DemoNode(
+        name=name, role=role, stage=stage, identity=Identity.generate(),
+        addr=addr, folder=folder / name, reserved=reserved,
+    )  # fmt: skip
+
+
+def _manifest(plan: Plan, operator: Identity, nodes: dict[str, tuple[NodeRef, ...]]) -> Manifest:
+    model, training = presets.demo(split_layers(presets.DEMO_LAYERS, plan.stages), plan.steps)
+    base = Manifest(
+        run=RunInfo(
+            name="demo",
+            id=f"demo-{secrets.token_hex(4)}",
+            created=time.time(),
+            operator=operator.peer_id,
+        ),
+        model=model,
+        training=training,
+        admission=attrs.evolve(manifest_file.Admission(), max_nodes_per_account=plan.stages * plan.workers),
+        **nodes,
+    )
+    mine = [text for text in plan.assignments if text.partition(".")[0] in MANIFEST_SECTIONS]
+    return manifest_file.from_table(override(Manifest, unstructure(base), mine))
+
+
+def _node_table(plan: Plan, node: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """A node's config table, ``--set`` laid over it and checked."""
+    mine = [text for text in plan.assignments if text.partition(".")[0] in NODE_SECTIONS]
+    table = override(node_config.Config, {"node": node, **extra}, mine)
+    node_config.from_table(table, Path("/"))
+    return table
+
+
+def _write_toml(path: Path, table: dict[str, Any]) -> None:
+    import tomli_w
+
+    path.write_text(tomli_w.dumps(table))
+
+
+def _private(path: Path, text: str) -> None:
+    path.touch(mode=0o600)
+    path.write_text(text)

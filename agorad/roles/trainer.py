@@ -1,0 +1,130 @@
+"""The trainer role: reads data, sends microbatches to the head's replicas, keeps the clock.
+
+It ends by itself, with code 0, when the run's goal is reached or its time is over. Each trainer of the
+manifest works on its own shard of the data and owes an equal part of the steps.
+"""
+
+from __future__ import annotations
+
+import random
+
+import trio
+
+from agorad.clockwatch import watch_clock
+from agorad.node import Node
+from p2p.records import ClockRecord, clock_key
+from stage.clock import StepClock
+from stage.data import ByteSource
+from stage.nexthop import NextHop
+from stage.roster import Roster
+from stage.router import Router
+from stage.trainer import Journal, Trainer
+
+CREDITS_FIRST = 4
+PUBLISH_S = 0.5
+"""Least pause between two clock records."""
+CLOCK_TTL_S = 600.0
+STORE_S = 5.0
+STATUS_S = 0.5
+
+
+async def run(node: Node) -> None:
+    """Train until the goal, the time, or a stop."""
+    manifest, settings = node.manifest, node.config.trainer
+    trainers = [ref.peer_id for ref in manifest.trainers]
+    shard = trainers.index(node.identity.peer_id)
+    source = await trio.to_thread.run_sync(
+        lambda: ByteSource(settings.data, manifest.model.seq, manifest.training.seed, shards=len(trainers))
+    )
+    trust = manifest.trust()
+    clock = StepClock(manifest.run.id, frozenset(trainers), manifest.training.target_batch)
+    roster = Roster(node.dht, trust, node.clock)
+    heads = roster.view(0)
+    stages = [roster.view(stage) for stage in range(manifest.model.stages)]
+    next_hop = NextHop(node.host, heads, Router(random.Random(node.rng.random())), node.emit)
+
+    def credits() -> int:
+        """Two microbatches for each replica of the swarm keep it busy while answers travel."""
+        if settings.credits:
+            return settings.credits
+        replicas = sum(len(view.serving()) for view in stages)
+        return max(CREDITS_FIRST, 2 * replicas // len(trainers))
+
+    goal = None
+    if settings.steps is not None:
+        samples = settings.steps * manifest.training.target_batch
+        goal = samples * (shard + 1) // len(trainers) - samples * shard // len(trainers)
+    ending = trio.Event()
+    trainer = Trainer(
+        identity=node.identity,
+        run=manifest.run.id,
+        model=manifest.model,
+        training=manifest.training,
+        clock=clock,
+        source=source,
+        shard=shard,
+        goal_samples=goal,
+        next_hop=next_hop,
+        credits=credits,
+        journal=Journal.load(node.config.node.state / "journal.json"),
+        emit=node.emit,
+        stopping=ending,
+        evaluate=shard == 0,
+    )
+
+    async def end_on_stop() -> None:
+        await node.stopping.wait()
+        ending.set()
+
+    async def end_on_time(seconds: float) -> None:
+        await trio.sleep(seconds)
+        ending.set()
+
+    async def keep_status() -> None:
+        while True:
+            node.status.update(
+                step=clock.step,
+                loss=trainer.loss,
+                microbatches={"completed": trainer.completed, "in_flight": trainer.in_flight},
+                data=source.describe(),
+            )
+            await trio.sleep(STATUS_S)
+
+    node.nursery.start_soon(roster.run)
+    node.nursery.start_soon(_publish_clock, node, clock, trainer)
+    node.nursery.start_soon(watch_clock, node, clock, lambda: None)
+    node.nursery.start_soon(keep_status)
+    node.nursery.start_soon(end_on_stop)
+    node.ready()
+    node.status["phase"] = "joining"
+    while not all(view.serving() for view in stages) and not ending.is_set():
+        await trio.sleep(STATUS_S)  # a stage without replicas would only bounce microbatches
+    node.status["phase"] = "active"
+    if settings.seconds is not None:
+        node.nursery.start_soon(end_on_time, settings.seconds)
+    await trainer.run()
+    node.status.update(step=clock.step, loss=trainer.loss)
+    await _store_clock(node, clock)
+
+
+async def _publish_clock(node: Node, clock: StepClock, trainer: Trainer) -> None:
+    """The clock record follows the count, so that replicas without work still see the steps."""
+    while True:
+        await trainer.clock_changed.wait()
+        trainer.clock_changed = trio.Event()
+        await _store_clock(node, clock)
+        await trio.sleep(PUBLISH_S)
+
+
+async def _store_clock(node: Node, clock: StepClock) -> None:
+    mine = next((r for r in clock.readings if r.trainer == node.identity.peer_id), None)
+    if mine is None:
+        return
+    record = ClockRecord(samples=mine.samples, at=node.clock(), signature=mine.signature)
+    await node.dht.store(
+        clock_key(node.manifest.run.id),
+        node.identity.peer_id,
+        record.to_value(),
+        ttl=CLOCK_TTL_S,
+        deadline=STORE_S,
+    )

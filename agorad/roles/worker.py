@@ -1,0 +1,243 @@
+"""The worker role: one replica of one stage. The only role that imports torch.
+
+Start: certificate, genesis weights, the newest own snapshot if there is one, the run's clock; then the
+replica's life (``stage.replica``) beside the microbatch server, the donor of state and the roster. Stop:
+withdraw from the roster, finish or hand back what is in progress, snapshot, leave.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+import trio
+from stage.donor import PROTOCOL as STATE_PROTOCOL
+from stage.donor import Donor, fetch
+from stage.reduce import KernelReducer
+from stage.snapshot import SnapshotStore
+
+from agorad.clockwatch import read_clock, watch_clock
+from agorad.joining import obtain_certificate
+from agorad.node import Node
+from p2p.averaging import Averager, RoundConfig
+from p2p.errors import LocalError, P2PError
+from p2p.identity import PeerId
+from p2p.records import StageRecord
+from stage import messages
+from stage.clock import StepClock
+from stage.compute import StageCompute, wire_shape
+from stage.device import STEP, Device
+from stage.events import Saved, StateFetched
+from stage.microbatch import MicrobatchServer
+from stage.nexthop import NextHop
+from stage.replica import Replica
+from stage.roster import Declaration, Roster
+from stage.router import Router
+
+DRAIN_S = 10.0
+"""How long microbatches in progress may still take once the node is to leave."""
+CLOCK_RETRY_S = 0.5
+STATUS_S = 0.5
+
+
+async def run(node: Node) -> None:
+    """Serve one stage until asked to stop."""
+    torch.set_num_threads(node.config.node.threads)
+    manifest = node.manifest
+    certificate = await obtain_certificate(node)
+    if certificate is None:
+        return  # stopped while joining
+    stage = certificate.stage
+    if stage is None or not 0 <= stage < manifest.model.stages:
+        raise LocalError(f"the authority assigned stage {stage}; this run has {manifest.model.stages}")
+    node.status["stage"] = stage
+    clock = StepClock(
+        manifest.run.id,
+        frozenset(ref.peer_id for ref in manifest.trainers),
+        manifest.training.target_batch,
+    )
+    compute = await trio.to_thread.run_sync(StageCompute, manifest.model, manifest.training, stage)
+    with Device() as device:
+        await _Worker(node, stage, clock, compute, device).run()
+
+
+class _Worker:
+    """Wires the parts of one replica together."""
+
+    def __init__(
+        self, node: Node, stage: int, clock: StepClock, compute: StageCompute, device: Device
+    ) -> None:
+        manifest = node.manifest
+        self.node = node
+        self.stage = stage
+        self.clock = clock
+        self.compute = compute
+        self.device = device
+        self.peer_id: PeerId = node.identity.peer_id
+        folder: Path = node.config.node.state / "snapshots"
+        self.store = SnapshotStore(folder)
+        self.roster = Roster(node.dht, manifest.trust(), node.clock)
+        self.mates = self.roster.view(stage)
+        self.declaration = Declaration(node.dht, manifest.run.id, stage, self.peer_id, self.describe)
+        self.donor = Donor(node.identity, self.store, stage, self.donated)
+        tail = stage == manifest.model.stages - 1
+        next_hop = None
+        if not tail:
+            router = Router(random.Random(node.rng.random()))
+            view = self.roster.view(stage + 1)
+            next_hop = NextHop(node.host, view, router, node.emit, node.boundary)
+        averager = Averager(
+            node.host,
+            node.dht,
+            node.identity,
+            run=manifest.run.id,
+            stage=stage,
+            emit=node.emit,
+            clock=trio.current_time,
+            rng=node.rng,
+            config=RoundConfig(),
+            reducer=KernelReducer,
+        )
+        self.replica = Replica(
+            peer_id=self.peer_id,
+            stage=stage,
+            training=manifest.training,
+            clock=clock,
+            device=device,
+            compute=compute,
+            averager=averager,
+            mates=self.mates,
+            refresh_mates=lambda: self.roster.refresh(self.mates),
+            fetch_state=self.fetch_state,
+            take_snapshot=self.take_snapshot,
+            snapshot_every=node.config.worker.snapshot_every,
+            phase_changed=self.declaration.changed,
+            now=node.clock,
+            emit=node.emit,
+        )
+        self.server = MicrobatchServer(
+            peer_id=self.peer_id,
+            run=manifest.run.id,
+            trainers=frozenset(ref.peer_id for ref in manifest.trainers),
+            shape=wire_shape(manifest.model, manifest.training, stage),
+            clock=clock,
+            device=device,
+            compute=compute,
+            next_hop=next_hop,
+            slots=node.config.worker.slots,
+            emit=node.emit,
+            serving=lambda: self.replica.serving and not node.stopping.is_set(),
+            step=lambda: self.replica.step,
+            clock_advanced=self.replica.clock_advanced,
+            count=node.boundary,
+        )
+
+    async def run(self) -> None:
+        node = self.node
+        await self.resume()
+        await self.read_first_clock()
+        node.host.handle(messages.PROTOCOL, self.server.handle, max_payload=self.server.request_bytes)
+        node.host.handle(STATE_PROTOCOL, self.donor.handle)
+        async with trio.open_nursery() as nursery:
+            await self.roster.refresh(self.mates)
+            nursery.start_soon(self.roster.run)
+            nursery.start_soon(watch_clock, node, self.clock, self.replica.clock_advanced)
+            nursery.start_soon(self.replica.run)
+            nursery.start_soon(self.keep_status)
+            await trio.lowlevel.checkpoint()
+            nursery.start_soon(self.declaration.run)
+            node.ready()
+            await node.stopping.wait()
+            await self.leave()
+            nursery.cancel_scope.cancel()
+
+    async def resume(self) -> None:
+        """Load the newest own snapshot, if there is a sound one."""
+        state = await trio.to_thread.run_sync(self.store.load_newest)
+        if state is not None:
+            await self.device.run(STEP, self.compute.load, state)
+            self.replica.resumed(state.step)
+
+    async def read_first_clock(self) -> None:
+        """The run's step decides the phase to begin in, so it has to be known, not guessed."""
+        while not self.node.stopping.is_set():
+            try:
+                await read_clock(self.node, self.clock)
+                return
+            except (P2PError, trio.TooSlowError):
+                await trio.sleep(CLOCK_RETRY_S)
+
+    def describe(self) -> StageRecord:
+        certificate = self.node.certificate
+        assert certificate is not None
+        return StageRecord(
+            addrs=tuple(str(addr) for addr in self.node.host.addrs)[:8],
+            phase="leaving" if self.node.stopping.is_set() else self.replica.phase,
+            step=self.replica.step,
+            slots=max(0, self.server.slots_free),
+            rate=0.0,
+            certificate=certificate.encode(),
+            disagreement=self.replica.disagreement,
+            snapshot_step=self.replica.state_step,
+        )
+
+    async def take_snapshot(self, step: int) -> None:
+        """Write the state of ``step`` to disk while training goes on."""
+        held = await self.device.run(STEP, self.compute.hold, step)
+        try:
+            size = await trio.to_thread.run_sync(self.store.save, held)
+        finally:
+            await self.device.run(STEP, held.release)
+        self.node.emit(Saved(step=step, bytes=size))
+
+    async def donated(self) -> None:
+        """A newcomer asks for state: give it the present one, not that of the last snapshot."""
+        if self.replica.phase != "active":
+            raise P2PError
+        if self.store.newest_step() != self.replica.step:
+            await self.take_snapshot(self.replica.step)
+
+    async def fetch_state(self, donor: PeerId) -> int:
+        """Install a mate's state; returns its step."""
+        began = trio.current_time()
+        addrs = self.mates.addrs(donor)
+        state, size = await fetch(self.node.host, donor, addrs, self.stage, self.store)
+        await self.device.run(STEP, self.compute.load, state)
+        self.node.emit(
+            StateFetched(donor=donor, step=state.step, bytes=size, seconds=trio.current_time() - began)
+        )
+        return state.step
+
+    async def keep_status(self) -> None:
+        while True:
+            self.update_status()
+            await trio.sleep(STATUS_S)
+
+    def update_status(self) -> None:
+        last = self.replica.last_round
+        self.node.status.update(
+            phase="leaving" if self.node.stopping.is_set() else self.replica.phase,
+            step=self.replica.step,
+            loss=self.server.last_loss,
+            microbatches={"added": self.server.added, "in_progress": self.server.in_progress},
+            round=None
+            if last is None
+            else {
+                "number": last.number,
+                "fraction": last.fraction,
+                "members": last.members,
+                "at": last.at,
+            },
+            rounds_in_flight=self.replica.rounds_in_flight,
+            disagreement=self.replica.disagreement,
+        )
+
+    async def leave(self) -> None:
+        """Nobody sends more; what is in progress ends or is handed back; the state is kept."""
+        with trio.move_on_after(DRAIN_S):
+            await self.declaration.withdraw()
+            await self.server.wait_idle()
+        if self.replica.phase in ("active", "warming"):
+            await self.take_snapshot(self.replica.step)
+        self.update_status()

@@ -1,0 +1,293 @@
+"""One replica's life: it follows the step clock, averages slices with its mates, and knows its phase.
+
+    (start) -> ACTIVE                      genesis: the run's clock stands at 0
+    (start) -> SYNCING                     anything else: the state is old or missing
+    SYNCING -> WARMING -> ACTIVE           state no older than max_stale_steps, then close to its mates on
+                                           the last slice, then warm_steps with averaging weight 0
+    ACTIVE | WARMING -> SYNCING            fell behind by more than max_stale_steps
+    SYNCING -> ACTIVE                      promoted: no mate was ACTIVE for PROMOTE_S, and no SYNCING mate
+                                           holds a fresher state (tie: lowest hash)
+
+While SYNCING the optimizer is frozen and averaging weight is 0; what a round brings is taken over whole. The
+lag that counts is that of the state at the moment it was installed: from then on the replica follows the
+clock, and the disagreement measured in a round says whether it kept up.
+
+Rounds never stop training: a slice is packed right after a step, averaged in the background, and the
+difference is merged whenever it arrives. One round at a time, so a slice is never packed again before its
+last correction landed. The samples behind a contribution are forgotten only when a round succeeded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import attrs
+import trio
+
+from p2p.averaging import Averager, Outcome, RoundFailed
+from p2p.errors import P2PError
+from p2p.event import Emit
+from p2p.identity import PeerId
+from stage.clock import StepClock
+from stage.config import TrainingConfig
+from stage.device import STEP, Device
+from stage.events import Phase, RoundAbandoned, RoundFinished, Step
+from stage.roster import MATES, Entry, StageView
+
+ROUND_S = 30.0
+"""Deadline of a whole round, matchmaking included."""
+PROMOTE_S = 30.0
+CLOSE_RATIO = 1.5
+CLOSE_FLOOR = 0.05
+"""A disagreement below this is close whatever the median: with one ACTIVE mate the median is 0."""
+SYNC_RETRY_S = 2.0
+WRITE_RETRY_S = 0.02
+
+
+class PackedSlice(Protocol):
+    index: int
+
+    def buffer(self) -> memoryview: ...
+
+
+class ReplicaCompute(Protocol):
+    """The part of ``StageCompute`` that a replica's life needs; device thread only."""
+
+    def step(self, step: int) -> int | None:
+        """Update with what is accumulated; samples used, or None while no version can be written."""
+
+    def forget(self) -> None:
+        """Throw away what is accumulated."""
+
+    def pack(self, number: int) -> PackedSlice: ...
+
+    def merge(self, packed: PackedSlice, outcome: Outcome) -> float | None:
+        """Merge; the slice's relative distance to the average, or None while it cannot be written."""
+
+
+@attrs.frozen
+class LastRound:
+    number: int
+    fraction: float
+    members: int
+    at: float
+
+
+class Replica:
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        *,
+        peer_id: PeerId,
+        stage: int,
+        training: TrainingConfig,
+        clock: StepClock,
+        device: Device,
+        compute: ReplicaCompute,
+        averager: Averager,
+        mates: StageView,
+        refresh_mates: Callable[[], Awaitable[None]],
+        fetch_state: Callable[[PeerId], Awaitable[int]],
+        take_snapshot: Callable[[int], Awaitable[None]],
+        snapshot_every: int,
+        snapshot_step: int,
+        phase_changed: Callable[[], None],
+        now: Callable[[], float],
+        emit: Emit,
+    ) -> None:
+        self.peer_id = peer_id
+        self.stage = stage
+        self._training = training
+        self._clock = clock
+        self._device = device
+        self._compute = compute
+        self._averager = averager
+        self._mates = mates
+        self._refresh_mates = refresh_mates
+        self._fetch_state = fetch_state
+        self._take_snapshot = take_snapshot
+        self._snapshot_every = snapshot_every
+        self._phase_changed = phase_changed
+        self._now = now
+        self._emit = emit
+        self.phase = "joining"
+        self.step = snapshot_step
+        """Step of the clock that this replica has followed to."""
+        self.state_step = snapshot_step
+        """Step that the weights belong to; behind ``step`` only while SYNCING."""
+        self.disagreement: float | None = None
+        self.last_round: LastRound | None = None
+        self.rounds_in_flight = 0
+        self._advanced = trio.Event()
+        self._fresh = False
+        """While SYNCING: the state is recent enough, closeness is not yet shown."""
+        self._rounds_done = 0
+        self._fetched_at_round = 0
+        self._warm_from = 0
+        self._samples_since_round = 0.0
+        self._last_round_number = 0
+
+    # Phases
+
+    def set_phase(self, to: str, why: str) -> None:
+        """Change phase, tell the bus and the stage."""
+        if to == self.phase:
+            return
+        before, self.phase = self.phase, to
+        self._emit(Phase(from_=before, to=to, why=why))
+        self._phase_changed()
+
+    @property
+    def serving(self) -> bool:
+        """Whether this replica takes microbatches."""
+        return self.phase in ("warming", "active")
+
+    @property
+    def lag(self) -> int:
+        return max(0, self._clock.step - self.state_step)
+
+    def clock_advanced(self) -> None:
+        """The clock has a new step; called on the event loop."""
+        self._advanced.set()
+
+    async def run(self) -> None:
+        """Enter the right phase, then follow the clock until cancelled."""
+        if self._clock.step == 0:
+            self.set_phase("active", "genesis")
+        else:
+            self._fresh = self.lag <= self._training.max_stale_steps
+            self.set_phase("syncing", f"state of step {self.state_step}, the run is at {self._clock.step}")
+        self._last_round_number = self._clock.step // self._training.average_every
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._follow_clock, nursery)
+            nursery.start_soon(self._synchronise)
+
+    # Steps
+
+    async def _follow_clock(self, nursery: trio.Nursery) -> None:
+        while True:
+            target = self._clock.step
+            if target <= self.step:
+                self._advanced = trio.Event()
+                if self._clock.step <= self.step:
+                    await self._advanced.wait()
+                continue
+            if self.serving and target - self.step > self._training.max_stale_steps:
+                self._fresh = False
+                self.set_phase("syncing", f"{target - self.step} steps behind the clock")
+            if self.phase == "syncing":
+                await self._device.run(STEP, self._compute.forget)
+                self.step = target
+            else:
+                await self._update(target)
+            self._launch_round(nursery)
+
+    async def _update(self, target: int) -> None:
+        while (samples := await self._device.run(STEP, self._compute.step, target)) is None:
+            await trio.sleep(WRITE_RETRY_S)  # graphs of microbatches in flight hold every version
+        self.step = self.state_step = target
+        self._samples_since_round += samples
+        self._emit(Step(stage=self.stage, replica=self.peer_id, step=target, samples=samples))
+        if self.phase == "warming" and target - self._warm_from >= self._training.warm_steps:
+            self.set_phase("active", f"warmed up for {self._training.warm_steps} steps")
+        if self._snapshot_every and target % self._snapshot_every == 0:
+            await self._take_snapshot(target)
+
+    # Rounds
+
+    def _launch_round(self, nursery: trio.Nursery) -> None:
+        number = self.step // self._training.average_every
+        if number > self._last_round_number and not self.rounds_in_flight:
+            self._last_round_number = number
+            nursery.start_soon(self._round, number)
+
+    async def _round(self, number: int) -> None:
+        mates = set(self._mates.in_phase(*MATES)) - {self.peer_id}
+        if not mates:
+            return  # a round of one is not a round
+        self.rounds_in_flight += 1
+        try:
+            weight = self._samples_since_round if self.phase == "active" else 0.0
+            packed = await self._device.run(STEP, self._compute.pack, number)
+            outcome = await self._averager.average(
+                number, packed.index, packed.buffer(), weight, expected=mates, deadline=ROUND_S
+            )
+            while (distance := await self._device.run(STEP, self._compute.merge, packed, outcome)) is None:
+                await trio.sleep(WRITE_RETRY_S)
+        except (RoundFailed, P2PError, trio.TooSlowError) as error:
+            self._emit(RoundAbandoned(round=number, stage=self.stage, why=str(error) or "timeout"))
+            return
+        finally:
+            self.rounds_in_flight -= 1
+        self._samples_since_round = max(0.0, self._samples_since_round - weight)
+        self.disagreement = distance
+        self._rounds_done += 1
+        self.last_round = LastRound(number, outcome.fraction, len(outcome.members), self._now())
+        self._emit(
+            RoundFinished(
+                round=number,
+                stage=self.stage,
+                slice=outcome.slice_index,
+                members=list(outcome.members),
+                fraction=outcome.fraction,
+                checksum=outcome.checksum,
+                drops=[list(drop) for drop in outcome.drops],
+                disagreement=distance,
+            )
+        )
+        self._phase_changed()
+
+    # Synchronising
+
+    async def _synchronise(self) -> None:
+        alone_since: float | None = None
+        while True:
+            if self.phase != "syncing":
+                alone_since = None
+                await trio.sleep(SYNC_RETRY_S)
+                continue
+            await self._refresh_mates()
+            donors = self._mates.in_phase("active")
+            donors.pop(self.peer_id, None)
+            if not donors:
+                alone_since = alone_since if alone_since is not None else trio.current_time()
+                if trio.current_time() - alone_since >= PROMOTE_S and self._freshest():
+                    self.state_step = self.step
+                    self.set_phase("active", f"no mate was active for {PROMOTE_S:.0f} s")
+            else:
+                alone_since = None
+                await self._catch_up(donors)
+            await trio.sleep(SYNC_RETRY_S)
+
+    def _freshest(self) -> bool:
+        """Whether nobody in the stage who is SYNCING too has a better claim."""
+
+        def claim(peer: PeerId, step: int) -> tuple[int, bytes]:
+            return -step, hashlib.sha256(peer.encode()).digest()
+
+        mine = claim(self.peer_id, self.state_step)
+        others = self._mates.in_phase("syncing")
+        others.pop(self.peer_id, None)
+        return all(mine < claim(peer, e.record.snapshot_step or 0) for peer, e in others.items())
+
+    async def _catch_up(self, donors: dict[PeerId, Entry]) -> None:
+        if not self._fresh:
+            donor = max(donors, key=lambda peer: donors[peer].record.step)
+            self.state_step = await self._fetch_state(donor)
+            self._fresh = self.lag <= self._training.max_stale_steps
+            self.step = max(self.step, self.state_step)
+            self._fetched_at_round = self._rounds_done
+            return
+        if self._rounds_done == self._fetched_at_round:
+            return  # closeness is measured by a round that began after the state was installed
+        known = [e.record.disagreement for e in donors.values() if e.record.disagreement is not None]
+        limit = max(CLOSE_FLOOR, CLOSE_RATIO * statistics.median(known)) if known else CLOSE_FLOOR
+        if self.disagreement is not None and self.disagreement <= limit:
+            self._warm_from = self.step
+            self.set_phase("warming", f"disagreement {self.disagreement:.3f} of at most {limit:.3f}")
+        else:
+            self._fresh = False  # drifted away: take the state again
