@@ -25,27 +25,39 @@ def cuda_archs() -> str:
     wanted = os.environ.get("AGORA_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";").strip(";")
     if wanted:
         if not shutil.which("nvcc"):
-            sys.exit("error: AGORA_CUDA_ARCHS is set but nvcc is not on PATH: install the CUDA toolkit or unset it")
+            sys.exit(
+                "error: AGORA_CUDA_ARCHS is set but nvcc is not on PATH: install the CUDA toolkit or unset it"
+            )
         return wanted
     if not shutil.which("nvcc") or not shutil.which("nvidia-smi"):
         return ""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     found = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
-    caps = {line.strip().replace(".", "") for line in found.stdout.splitlines()} if found.returncode == 0 else set()
+    caps = (
+        {line.strip().replace(".", "") for line in found.stdout.splitlines()}
+        if found.returncode == 0
+        else set()
+    )
     return ";".join(sorted(cap for cap in caps if cap.isdigit()))
 
 
 def check_tools() -> None:
     compiler = os.environ.get("CXX", "c++").split()[0]
     if not shutil.which(compiler):
-        sys.exit(f"error: the C++ compiler {compiler!r} is missing: install one (Debian, Ubuntu: apt install g++)")
+        sys.exit(
+            f"error: the C++ compiler {compiler!r} is missing: install one (Debian, Ubuntu: apt install g++)"
+        )
     if not shutil.which("cmake"):
-        sys.exit("error: cmake is missing: install it (Debian, Ubuntu: apt install cmake; or pip install cmake)")
+        sys.exit(
+            "error: cmake is missing: install it (Debian, Ubuntu: apt install cmake; or pip install cmake)"
+        )
     if not shutil.which("make"):
         sys.exit("error: make is missing: install it (Debian, Ubuntu: apt install make)")
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        sys.exit(f"error: Python.h is missing: install Python's headers (Debian, Ubuntu: apt install python{version}-dev)")
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        sys.exit(
+            f"error: Python.h is missing: install Python's headers (Debian, Ubuntu: apt install {package})"
+        )
 
 
 class CMakeBuild(build_ext):
