@@ -164,9 +164,12 @@ def received(record: Record, now: float, skew: float) -> Record:
 def relayed(record: Record, now: float, remaining: float) -> Record:
     """A record as a node that keeps it told us, with the seconds it says remain.
 
-    Its word is worth at most the tolerated skew: it cannot stretch a life any further.
+    That word implies how far the owner's clock is off. It is believed within the tolerated skew, so
+    that a keeper can stretch a life by no more than that.
     """
-    return received(record, now, min(MAX_SKEW_S, max(-MAX_SKEW_S, record.owner_expires - now - remaining)))
+    if remaining <= 0:
+        raise Refused("expired", "the record ended at the node that kept it")
+    return received(record, now, record.owner_expires - now - remaining)
 
 
 def _parse(wire: bytes) -> tuple[Record, bytes, bytes]:

@@ -1,0 +1,475 @@
+"""Swarms of hash table nodes in virtual time, over a network made of memory channels.
+
+The network here has latency, silent deaths and guests, and no bytes; what the real one adds is tested
+with it. Every run is a function of its seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from random import Random
+from typing import Any
+
+import attrs
+import msgpack
+import pytest
+import trio
+from trio.testing import MockClock
+
+from p2p.errors import DialError, P2PError, PeerGone, Refused, RemoteError
+from p2p.event import Event
+from p2p.identity import Identity, PeerId
+from p2p.kad import Dht, KadLimits
+from p2p.kad.events import ClockSkewed, DhtIsolated, DhtJoined, RecordRefused
+from p2p.kad.messages import PROTOCOL, StoreRecords, pack_batch, question_header
+from p2p.kad.record import Record, seal
+from p2p.multiaddr import Multiaddr
+
+EPOCH = 1_700_000_000.0
+
+
+@attrs.frozen
+class FakeMessage:
+    header: dict[str, Any]
+    payload: memoryview
+
+
+class FakeCall:
+    """One side of a stream, as much of ``p2p.rpc.Call`` as the hash table uses."""
+
+    def __init__(
+        self, peer: PeerId, member: object, out: Any, into: Any, latency: Callable[[], float]
+    ) -> None:
+        self.peer, self.member, self.protocol = peer, member, PROTOCOL
+        self._out, self._into, self._latency = out, into, latency
+
+    async def send(self, header: dict[str, Any], payload: Any = b"") -> None:
+        await self._out.send((trio.current_time() + self._latency(), msgpack.packb(header), bytes(payload)))
+
+    async def receive(self, *, max_payload: int = 0) -> FakeMessage:
+        try:
+            at, header, payload = await self._into.receive()
+        except trio.EndOfChannel:
+            raise PeerGone("reset") from None
+        await trio.sleep_until(at)
+        if len(payload) > max_payload or len(header) > 64 << 10:
+            raise RemoteError("over the limit")
+        decoded = msgpack.unpackb(header, raw=False)
+        if decoded.get("t") == "refused":
+            raise Refused(decoded["code"], decoded["why"])
+        return FakeMessage(decoded, memoryview(payload))
+
+
+class FakeHost:
+    def __init__(self, net: FakeNet, identity: Identity, port: int, *, member: bool = True) -> None:
+        self.net, self.peer_id, self.member = net, identity.peer_id, member
+        self.addrs = [Multiaddr.tcp("10.0.0.1", port).at(identity.peer_id)]
+        self.alive = True
+        self.calls = 0
+        self.learnt: dict[PeerId, Sequence[Multiaddr]] = {}
+        self.handler: Callable[[Any], Awaitable[None]] | None = None
+
+    def handle(self, protocol: str, handler: Any, *, open_to_all: bool = False, max_payload: int = 0) -> None:
+        assert (protocol, open_to_all) == (PROTOCOL, True)
+        self.handler = handler
+
+    def learn(self, peer: PeerId, addrs: Sequence[Multiaddr]) -> None:
+        self.learnt[peer] = addrs
+
+    async def call(self, peer: PeerId, protocol: str, *, addrs: Any = None, deadline: float) -> Any:
+        self.calls += 1
+        return self.net.open(self, peer, addrs)
+
+
+class FakeNet:
+    def __init__(self, nursery: trio.Nursery, rng: Random) -> None:
+        self.nursery, self.rng = nursery, rng
+        self.hosts: dict[PeerId, FakeHost] = {}
+        self.silent = True
+        """Whether the dead swallow calls (a lost machine) or refuse them (a lost process)."""
+
+    def latency(self) -> float:
+        return self.rng.uniform(0.005, 0.04)
+
+    @asynccontextmanager
+    async def open(self, caller: FakeHost, peer: PeerId, addrs: Any) -> AsyncIterator[FakeCall]:
+        there = self.hosts[peer]
+        await trio.sleep(self.latency())
+        if not (there.alive and caller.alive):
+            if self.silent:
+                await trio.sleep_forever()
+            raise DialError("connection refused")
+        assert [addr.port for addr in addrs or there.addrs] == [there.addrs[0].port]
+        to_server, from_client = trio.open_memory_channel[Any](4)
+        to_client, from_server = trio.open_memory_channel[Any](4)
+        theirs = FakeCall(caller.peer_id, caller.member or None, to_client, from_client, self.latency)
+
+        async def serve() -> None:
+            assert there.handler is not None
+            with to_client:
+                try:
+                    await there.handler(theirs)
+                except Refused as error:
+                    await theirs.send({"t": "refused", "code": error.code, "why": error.why})
+                except RemoteError:
+                    pass
+
+        self.nursery.start_soon(serve)
+        with to_server:
+            yield FakeCall(peer, there.member or None, to_server, from_server, self.latency)
+
+
+class Swarm:
+    """Nodes 0..n-1, the first of which is everybody's seed."""
+
+    def __init__(self, nursery: trio.Nursery, seed: int, limits: KadLimits = KadLimits()) -> None:
+        self.nursery, self.rng, self.limits = nursery, Random(seed), limits
+        self.net = FakeNet(nursery, self.rng)
+        self.nodes: list[Dht] = []
+        self.hosts: list[FakeHost] = []
+        self.events: list[list[Event]] = []
+        self.scopes: list[trio.CancelScope] = []
+
+    def now(self) -> float:
+        return EPOCH + trio.current_time()
+
+    def add(self, *, member: bool = True, ahead: float = 0.0) -> Dht:
+        identity = Identity.generate(self.rng.randbytes(32))
+        host = FakeHost(self.net, identity, 1000 + len(self.nodes), member=member)
+        self.net.hosts[identity.peer_id] = host
+        events: list[Event] = []
+        dht = Dht(
+            host,  # type: ignore[arg-type]
+            identity,
+            clock=lambda: self.now() + ahead,
+            rng=Random(self.rng.getrandbits(32)),
+            emit=events.append,
+            limits=self.limits,
+        )
+        self.nodes.append(dht)
+        self.hosts.append(host)
+        self.events.append(events)
+        self.scopes.append(trio.CancelScope())
+        return dht
+
+    async def start(self, index: int) -> None:
+        async def run(*, task_status: trio.TaskStatus[None]) -> None:
+            with self.scopes[index]:
+                await self.nodes[index].run(self.seeds() if index else [], task_status=task_status)
+
+        await self.nursery.start(run)
+
+    def seeds(self) -> list[tuple[PeerId, list[Multiaddr]]]:
+        return [(self.hosts[0].peer_id, [self.hosts[0].addrs[0]])]
+
+    async def grow(self, count: int) -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(count):
+                self.add()
+                nursery.start_soon(self.start, len(self.nodes) - 1)
+
+    def kill(self, index: int) -> None:
+        self.hosts[index].alive = False
+        self.scopes[index].cancel()
+
+    def alive(self) -> list[int]:
+        return [index for index, host in enumerate(self.hosts) if host.alive]
+
+
+def simulate(seed: int, scenario: Callable[[Swarm], Awaitable[Any]], limits: KadLimits = KadLimits()) -> Any:
+    async def main() -> Any:
+        async with trio.open_nursery() as nursery:
+            result = await scenario(Swarm(nursery, seed, limits))
+            nursery.cancel_scope.cancel()
+        return result
+
+    # The order in which trio runs tasks that are due together is random; a replay needs the same one.
+    trio._core._run._r.seed(seed)  # type: ignore[attr-defined]
+    return trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+async def put(dht: Dht, key: str, value: Any = 1, ttl: float = 60.0) -> int:
+    return await dht.store(key, dht.table.own, value, ttl=ttl, deadline=5.0)
+
+
+def values(records: dict[str, Record]) -> dict[str, Any]:
+    return {subkey: record.value for subkey, record in records.items()}
+
+
+def test_eleven_nodes_know_each_other_and_agree_at_once() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.grow(11)
+        assert trio.current_time() < 2.0
+        assert {len(node.table) for node in swarm.nodes} == {10}
+        assert all(node.joined.is_set() for node in swarm.nodes)
+        assert [type(event) for event in swarm.events[1]] == [DhtJoined]
+        began = trio.current_time()
+        for node in swarm.nodes[1:]:
+            assert await put(node, "stage/run/0", {"peer": node.table.own}) == 11
+        for node in swarm.nodes:
+            found = await node.get("stage/run/0", deadline=5.0)
+            assert values(found) == {other.table.own: {"peer": other.table.own} for other in swarm.nodes[1:]}
+        assert trio.current_time() - began < 21 * 0.6
+        assert all(not host.learnt.keys() & {host.peer_id} and len(host.learnt) == 10 for host in swarm.hosts)
+
+    simulate(1, scenario)
+
+
+def test_a_read_sees_the_own_write_even_alone_and_the_others_see_it_after_joining() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        swarm.add()
+        swarm.add()
+        late = swarm.nodes[1]
+        assert await put(late, "k", "early") == 1
+        assert values(await late.get("k", deadline=1.0)) == {late.table.own: "early"}
+        await swarm.start(0)
+        await swarm.start(1)
+        await trio.sleep(1.0)
+        assert values(await swarm.nodes[0].get("k", deadline=1.0)) == {late.table.own: "early"}
+
+    simulate(2, scenario)
+
+
+def test_nothing_is_returned_after_its_end_and_the_newest_wins() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.grow(8)
+        writer, reader = swarm.nodes[3], swarm.nodes[5]
+        await put(writer, "k", 1, ttl=100.0)
+        await put(writer, "k", 2, ttl=10.0)
+        assert values(await reader.get("k", deadline=1.0)) == {writer.table.own: 2}
+        await trio.sleep(9.0)
+        assert len(await reader.get("k", deadline=0.5)) == 1
+        await trio.sleep(1.0)
+        for node in swarm.nodes:
+            assert await node.get("k", deadline=5.0) == {}
+        assert all(len(node.records) == 0 for node in swarm.nodes)
+
+    simulate(3, scenario)
+
+
+def test_it_works_without_the_seed_and_comes_back_to_it() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.grow(6)
+        swarm.kill(0)
+        assert await put(swarm.nodes[1], "k") == 5
+        for node in swarm.nodes[2:]:
+            assert len(await node.get("k", deadline=5.0)) == 1
+        await trio.sleep(300.0)
+        assert {len(node.table) for node in swarm.nodes[1:]} == {4}
+        swarm.hosts[0].alive = True
+        await trio.sleep(120.0)
+        assert {len(node.table) for node in swarm.nodes[1:]} == {5}
+
+    simulate(4, scenario)
+
+
+def test_a_node_whose_seed_is_down_keeps_trying_and_says_so() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        swarm.net.silent = False
+        swarm.add()
+        swarm.add()
+        swarm.hosts[0].alive = False
+        await swarm.start(1)
+        with pytest.raises(PeerGone):
+            await swarm.nodes[1].get("k", deadline=1.0)
+        await trio.sleep(600.0)
+        assert not swarm.nodes[1].joined.is_set()
+        retries = [event for event in swarm.events[1] if isinstance(event, DhtIsolated)]
+        assert 15 < len(retries) < 60
+        swarm.hosts[0].alive = True
+        await swarm.start(0)
+        await trio.sleep(50.0)
+        assert swarm.nodes[1].joined.is_set()
+
+    simulate(5, scenario)
+
+
+def test_a_network_that_went_away_is_found_again_without_any_seed() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.grow(5)
+        swarm.kill(0)
+        swarm.hosts[1].alive = False  # the cable is out, the node runs
+        for _ in range(5):
+            with pytest.raises(PeerGone):
+                await swarm.nodes[1].get("k", deadline=2.0)
+        assert len(swarm.nodes[1].table) == 0
+        await trio.sleep(300.0)
+        swarm.hosts[1].alive = True
+        await trio.sleep(120.0)
+        assert len(swarm.nodes[1].table) == 3
+
+    simulate(6, scenario)
+
+
+def test_a_dead_peer_costs_a_read_less_than_its_deadline_and_leaves_the_table() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.grow(11)
+        await put(swarm.nodes[1], "k")
+        for index in (4, 5, 6):
+            swarm.kill(index)
+        slowest = 0.0
+        for _ in range(4):
+            for index in swarm.alive():
+                began = trio.current_time()
+                assert len(await swarm.nodes[index].get("k", deadline=5.0)) == 1
+                slowest = max(slowest, trio.current_time() - began)
+        assert slowest < 1.0
+        for _ in range(3):
+            assert await put(swarm.nodes[1], "k") >= 8
+        assert {swarm.hosts[index].peer_id for index in (4, 5, 6)}.isdisjoint(
+            contact.peer for contact in swarm.nodes[1].table
+        )
+
+    simulate(7, scenario)
+
+
+def test_guests_may_look_but_not_store_nor_be_listed() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.grow(4)
+        await put(swarm.nodes[1], "k", "public")
+        guest = swarm.add(member=False)
+        await swarm.start(4)
+        assert values(await guest.get("k", deadline=5.0)) == {swarm.nodes[1].table.own: "public"}
+        assert await put(guest, "k", "spam") == 1
+        for node in swarm.nodes[:4]:
+            assert guest.table.own not in node.table
+            assert set(values(await node.get("k", deadline=5.0))) == {swarm.nodes[1].table.own}
+        swarm.hosts[4].member = True  # its certificate came
+        assert await put(guest, "k", "welcome") == 5
+        assert guest.table.own in swarm.nodes[0].table
+
+    simulate(8, scenario)
+
+
+def test_nobody_stores_for_others() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.grow(2)
+        victim = Identity.generate(b"v" * 32)
+        record = seal(victim, "k", victim.peer_id, 1, seq=1, issued=swarm.now(), ttl=60)
+        async with await swarm.hosts[1].call(swarm.hosts[0].peer_id, PROTOCOL, deadline=1.0) as call:
+            await call.send(
+                question_header(StoreRecords(now=swarm.now(), addrs=())), pack_batch([record.wire])
+            )
+            reply = await call.receive(max_payload=1 << 20)
+        assert reply.header["results"] == ["not_owner"]
+        assert RecordRefused(peer=swarm.hosts[1].peer_id, key="k", code="not_owner") in swarm.events[0]
+        assert len(swarm.nodes[0].records) == 0
+
+    simulate(9, scenario)
+
+
+def test_clocks_that_are_off_are_told_and_tolerated() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        swarm.add()
+        swarm.add(ahead=-50.0)
+        swarm.add(ahead=40.0)
+        swarm.add(ahead=200.0)
+        for index in range(4):
+            await swarm.start(index)
+        seed, slow, fast, wild = swarm.nodes
+        assert await put(slow, "k", "slow", ttl=15.0) >= 2
+        assert await put(fast, "k", "fast", ttl=15.0) >= 2
+        assert await put(wild, "k", "wild", ttl=15.0) == 1
+        found = await seed.get("k", deadline=5.0)
+        assert set(values(found).values()) == {"slow", "fast"}
+        assert all(13.0 < record.expires - swarm.now() < 17.0 for record in found.values())
+        told = {event.peer: event.seconds for event in swarm.events[0] if isinstance(event, ClockSkewed)}
+        assert told == {
+            slow.table.own: pytest.approx(-50, abs=0.5),
+            fast.table.own: pytest.approx(40, abs=0.5),
+            wild.table.own: pytest.approx(200, abs=0.5),
+        }
+        await trio.sleep(16.0)
+        assert await seed.get("k", deadline=5.0) == {}
+
+    simulate(10, scenario)
+
+
+def test_a_large_roster_comes_in_pages() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.grow(3)
+        keeper = swarm.nodes[0]
+        for number in range(300):
+            identity = Identity.generate(number.to_bytes(32, "big"))
+            record = seal(identity, "k", identity.peer_id, b"x" * 3000, seq=1, issued=swarm.now(), ttl=60)
+            keeper.records.put(record, swarm.now())
+        assert len(await swarm.nodes[1].get("k", deadline=10.0)) == 300
+
+    simulate(11, scenario)
+
+
+def test_recent_answers_serve_who_does_not_insist() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.grow(5)
+        await put(swarm.nodes[1], "k")
+        reader = swarm.nodes[2]
+        await reader.get("k", deadline=5.0)
+        calls = swarm.hosts[2].calls
+        assert len(await reader.get("k", deadline=5.0, fresh=False)) == 1
+        assert swarm.hosts[2].calls == calls
+        both = await reader.get_many(["k", "none"], deadline=5.0)
+        assert {key: len(found) for key, found in both.items()} == {"k": 1, "none": 0}
+
+    simulate(12, scenario)
+
+
+def test_a_long_lived_record_moves_to_the_nodes_that_are_there_at_half_its_life() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.grow(3)
+        writer = swarm.nodes[1]
+        await put(writer, "k", 1, ttl=1000.0)
+        end = (await writer.get("k", deadline=1.0))[writer.table.own].expires
+        await swarm.grow(8)
+        await trio.sleep(510.0)
+        assert sum(len(node.records) for node in swarm.nodes) == 11
+        found = await swarm.nodes[-1].get("k", deadline=1.0)
+        assert found[writer.table.own].expires == end
+
+    simulate(13, scenario)
+
+
+@pytest.mark.parametrize("seed", [20, 21])
+def test_sixty_nodes_find_everything_and_nearly_everything_with_a_third_of_them_dead(seed: int) -> None:
+    async def scenario(swarm: Swarm) -> tuple[float, float, int]:
+        await swarm.grow(1)
+        for _ in range(6):
+            await swarm.grow(10)
+        writers = swarm.rng.sample(swarm.nodes, 40)
+        for number, node in enumerate(writers):
+            assert await put(node, f"key/{number}", number, ttl=600.0) >= 15
+
+        async def success() -> float:
+            tried = good = 0
+            for number, node in enumerate(writers):
+                for index in swarm.rng.sample(swarm.alive(), 3):
+                    tried += 1
+                    try:
+                        found = await swarm.nodes[index].get(f"key/{number}", deadline=5.0)
+                    except P2PError:
+                        continue
+                    good += values(found) == {node.table.own: number}
+            return good / tried
+
+        calm = await success()
+        for index in swarm.rng.sample(range(len(swarm.nodes)), 18):
+            swarm.kill(index)
+        return calm, await success(), sum(host.calls for host in swarm.hosts)
+
+    calm, after, calls = simulate(seed, scenario)
+    assert calm == 1.0
+    assert after >= 0.99
+    assert calls < 20_000
+
+
+def test_a_seed_replays() -> None:
+    async def scenario(swarm: Swarm) -> list[Any]:
+        await swarm.grow(12)
+        swarm.kill(3)
+        for node in swarm.nodes[4:8]:
+            await put(node, "k", trio.current_time())
+        found = await swarm.nodes[1].get("k", deadline=5.0)
+        return [trio.current_time(), values(found), swarm.events, [host.calls for host in swarm.hosts]]
+
+    assert simulate(30, scenario) == simulate(30, scenario)
+    assert simulate(30, scenario) != simulate(31, scenario)
