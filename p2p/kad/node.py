@@ -54,6 +54,8 @@ REFRESH_S: Final = 60.0
 STALE_S: Final = 600.0
 RETRY_FIRST_S: Final = 0.5
 RETRY_MOST_S: Final = 30.0
+_EVERYBODY: Final = ""
+"""Stands for every key among the routes of a swarm that is smaller than ``replicas``; no key is empty."""
 
 
 @attrs.frozen(kw_only=True)
@@ -278,6 +280,7 @@ class Dht:
             for own in due:
                 own.again_at = math.inf
                 self._routes.pop(own.record.key, None)
+                self._routes.pop(_EVERYBODY, None)
                 await self._place(own.record, 10 * self._limits.hop_s)
             if not due:
                 next_at = min((own.again_at for own in self._own.values()), default=math.inf)
@@ -317,16 +320,20 @@ class Dht:
                     nursery.start_soon(send, contact)
         if failed:
             self._routes.pop(record.key, None)
+            self._routes.pop(_EVERYBODY, None)
         return taken
 
     async def _route(self, key: str, deadline: float) -> list[Contact]:
         """The nodes other than us that should keep a key's records."""
         now = trio.current_time()
-        known = self._routes.get(key)
-        if known is not None and now < known[0] + ROUTE_LIFE_S:
-            return known[1]
+        for route in (self._routes.get(key), self._routes.get(_EVERYBODY)):
+            if route is not None and now < route[0] + ROUTE_LIFE_S:
+                return route[1]
         target = key_id(key)
         nearest = await self.nearest(target, deadline=deadline)
+        if len(nearest) < self._limits.replicas:
+            # The swarm is smaller than that, so these are all of it, whatever the key.
+            key = _EVERYBODY
         nearest = nearest[: self._limits.replicas]
         if len(nearest) == self._limits.replicas and self.table.own_id ^ target < nearest[-1].id ^ target:
             nearest.pop()  # we are one of the replicas ourselves
