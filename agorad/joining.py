@@ -105,7 +105,7 @@ async def _ask(node: Node, authority: PeerId, secret: str | None) -> Certificate
     settings = node.config.worker
     request = JoinRequest(account=settings.account or node.config.name, secret=secret, stage=settings.stage)
     with trio.fail_after(ANSWER_S):
-        async with node.host.call(authority, PROTOCOL, deadline=ANSWER_S) as call:
+        async with await node.host.call(authority, PROTOCOL, deadline=ANSWER_S) as call:
             await call.send(request.to_header())
             answer = (await call.receive()).header
     data = answer.get("certificate")

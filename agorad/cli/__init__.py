@@ -1,0 +1,87 @@
+"""``agoractl``: what people and scripts do with nodes and runs.
+
+Each command lives in its own module, imported only when it is called, so that ``status`` answers in a
+fraction of a second. Errors are one sentence on stderr. Exit codes: 0 done, 1 failed, 2 usage,
+configuration or unreadable input, 3 daemon not reachable, 4 timeout, 5 found problems.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Final, cast
+
+import click
+
+from agorad import __version__
+from agorad.settings import nearest
+
+COMMANDS: Final = {
+    "demo": ("demo", "A whole swarm on this machine, trained on real text."),
+    "events": ("events", "What a node reports, as it happens."),
+    "identity": ("identity", "Show or create a node's key."),
+    "leave": ("leave", "Ask nodes to stop cleanly."),
+    "run": ("run", "Create, sign and show a run's manifest."),
+    "status": ("status", "What this machine's nodes do."),
+}
+"""Module of each command (which holds a click command of the module's name) and its line of help."""
+
+
+class LazyGroup(click.Group):
+    """Knows its commands by name and imports the one that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _help = COMMANDS[cmd_name]
+        return cast(click.Command, getattr(importlib.import_module(f"agorad.cli.{module}"), module))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_module, line) in sorted(COMMANDS.items())])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"no command {args[0]!r}; {nearest(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="agoractl")
+def agoractl() -> None:
+    """Talk to agorad: nodes that train one model together."""
+
+
+def main() -> None:
+    """Entry point: maps failures to exit codes and sentences."""
+    from agorad.ask import CommandFailed, NoAnswer, Unreachable
+    from p2p.errors import LocalError
+
+    try:
+        agoractl(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output closed it: nothing left to say
+        sys.stderr.close()
+        sys.exit(1)
+    except LocalError as error:
+        _end(2, error)
+    except Unreachable as error:
+        _end(3, error)
+    except NoAnswer as error:
+        _end(4, error)
+    except CommandFailed as error:
+        _end(1, error)
+
+
+def _end(code: int, error: Exception) -> None:
+    click.echo(f"agoractl: {error}", err=True)
+    sys.exit(code)

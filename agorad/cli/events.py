@@ -1,0 +1,52 @@
+"""``agoractl events``: a node's events, for people as lines, for programs as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from agorad.ask import ask, follow
+from agorad.cli.targets import find, target_options
+from agorad.console import friendly
+
+
+@click.command()
+@target_options
+@click.option("--node", help="Which node of --dir, by name.")
+@click.option("--since", type=click.IntRange(min=0), default=0, help="Only events after this id.")
+@click.option("--follow", "following", is_flag=True, help="Go on as new ones happen.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines, all events, also on a terminal.")
+def events(
+    folder: Path | None,
+    config: Path | None,
+    socket: Path | None,
+    node: str | None,
+    since: int,
+    following: bool,
+    as_json: bool,
+) -> None:
+    """What a node reports (the last 4096 events), as it happens with --follow.
+
+    Example: agoractl events --dir /tmp/my-demo --node worker-0-0 --follow
+    """
+    targets = [target for target in find(folder, config, socket) if node in (None, target.name)]
+    if len(targets) != 1:
+        raise click.UsageError(f"{len(targets)} nodes match; name one with --node")
+    machine = as_json or not sys.stdout.isatty()
+    path = targets[0].socket
+    if following:
+        for batch in follow(path, "events", since=since, follow=True):
+            _show(batch, machine)
+    else:
+        _show(ask(path, "events", since=since), machine)
+
+
+def _show(entries: list[dict[str, Any]], machine: bool) -> None:
+    for entry in entries:
+        line = json.dumps(entry) if machine else friendly(entry)
+        if line is not None:
+            click.echo(line)

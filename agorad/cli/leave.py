@@ -1,0 +1,31 @@
+"""``agoractl leave``: nodes finish or hand back their work and end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from agorad.ask import NoAnswer, Unreachable, ask
+from agorad.cli.targets import find, target_options
+
+
+@click.command()
+@target_options
+def leave(folder: Path | None, config: Path | None, socket: Path | None) -> None:
+    """Ask nodes to stop cleanly; returns once they were asked, they end within 30 s.
+
+    Example: agoractl leave --config ~/.config/agora/agorad.toml
+    """
+    asked = 0
+    trouble: Unreachable | NoAnswer | None = None
+    for target in find(folder, config, socket):
+        try:
+            ask(target.socket, "leave")
+        except (Unreachable, NoAnswer) as error:
+            trouble = trouble or error
+        else:
+            asked += 1
+            click.echo(f"{target.name} is leaving", err=True)
+    if not asked and trouble is not None:
+        raise trouble

@@ -1,0 +1,174 @@
+"""``agoractl run``: the operator's commands around a run manifest.
+
+``init`` makes everything a run starts with in one folder: the operator's key, keys and settings of a
+seed, an authority and a trainer, an empty account file, and the signed manifest that lists them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import click
+
+from agorad import run as manifests
+from agorad.authority import accounts
+from agorad.run import Manifest, NodeRef, RunInfo
+from agorad.settings import override, unstructure
+from p2p.errors import LocalError
+from p2p.identity import Identity
+from stage import presets
+from stage.config import split_layers
+
+ROLES: Final = ("seed", "authority", "trainer")
+
+
+@click.group()
+def run() -> None:
+    """Create, sign and show a run's manifest; give people accounts."""
+
+
+@run.command()
+@click.argument("name")
+@click.option(
+    "--dir", "folder", type=click.Path(path_type=Path), help="Where to put it; the name by default."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address that peers reach the nodes at.")
+@click.option(
+    "--port", type=click.IntRange(1, 65533), default=49200, show_default=True, help="First of three."
+)
+@click.option("--stages", type=int, default=3, show_default=True)
+@click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="A setting of the manifest.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def init(
+    name: str,
+    folder: Path | None,
+    host: str,
+    port: int,
+    stages: int,
+    assignments: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Create a run: keys, settings of its first nodes, and the signed manifest.
+
+    Example: agoractl run init my-run --host 203.0.113.9 --set training.target_batch=32
+    """
+    folder = folder or Path(name)
+    operator = Identity.generate()
+    keys = {role: Identity.generate() for role in ROLES}
+    ip = "ip6" if ":" in host else "ip4" if re.fullmatch(r"[0-9.]+", host) else "dns4"
+    refs = {
+        role: NodeRef(peer_id=key.peer_id, addrs=(f"/{ip}/{host}/tcp/{port + offset}",))
+        for offset, (role, key) in enumerate(keys.items())
+    }
+    model, training = presets.demo(split_layers(presets.DEMO_LAYERS, stages), None)
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:48] or "run"
+    base = Manifest(
+        run=RunInfo(
+            name=name, id=f"{slug}-{secrets.token_hex(4)}", created=time.time(), operator=operator.peer_id
+        ),
+        seeds=(refs["seed"],),
+        authorities=(refs["authority"],),
+        trainers=(refs["trainer"],),
+        model=model,
+        training=training,
+    )
+    manifest = manifests.from_table(override(Manifest, unstructure(base), assignments)).signed(operator)
+    if folder.exists() and any(folder.iterdir()):
+        raise LocalError(f"the folder {folder} is not empty; name another with --dir")
+    for offset, (role, key) in enumerate(keys.items()):
+        _write_node(folder / role, role, key, port + offset)
+    operator.save(folder / "operator.key")
+    manifests.save(manifest, folder / "run.toml")
+    (folder / "authority" / "accounts.toml").touch(mode=0o600)
+    _describe(manifest, folder / "run.toml", as_json)
+    click.echo(
+        "\n".join(f"start with: agorad --config {folder / role / 'agorad.toml'}" for role in ROLES), err=True
+    )
+    click.echo(f"let people in with: agoractl run account NAME --dir {folder}", err=True)
+
+
+@run.command()
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--key", type=click.Path(path_type=Path), required=True, help="The operator's key file.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def sign(path: Path, key: Path, as_json: bool) -> None:
+    """Check an edited manifest, raise its version and sign it again.
+
+    Example: agoractl run sign run.toml --key operator.key
+    """
+    edited = manifests.load(path, signed=False)
+    operator = Identity.load(key)
+    table = edited.table()
+    table.pop("signature", None)
+    table["run"]["version"] = edited.run.version + (edited.signature is not None)
+    manifest = manifests.from_table(table).signed(operator)
+    manifests.save(manifest, path)
+    _describe(manifest, path, as_json)
+
+
+@run.command()
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def show(path: Path, as_json: bool) -> None:
+    """Check a manifest and its signature, and say what it describes.
+
+    Example: agoractl run show run.toml
+    """
+    _describe(manifests.load(path), path, as_json)
+
+
+@run.command()
+@click.argument("name")
+@click.option("--dir", "folder", type=click.Path(path_type=Path), default=Path(), help="The run's folder.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def account(name: str, folder: Path, as_json: bool) -> None:
+    """Add an account to the authority's file and print its secret, which is kept nowhere else.
+
+    Example: agoractl run account alice --dir my-run
+    """
+    path = folder / "authority" / "accounts.toml"
+    if not path.exists():
+        raise LocalError(f"there is no account file {path}; --dir names the folder that `run init` made")
+    secret = accounts.add(path, name)
+    click.echo(json.dumps({"account": name, "secret": secret}) if as_json else secret)
+
+
+def _write_node(folder: Path, role: str, key: Identity, port: int) -> None:
+    import tomli_w
+
+    key.save(folder / "identity.key")
+    table: dict[str, Any] = {
+        "node": {"role": role, "run": "../run.toml", "state": ".", "listen": [f"/ip4/0.0.0.0/tcp/{port}"]}
+    }
+    if role == "authority":
+        table["authority"] = {"accounts": "accounts.toml"}
+    (folder / "agorad.toml").write_text(tomli_w.dumps(table))
+
+
+def _describe(manifest: Manifest, path: Path, as_json: bool) -> None:
+    if as_json:
+        table = manifest.table()
+        click.echo(json.dumps({"path": str(path), "hash": manifest.hash.hex(), "manifest": table}))
+        return
+    info, model = manifest.run, manifest.model
+    training = attrs.asdict(manifest.training)
+    lines = [
+        f"run {info.name} ({info.id}), version {info.version}, signed by {info.operator}",
+        f"hash {manifest.hash.hex()}",
+        f"model: {sum(model.layers)} layers in {model.stages} stages, d {model.d}, k {model.k}, "
+        f"{model.seq} tokens a sequence, vocabulary {model.vocab}",
+        "training: " + ", ".join(f"{name} {value}" for name, value in training.items()),
+    ]
+    for role, refs in (
+        ("seed", manifest.seeds),
+        ("authority", manifest.authorities),
+        ("trainer", manifest.trainers),
+    ):
+        lines += [f"{role} {ref.peer_id} {' '.join(ref.addrs)}" for ref in refs]
+    click.echo("\n".join(lines))
