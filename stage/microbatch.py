@@ -68,7 +68,7 @@ class Compute(Protocol):
 
     def forward(self, request: Request, ids: memoryview, c: memoryview) -> Held: ...
 
-    def backward(self, held: Held, dc: memoryview, weight: float) -> Any:
+    def backward(self, held: Held, dc: memoryview) -> Any:
         """Adds the microbatch's gradient and returns the packed gradient of the stage's input."""
 
 
@@ -150,6 +150,11 @@ class MicrobatchServer:
         self._idle.set()
 
     @property
+    def request_bytes(self) -> int:
+        """Exact payload of a microbatch here."""
+        return self._shape.ids_bytes + self._shape.c_bytes
+
+    @property
     def in_progress(self) -> int:
         return len(self._working)
 
@@ -160,7 +165,7 @@ class MicrobatchServer:
 
     async def handle(self, call: Call) -> None:
         """One call: see the module's docstring."""
-        size = self._shape.ids_bytes + self._shape.c_bytes
+        size = self.request_bytes
         message = await call.receive(max_payload=size)
         request = Request.from_wire(message.header)
         self._check(call, request)
@@ -268,7 +273,7 @@ class MicrobatchServer:
             answer = Answer(loss=loss, c_hash=c_hash, path=path, slots=0, stale=stale)
             if not train:
                 return _Kept(answer, b"", c_hash)
-            dc_in = await self._commit(call, held, dc, request.ticket.weight)
+            dc_in = await self._commit(call, held, dc)
             # No checkpoint between the backward pass and here: what was added is always on record.
             self.added += 1
             self.last_loss = loss
@@ -288,13 +293,13 @@ class MicrobatchServer:
         finally:
             held.release()
 
-    async def _commit(self, call: Call, held: Held, dc: memoryview, weight: float) -> Any:
+    async def _commit(self, call: Call, held: Held, dc: memoryview) -> Any:
         """Waits for a fresh lease, then the backward pass. Raises Cancelled if the caller is gone first."""
 
         def backward() -> Any:
             if not call.connection.lease.fresh():
                 return None
-            return self._compute.backward(held, dc, weight)
+            return self._compute.backward(held, dc)
 
         while True:
             await trio.lowlevel.checkpoint_if_cancelled()

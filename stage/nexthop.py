@@ -148,7 +148,7 @@ class NextHop:
                 raise
             except (P2PError, trio.TooSlowError):
                 # Asked and then silent: it may commit on its lease until LEASE_S after its last word.
-                await trio.sleep_until(call.connection.last_answer + LEASE_S)
+                await trio.sleep(self._lease_left(call))
                 raise
         if isinstance(reply, NoReplica):
             return reply
@@ -156,6 +156,11 @@ class NextHop:
             raise RemoteError(f"microbatch: not an answer with {back_bytes} bytes of gradient")
         self._router.answered(peer, trio.current_time() - began, reply.slots)
         return Passed(reply, dc, peer)
+
+    def _lease_left(self, call: Call) -> float:
+        """Seconds until the peer's lease surely ran out; the whole of it if the clock was set back."""
+        since = self._host.clock() - call.connection.last_answer
+        return LEASE_S - since if 0.0 <= since < LEASE_S else (LEASE_S if since < 0.0 else 0.0)
 
     def _count_forward(self, payload: Sequence[Any]) -> None:
         if self._count is not None:
