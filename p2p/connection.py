@@ -1,0 +1,424 @@
+"""One secured, multiplexed connection to a peer: the trio shell around Noise records and yamux.
+
+Three tasks. The *reader* takes large reads, decrypts whole records into one buffer and feeds yamux.
+The *writer* sleeps until yamux has something, encrypts up to ``BATCH`` records and sends them in one
+call; batches stay small so that a ping waits behind little. The *keeper* pings: every 10 s normally
+(silent for 20 s is gone), every 0.5 s while somebody holds ``watched()`` (silent for 2 s is gone).
+
+The lease (commit point of a microbatch) is sound because a ping counts with the time it was *asked
+for*, which is no later than the time the peer can have heard it: a late answer renews nothing.
+Times of the lease are kept on the host's clock and on trio's; both must agree that it is fresh, so
+that a wall clock set back cannot lengthen it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, final
+
+import trio
+
+from p2p import noise
+from p2p.errors import PeerGone, Refused, RemoteError
+from p2p.identity import PeerId, short
+from p2p.limits import KIB, Limits
+from p2p.membership import Member
+from p2p.muxed import MuxedStream
+from p2p.secure import Upgraded
+from p2p.yamux import Changed, Opened, PingAnswered, Session, Stream
+
+BATCH = 4
+"""Records encrypted for one send: 256 KiB, 10 ms at 200 Mbit/s."""
+READ_SIZE = 256 * KIB
+RECORD = 2 + noise.MAX_RECORD
+SMALL = 8 * KIB
+OUTSTANDING_PINGS = 64
+
+
+@final
+class Counters:
+    """Bytes of one host, since its start."""
+
+    def __init__(self) -> None:
+        self.bytes_out = 0
+        """Written to transports: handshakes aside, everything with its framing."""
+        self.bytes_in = 0
+        self.protocols: dict[str, tuple[int, int]] = {}
+        """Payload bytes (out, in) by protocol, headers and framing aside."""
+
+    def count(self, protocol: str, payload_out: int, payload_in: int) -> None:
+        out, into = self.protocols.get(protocol, (0, 0))
+        self.protocols[protocol] = (out + payload_out, into + payload_in)
+
+
+@final
+class Scratch:
+    """Buffers shared by the connections of one host: an idle connection holds none."""
+
+    def __init__(self) -> None:
+        self.plain = memoryview(bytearray(noise.MAX_PLAINTEXT))
+        self._free: list[memoryview] = []
+
+    def take(self) -> memoryview:
+        return self._free.pop() if self._free else memoryview(bytearray(BATCH * RECORD))
+
+    def give(self, buffer: memoryview) -> None:
+        if len(self._free) < 4:
+            self._free.append(buffer)
+
+
+@final
+class Lease:
+    """Proof that the peer was alive a moment ago: when we asked for the last ping that it answered."""
+
+    __slots__ = ("_asked", "_clock", "_steady", "_valid_s")
+
+    def __init__(self, clock: Callable[[], float], valid_s: float) -> None:
+        self._clock = clock
+        self._steady = trio.lowlevel.current_clock()
+        self._valid_s = valid_s
+        self._asked = (float("-inf"), float("-inf"))
+
+    def renew(self, asked: tuple[float, float]) -> None:
+        """A ping asked for at that time (trio's clock, host's clock) was answered."""
+        self._asked = max(self._asked, asked)
+
+    def fresh(self, now: float | None = None) -> bool:
+        """Whether a ping that we sent less than 1.5 s ago was answered; callable from any thread.
+
+        ``now`` is on the host's clock, and read from it where it is not given.
+        """
+        steady, wall = self._asked
+        age = (self._clock() if now is None else now) - wall
+        return 0 <= age < self._valid_s and self._steady.current_time() - steady < self._valid_s
+
+
+@final
+class Connection:
+    """Streams to one peer. Made by ``Host``; ``run`` works until the connection ends."""
+
+    def __init__(
+        self,
+        upgraded: Upgraded,
+        *,
+        dialer: bool,
+        limits: Limits,
+        clock: Callable[[], float],
+        scratch: Scratch,
+        serve: Callable[[Connection, MuxedStream], Awaitable[None]],
+        counters: Counters,
+        addr: str,
+    ) -> None:
+        self.peer: PeerId = upgraded.secured.peer_id
+        self.dialer = dialer
+        self.addr = addr
+        """The remote address, for people."""
+        self.hello: Any = None
+        """What the peer presented in its hello, or None; set by ``p2p.hello``."""
+        self.greeted = trio.Event()
+        """Set when the hello is over, whatever came of it."""
+        self.opened_at = clock()
+        self.last_heard = self.opened_at
+        """The host's clock when the last bytes arrived."""
+        self.closed = trio.Event()
+        self.why_closed: str | None = None
+        self.draining = False
+        """No new streams of ours: another connection replaces this one."""
+        self.member: Member | None = None
+        """What the peer proved to be in its hello; None for a guest."""
+        self.refusal: Refused | None = None
+        """Why the peer's hello made it no member."""
+        self.presented: bytes | None = None
+        """The certificate of ours that the peer has seen."""
+        self.running: dict[str, int] = {}
+        """Handlers at work, by protocol."""
+        self._counters = counters
+        self.lease = Lease(clock, limits.lease_s)
+        self.limits = limits
+        self._clock = clock
+        self._stream = upgraded.stream
+        self._sending = upgraded.secured.sending
+        self._receiving = upgraded.secured.receiving
+        self._tail = upgraded.ciphertext
+        self._first = upgraded.plaintext
+        self._scratch = scratch
+        self._serve = serve
+        self._session = Session(dialer=dialer, limits=limits)
+        self._streams: dict[Stream, MuxedStream] = {}
+        self._output = trio.Event()
+        self._emptied = trio.Event()
+        self._watchers = 0
+        self._watch_changed = trio.Event()
+        self._heard = trio.current_time()
+        self._ping_value = 0
+        self._pings: dict[int, tuple[float, float]] = {}
+        self._ping_waiters: dict[int, trio.Event] = {}
+        self._cancel: trio.CancelScope | None = None
+
+    def __repr__(self) -> str:
+        return f"<Connection to {short(self.peer)} at {self.addr}>"
+
+    # for users
+
+    @property
+    def last_answer(self) -> float:
+        """The host's clock when the peer was last heard."""
+        return self.last_heard
+
+    @property
+    def usable(self) -> bool:
+        """Whether a new stream may be opened."""
+        return not (self.closed.is_set() or self.draining or self._session.remote_gone is not None)
+
+    @property
+    def streams(self) -> int:
+        """Streams in use, by either side."""
+        return len(self._session.streams)
+
+    def open_stream(self) -> MuxedStream:
+        """A new stream; nothing is sent before its first data."""
+        if self.closed.is_set():
+            raise PeerGone(f"the connection to {short(self.peer)} is closed")
+        return self._wrap(self._session.open())
+
+    async def ping(self, deadline: float) -> float:
+        """Seconds of one round trip; PeerGone when there is no answer within ``deadline`` seconds."""
+        if self.closed.is_set():
+            raise PeerGone(f"the connection to {short(self.peer)} is closed")
+        value = self._send_ping()
+        answered = self._ping_waiters[value] = trio.Event()
+        asked = trio.current_time()
+        try:
+            with trio.move_on_after(deadline):
+                await answered.wait()
+        finally:
+            self._ping_waiters.pop(value, None)
+        if not answered.is_set() or self.closed.is_set():
+            raise PeerGone(f"{short(self.peer)} did not answer a ping")
+        return trio.current_time() - asked
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[Connection]:
+        """While held, pings go out every 0.5 s and 2 s of silence close the connection."""
+        self._watchers += 1
+        if self._watchers == 1:
+            self._watch_changed.set()
+        try:
+            yield self
+        finally:
+            self._watchers -= 1
+
+    def close(self, why: str) -> None:
+        """End it now; streams of both sides fail with PeerGone."""
+        if self.why_closed is None:
+            self.why_closed = why
+        if self._cancel is not None:
+            self._cancel.cancel()
+
+    def promise_window(self, window: int) -> None:
+        """Our hello is about to promise this window."""
+        self._session.promise(window)
+
+    def agree_window(self, window: int) -> None:
+        """The peer's hello promised this window."""
+        self._session.agree(window)
+
+    # lifecycle
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Work until the connection ends; never raises for what the peer did."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._cancel = nursery.cancel_scope
+                if self.why_closed is not None:
+                    self._cancel.cancel()
+                nursery.start_soon(self._guard, self._read, nursery)
+                nursery.start_soon(self._guard, self._write, nursery)
+                nursery.start_soon(self._guard, self._keep, nursery)
+                task_status.started()
+        finally:
+            self.why_closed = self.why_closed or "cancelled"
+            self.closed.set()
+            for stream in list(self._streams.values()):
+                stream.lost(self.why_closed)
+            for waiter in self._ping_waiters.values():
+                waiter.set()
+            self._emptied.set()
+            await trio.aclose_forcefully(self._stream)
+
+    async def shut_down(self) -> None:
+        """Say goodbye, let what is queued leave, close; within ``Limits.close_s``."""
+        if not self.closed.is_set():
+            self.draining = True
+            try:
+                self._session.go_away()
+                self._wake()
+            except RemoteError:
+                pass
+            with trio.move_on_after(self.limits.close_s / 2):
+                while self._session.wants_to_send() and not self.closed.is_set():
+                    self._emptied = trio.Event()
+                    await self._emptied.wait()
+        self.close("closed by this host")
+
+    def replace(self) -> None:
+        """Another connection takes over: no new streams here, GOAWAY to the peer."""
+        if not self.draining:
+            self.draining = True
+            self._session.go_away()
+            self._wake()
+
+    async def _guard(self, task: Callable[[trio.Nursery], Awaitable[None]], nursery: trio.Nursery) -> None:
+        try:
+            await task(nursery)
+        except RemoteError as error:
+            self.close(str(error))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self.close("the transport broke")
+
+    # the three tasks
+
+    async def _read(self, nursery: trio.Nursery) -> None:
+        if self._first:
+            self._dispatch(memoryview(self._first), nursery)
+        data: bytes | bytearray = self._tail
+        while True:
+            if data:
+                plain, rest = self._decrypt(data)
+                if len(plain):
+                    self._dispatch(plain, nursery)
+            else:
+                rest = b""
+            data = await self._stream.receive_some(READ_SIZE)
+            if not data:
+                raise PeerGone("the peer closed the connection")
+            self._counters.bytes_in += len(data)
+            self._heard = trio.current_time()
+            self.last_heard = self._clock()
+            if rest:
+                data = rest + data
+
+    def _decrypt(self, data: bytes | bytearray) -> tuple[memoryview, bytes | bytearray]:
+        """Plaintext of all whole records, and what is left of ``data``."""
+        records: list[tuple[int, int]] = []
+        offset, end, total = 0, len(data), 0
+        while end - offset >= 2:
+            size = data[offset] << 8 | data[offset + 1]
+            if size < noise.TAG:
+                raise RemoteError(f"a Noise record of {size} bytes")
+            if end - offset < 2 + size:
+                break
+            records.append((offset + 2, size))
+            total += size - noise.TAG
+            offset += 2 + size
+        plain = memoryview(bytearray(total))
+        view = memoryview(data)
+        position = 0
+        for start, size in records:
+            length = size - noise.TAG
+            self._receiving.decrypt_into(view[start : start + size], plain[position : position + length])
+            position += length
+        return plain, data[offset:]
+
+    def _dispatch(self, plain: memoryview, nursery: trio.Nursery) -> None:
+        for event in self._session.receive(plain):
+            if isinstance(event, Changed):
+                stream = self._streams.get(event.stream)
+                if stream is not None:
+                    stream.changed()
+            elif isinstance(event, Opened):
+                nursery.start_soon(self._serve, self, self._wrap(event.stream))
+            elif isinstance(event, PingAnswered):
+                self._answered(event.value)
+        if self._session.wants_to_send():
+            self._wake()
+
+    async def _write(self, _nursery: trio.Nursery) -> None:
+        session = self._session
+        while True:
+            if not session.wants_to_send():
+                self._emptied.set()
+                await self._output.wait()
+                self._output = trio.Event()
+                continue
+            size = session.fill(self._scratch.plain)
+            if size <= SMALL and not session.wants_to_send():
+                small = memoryview(bytearray(2 + size + noise.TAG))
+                self._seal(size, small)
+                self._tell_drained()
+                await self._send(small)
+                continue
+            out = self._scratch.take()
+            used = 0
+            for _ in range(BATCH):
+                used += self._seal(size, out[used:])
+                if used + RECORD > len(out) or not session.wants_to_send():
+                    break
+                size = session.fill(self._scratch.plain)
+            self._tell_drained()
+            await self._send(out[:used])
+            self._scratch.give(out)
+
+    def _seal(self, size: int, out: memoryview) -> int:
+        """One record of the first ``size`` bytes of the scratch buffer; bytes written."""
+        sealed = size + noise.TAG
+        out[0] = sealed >> 8
+        out[1] = sealed & 0xFF
+        self._sending.encrypt_into(self._scratch.plain[:size], out[2 : 2 + sealed])
+        return 2 + sealed
+
+    async def _send(self, data: memoryview) -> None:
+        self._counters.bytes_out += len(data)
+        await self._stream.send_all(data)
+
+    def _tell_drained(self) -> None:
+        for drained in self._session.drained:
+            stream = self._streams.get(drained)
+            if stream is not None:
+                stream.drained()
+        self._session.drained.clear()
+
+    async def _keep(self, _nursery: trio.Nursery) -> None:
+        limits = self.limits
+        watching_since = trio.current_time()
+        was_watched = False
+        while True:
+            watched = self._watchers > 0
+            if watched and not was_watched:
+                watching_since = trio.current_time()
+            was_watched = watched
+            self._send_ping()
+            with trio.move_on_after(limits.watched_ping_s if watched else limits.ping_s):
+                self._watch_changed = trio.Event()
+                await self._watch_changed.wait()
+            silence = trio.current_time() - max(self._heard, watching_since if watched else 0.0)
+            if silence > (limits.watched_silence_s if watched else limits.silence_s):
+                raise PeerGone(f"the peer was silent for {silence:.1f} s")
+
+    # streams and pings
+
+    def _wake(self) -> None:
+        self._output.set()
+
+    def _wrap(self, stream: Stream) -> MuxedStream:
+        muxed = MuxedStream(self._session, stream, self._wake, self._streams)
+        self._streams[stream] = muxed
+        return muxed
+
+    def _send_ping(self) -> int:
+        self._ping_value = (self._ping_value + 1) & 0xFFFFFFFF
+        if len(self._pings) >= OUTSTANDING_PINGS:
+            del self._pings[next(iter(self._pings))]
+        self._pings[self._ping_value] = (trio.current_time(), self._clock())
+        self._session.ping(self._ping_value)
+        self._wake()
+        return self._ping_value
+
+    def _answered(self, value: int) -> None:
+        asked = self._pings.pop(value, None)
+        if asked is not None:
+            self.lease.renew(asked)
+        waiter = self._ping_waiters.pop(value, None)
+        if waiter is not None:
+            waiter.set()

@@ -1,0 +1,91 @@
+"""Reaching a peer that has several addresses.
+
+All addresses race, each starting ``dial_stagger_s`` after the one before it or as soon as that one
+failed (RFC 8305's idea); the first that proves the peer wins and the others are dropped. Callers that
+want the same peer meanwhile ``join`` the attempt instead of dialling again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import final
+
+import trio
+
+from p2p.errors import DialError, RemoteError
+from p2p.identity import PeerId, short
+from p2p.limits import Limits
+from p2p.multiaddr import Multiaddr
+from p2p.secure import Upgraded
+from p2p.transport import Transport
+
+Upgrade = Callable[[trio.abc.Stream, PeerId], Awaitable[Upgraded]]
+
+
+@final
+class Attempt:
+    """A dial under way; ``error`` is its outcome once ``done``."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.error: str | None = None
+
+
+@final
+class Dialer:
+    """The dials of one host."""
+
+    def __init__(self, transport: Transport, upgrade: Upgrade, limits: Limits) -> None:
+        self._transport = transport
+        self._upgrade = upgrade
+        self._limits = limits
+        self._attempts: dict[PeerId, Attempt] = {}
+
+    def join(self, peer_id: PeerId) -> Attempt | None:
+        """The attempt under way, if there is one."""
+        return self._attempts.get(peer_id)
+
+    def begin(self, peer_id: PeerId) -> Attempt:
+        attempt = self._attempts[peer_id] = Attempt()
+        return attempt
+
+    def end(self, peer_id: PeerId, error: str | None) -> None:
+        attempt = self._attempts.pop(peer_id)
+        attempt.error = error
+        attempt.done.set()
+
+    async def dial(self, peer_id: PeerId, addrs: Sequence[Multiaddr]) -> tuple[Upgraded, Multiaddr]:
+        """A proven stream and the address that gave it; DialError with all reasons otherwise."""
+        usable = [addr for addr in addrs if self._transport.speaks(addr)]
+        usable = [addr for addr in usable if addr.peer_id in (None, peer_id)]
+        usable = list(dict.fromkeys(addr.bare() for addr in usable))[: 2 * self._limits.known_addrs]
+        if not usable:
+            raise DialError(f"no address of {short(peer_id)} is known that can be dialled")
+        reasons: list[str] = []
+        won: list[tuple[Upgraded, Multiaddr]] = []
+
+        async def race(addr: Multiaddr, failed: trio.Event) -> None:
+            try:
+                upgraded = await self._upgrade(await self._transport.dial(addr), peer_id)
+            except RemoteError as error:
+                reasons.append(str(error))
+                failed.set()
+                return
+            if won:
+                await trio.aclose_forcefully(upgraded.stream)
+                return
+            won.append((upgraded, addr))
+            nursery.cancel_scope.cancel()
+
+        with trio.move_on_after(self._limits.dial_s):
+            async with trio.open_nursery() as nursery:
+                for addr in usable:
+                    failed = trio.Event()
+                    nursery.start_soon(race, addr, failed)
+                    with trio.move_on_after(self._limits.dial_stagger_s):
+                        await failed.wait()
+        if won:
+            return won[0]
+        if len(reasons) < len(usable):
+            reasons.append(f"no answer within {self._limits.dial_s:g} s")
+        raise DialError(f"{short(peer_id)} could not be reached: {'; '.join(reasons)}")

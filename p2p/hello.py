@@ -1,0 +1,175 @@
+"""/agora/hello/1: the first exchange of two agora peers on every connection.
+
+Each side presents run id, manifest hash, protocol versions, certificate and receive window, and
+judges the other's by its own ``Membership``. The verdict stays with the connection: a member, a
+guest (no certificate shown: may use what is open to all), or a refusal that every gated stream is
+answered with. The connection itself lives on in all cases, so that a guest can join and a refused
+peer reads why. A certificate is judged again at every stream for its end (``check_gate``), and
+presented again when it was renewed (``needed``). A peer that does not speak hello (another libp2p
+implementation) is a guest.
+
+One call, one message each way, both of the form {run, manifest, version: [min, max], certificate,
+window, agent}; the listener adds {verdict: code or ""} so that a dialer learns how it was judged.
+Limits: those of a header, and of each field below.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import attrs
+
+from p2p.errors import Refused, RemoteError, UnsupportedProtocol
+from p2p.identity import PeerId
+from p2p.membership import CERTIFICATE_LIMIT, NAME_LIMIT, Member, Trust
+
+if TYPE_CHECKING:
+    from p2p.connection import Connection
+    from p2p.rpc import Call
+
+PROTOCOL: Final = "/agora/hello/1"
+VERSION: Final = (1, 1)
+"""Oldest and newest version of our protocols that this program speaks."""
+AGENT: Final = "agorad"
+
+
+class Admission(Protocol):
+    """What hello needs of ``p2p.membership.Membership``."""
+
+    @property
+    def trust(self) -> Trust: ...
+
+    def own_certificate(self) -> bytes | None: ...
+
+    def clock(self) -> float: ...
+
+    def admit(self, peer: PeerId, certificate: bytes | None) -> Member: ...
+
+
+@attrs.frozen(kw_only=True)
+class Hello:
+    """What one side says of itself."""
+
+    run: str
+    manifest: bytes
+    version: tuple[int, int]
+    certificate: bytes | None = attrs.field(repr=False)
+    window: int
+    agent: str
+
+    def to_wire(self) -> dict[str, Any]:
+        return attrs.asdict(self)
+
+    @classmethod
+    def from_wire(cls, header: dict[str, Any]) -> Hello:
+        """RemoteError unless every field is there and within its bounds."""
+        run, manifest, certificate = header.get("run"), header.get("manifest"), header.get("certificate")
+        version, window, agent = header.get("version"), header.get("window"), header.get("agent")
+        if not (isinstance(run, str) and len(run) <= NAME_LIMIT):
+            raise RemoteError("hello: run is not a short text")
+        if not (isinstance(manifest, bytes) and len(manifest) <= 64):
+            raise RemoteError("hello: manifest is not a hash")
+        if certificate is not None and not (
+            isinstance(certificate, bytes) and len(certificate) <= CERTIFICATE_LIMIT
+        ):
+            raise RemoteError("hello: certificate is too long or no bytes")
+        if not (
+            isinstance(version, list)
+            and len(version) == 2
+            and all(type(bound) is int and 0 <= bound < 1 << 16 for bound in version)
+        ):
+            raise RemoteError("hello: version is not a range")
+        if not (type(window) is int and 0 <= window < 1 << 32):
+            raise RemoteError("hello: window is not a size")
+        if not (isinstance(agent, str) and len(agent) <= 64):
+            raise RemoteError("hello: agent is not a short text")
+        return cls(
+            run=run,
+            manifest=manifest,
+            version=(version[0], version[1]),
+            certificate=certificate,
+            window=window,
+            agent=agent,
+        )
+
+
+def needed(connection: Connection, admission: Admission | None) -> bool:
+    """Whether the peer has yet to see our present certificate."""
+    return (
+        admission is not None
+        and connection.hello is not None
+        and connection.presented != admission.own_certificate()
+    )
+
+
+async def greet(call: Call, admission: Admission) -> None:
+    """The dialer's side, on a call of ``PROTOCOL`` just opened."""
+    async with call:
+        await call.send(_own(call.connection, admission).to_wire())
+        try:
+            reply = await call.receive()
+        except UnsupportedProtocol:
+            return  # not an agora peer: a guest
+        _judge(call.connection, Hello.from_wire(reply.header), admission)
+
+
+async def answer(call: Call, admission: Admission) -> None:
+    """The listener's side: the handler of ``PROTOCOL``."""
+    hello = Hello.from_wire((await call.receive()).header)
+    _judge(call.connection, hello, admission)
+    verdict = call.connection.refusal.code if call.connection.refusal is not None else ""
+    await call.send({**_own(call.connection, admission).to_wire(), "verdict": verdict})
+
+
+def check_gate(connection: Connection, admission: Admission) -> None:
+    """Raise Refused unless the peer is a member right now."""
+    if connection.refusal is not None:
+        raise connection.refusal
+    if connection.member is None:
+        raise Refused(
+            "no_certificate", "this needs a membership certificate; ask the run's authority for one"
+        )
+    connection.member.require_valid(admission.clock())
+
+
+def _own(connection: Connection, admission: Admission) -> Hello:
+    certificate = admission.own_certificate()
+    connection.presented = certificate
+    connection.promise_window(connection.limits.window)
+    return Hello(
+        run=admission.trust.run,
+        manifest=admission.trust.manifest_hash,
+        version=VERSION,
+        certificate=certificate,
+        window=connection.limits.window,
+        agent=AGENT,
+    )
+
+
+def _judge(connection: Connection, hello: Hello, admission: Admission) -> None:
+    """Write down what the peer is."""
+    connection.hello = hello
+    connection.member = None
+    connection.refusal = None
+    connection.agree_window(hello.window)
+    try:
+        _same_run(hello, admission.trust)
+        if hello.certificate is not None or connection.peer in admission.trust.standing:
+            connection.member = admission.admit(connection.peer, hello.certificate)
+    except Refused as refusal:
+        connection.refusal = refusal
+
+
+def _same_run(hello: Hello, trust: Trust) -> None:
+    if hello.run != trust.run:
+        raise Refused("wrong_run", f"this node belongs to run {trust.run!r}, not to {hello.run!r}")
+    if hello.manifest != trust.manifest_hash:
+        raise Refused(
+            "manifest_mismatch", "the two nodes have different manifests of the run; get the newest"
+        )
+    if hello.version[0] > VERSION[1] or hello.version[1] < VERSION[0]:
+        raise Refused(
+            "version_mismatch",
+            f"this node speaks versions {VERSION[0]} to {VERSION[1]},"
+            f" the other {hello.version[0]} to {hello.version[1]}",
+        )

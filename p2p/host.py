@@ -1,0 +1,464 @@
+"""A host: one identity, its listening addresses, one connection a peer, handlers by protocol.
+
+Theory of operation. ``call`` finds or makes the connection to a peer and opens a stream on it. A
+dial races the peer's known addresses, each a little later than the one before; callers that want the
+same peer share one dial. Every connection starts with hello (``p2p.hello``) from the dialer; calls
+wait for it. When two peers dial each other at once, both keep the connection that the smaller peer id
+dialled and drain the other; a connection that comes much later replaces the one it finds, whose peer
+must have lost it. Inbound streams are negotiated, gated by membership, and handed to their handler,
+each in a task of its connection: when the connection dies, its handlers are cancelled.
+
+A handler that raises ``Refused`` answers with it; one that raises RemoteError drops the stream; any
+other exception is reported as ``HandlerFailed`` and drops the stream. Nothing a peer does ends the host.
+
+Limits: ``p2p.limits.Limits``. Times that callers give (``deadline``) are seconds from now.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import final
+
+import attrs
+import trio
+
+from p2p import hello, multistream
+from p2p.connection import Connection, Counters, Scratch
+from p2p.dial import Dialer
+from p2p.errors import DialError, LocalError, P2PError, PeerGone, Refused, RemoteError
+from p2p.event import Emit, Event, ignore
+from p2p.identity import Identity, PeerId, short
+from p2p.limits import Limits
+from p2p.multiaddr import Multiaddr
+from p2p.muxed import MuxedStream
+from p2p.rpc import Call
+from p2p.secure import Entropy, Upgraded, upgrade
+from p2p.transport import Listener, TcpTransport, Transport
+
+Handler = Callable[[Call], Awaitable[None]]
+RawHandler = Callable[[Connection, MuxedStream], Awaitable[None]]
+Gate = Callable[[Connection, str], None]
+
+SIMULTANEOUS_S = 3.0
+"""Two connections that began within this time come from dialling each other at once."""
+DRAIN_S = 10.0
+
+
+@attrs.frozen(kw_only=True)
+class Connected(Event):
+    """A connection is up and the peer proven."""
+
+    peer: str
+    addr: str
+    dialed: bool
+
+
+@attrs.frozen(kw_only=True)
+class Disconnected(Event):
+    """A connection ended."""
+
+    peer: str
+    why: str
+
+
+@attrs.frozen(kw_only=True)
+class HandshakeFailed(Event):
+    """Somebody connected and did not get through the handshakes."""
+
+    addr: str
+    why: str
+
+
+@attrs.frozen(kw_only=True)
+class PeerRefused(Event):
+    """A peer asked for a protocol and was told no."""
+
+    peer: str
+    protocol: str
+    why: str
+
+
+@attrs.frozen(kw_only=True)
+class HandlerFailed(Event):
+    """A bug: a handler raised what it must not raise."""
+
+    peer: str
+    protocol: str
+    error: str
+
+
+@attrs.frozen
+class _Entry:
+    handler: Handler
+    open_to_all: bool
+    max_payload: int
+
+
+@final
+class Host:
+    """See the file's opening."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        transport: Transport | None = None,
+        emit: Emit = ignore,
+        clock: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+        entropy: Entropy = os.urandom,
+        limits: Limits = Limits(),
+    ) -> None:
+        self.identity = identity
+        self.limits = limits
+        self.clock = clock
+        self.counters = Counters()
+        self.connections: dict[PeerId, Connection] = {}
+        self.announce: Sequence[Multiaddr] = ()
+        """Addresses to tell others instead of the bound ones."""
+        self.membership: hello.Admission | None = None
+        """Who may speak; None (tests, benchmarks) lets everybody."""
+        self.gate: Gate = self._member_gate
+        """Raises Refused for a stream that may not be; replaceable."""
+        self._transport = transport or TcpTransport()
+        self._emit = emit
+        self._rng = rng or random.Random()
+        self._entropy = entropy
+        self._handlers: dict[str, _Entry] = {}
+        self._raw: dict[str, RawHandler] = {}
+        self._book: OrderedDict[PeerId, tuple[Multiaddr, ...]] = OrderedDict()
+        self._bound: list[Multiaddr] = []
+        self._scratch = Scratch()
+        self._nursery: trio.Nursery | None = None
+        self._all: set[Connection] = set()
+        self._handshaking = 0
+        self._closing = False
+        self._dialer = Dialer(self._transport, self._upgrade, limits)
+        self.handle(hello.PROTOCOL, self._answer_hello, open_to_all=True)
+
+    # addresses
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.identity.peer_id
+
+    @property
+    def addrs(self) -> list[Multiaddr]:
+        """Where this host can be reached, each with its peer id."""
+        return [addr.at(self.peer_id) for addr in self.announce or self._bound]
+
+    def learn(self, peer_id: PeerId, addrs: Sequence[Multiaddr]) -> None:
+        """Remember addresses of a peer, newest first; the book forgets whom it heard of longest ago."""
+        if peer_id == self.peer_id:
+            return
+        fresh = [addr.bare() for addr in addrs if self._transport.speaks(addr)]
+        known = dict.fromkeys([*fresh, *self._book.get(peer_id, ())])
+        if known:
+            self._book[peer_id] = tuple(known)[: self.limits.known_addrs]
+            self._book.move_to_end(peer_id)
+            while len(self._book) > self.limits.known_peers:
+                self._book.popitem(last=False)
+
+    def known(self, peer_id: PeerId) -> tuple[Multiaddr, ...]:
+        """Addresses in the book."""
+        return self._book.get(peer_id, ())
+
+    # protocols
+
+    def handle(
+        self, protocol: str, handler: Handler, *, open_to_all: bool = False, max_payload: int = 0
+    ) -> None:
+        """Serve ``protocol``. ``max_payload`` is what ``call.receive`` accepts without being told."""
+        if protocol in self._handlers or protocol in self._raw:
+            raise LocalError(f"{protocol} has a handler already")
+        self._handlers[protocol] = _Entry(handler, open_to_all, max_payload)
+
+    def handle_stream(self, protocol: str, handler: RawHandler) -> None:
+        """Serve a protocol that is not ours as a raw stream, open to all."""
+        if protocol in self._handlers or protocol in self._raw:
+            raise LocalError(f"{protocol} has a handler already")
+        self._raw[protocol] = handler
+
+    @property
+    def protocols(self) -> list[str]:
+        """What this host serves."""
+        return [*self._raw, *self._handlers]
+
+    async def call(
+        self, peer_id: PeerId, protocol: str, *, addrs: Sequence[Multiaddr] | None = None, deadline: float
+    ) -> Call:
+        """Open a call: ``async with await host.call(...) as call``.
+
+        Dials if need be, at ``addrs`` and what the book knows. ``deadline``: seconds for this step
+        (an exchange that follows has the deadline that its user sets). DialError when it fails.
+        """
+        connection = await self.connect(peer_id, addrs=addrs, deadline=deadline)
+        return self._call_on(connection, protocol)
+
+    async def connect(
+        self, peer_id: PeerId, *, addrs: Sequence[Multiaddr] | None = None, deadline: float
+    ) -> Connection:
+        """The connection to a peer, greeted; made if there is none."""
+        if peer_id == self.peer_id:
+            raise LocalError("a host does not call itself")
+        with trio.move_on_after(deadline):
+            while True:
+                connection = self.connections.get(peer_id)
+                if connection is None or not connection.usable:
+                    await self._dial(peer_id, [*(addrs or ()), *self.known(peer_id)])
+                    continue
+                with trio.move_on_after(self.limits.hello_s):
+                    await connection.greeted.wait()
+                if hello.needed(connection, self.membership):
+                    await self._greet(connection)
+                if connection.usable:
+                    return connection
+        raise DialError(f"{short(peer_id)} could not be reached within {deadline:g} s")
+
+    # life
+
+    @asynccontextmanager
+    async def run(self, listen: Sequence[Multiaddr] = ()) -> AsyncIterator[Host]:
+        """Serve until the block is left. LocalError when an address cannot be bound."""
+        if self._nursery is not None:
+            raise LocalError("this host runs already")
+        listeners: list[Listener] = []
+        failure: BaseException | None = None
+        try:
+            for addr in listen:
+                listeners.append(await self._transport.listen(addr))
+            self._bound = [listener.addr for listener in listeners]
+            self._closing = False
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                for listener in listeners:
+                    nursery.start_soon(listener.serve, self._accept)
+                try:
+                    yield self
+                except BaseException as error:  # raised again below, not wrapped in a group
+                    failure = error
+                self._closing = True
+                with trio.CancelScope(shield=True), trio.move_on_after(self.limits.close_s):
+                    async with trio.open_nursery() as closing:
+                        for connection in list(self._all):
+                            closing.start_soon(connection.shut_down)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._nursery = None
+            self._bound = []
+            with trio.CancelScope(shield=True):
+                for listener in listeners:
+                    await listener.aclose()
+        if failure is not None:
+            raise failure
+
+    # making connections
+
+    async def _dial(self, peer_id: PeerId, addrs: Sequence[Multiaddr]) -> None:
+        """Returns once there is a usable connection, whoever made it."""
+        if self._nursery is None or self._closing:
+            raise LocalError("the host does not run")
+        attempt = self._dialer.join(peer_id)
+        if attempt is None:
+            attempt = self._dialer.begin(peer_id)
+            self._nursery.start_soon(self._dial_task, peer_id, list(dict.fromkeys(addrs)))
+        await attempt.done.wait()
+        if attempt.error is not None:
+            raise DialError(attempt.error)
+
+    async def _dial_task(self, peer_id: PeerId, addrs: list[Multiaddr]) -> None:
+        error: str | None = "cancelled"
+        try:
+            upgraded, addr = await self._dialer.dial(peer_id, addrs)
+            assert self._nursery is not None
+            connection = self._adopt(upgraded, str(addr), dialer=True)
+            self._nursery.start_soon(self._live, connection)
+            self._nursery.start_soon(self._greet, connection)
+            self.learn(peer_id, [addr])
+            error = None
+        except P2PError as failure:
+            error = str(failure)
+        finally:
+            self._dialer.end(peer_id, error)
+
+    async def _accept(self, stream: trio.abc.Stream, addr: str) -> None:
+        if (
+            self._closing
+            or self._handshaking >= self.limits.handshakes
+            or len(self._all) >= self.limits.connections
+        ):
+            await trio.aclose_forcefully(stream)
+            return
+        self._handshaking += 1
+        try:
+            upgraded = await self._upgrade(stream, None)
+        except RemoteError as error:
+            self._emit(HandshakeFailed(addr=addr, why=str(error)))
+            return
+        finally:
+            self._handshaking -= 1
+        if upgraded.secured.peer_id == self.peer_id:
+            await trio.aclose_forcefully(stream)
+            return
+        connection = self._adopt(upgraded, addr, dialer=False)
+        await self._live(connection)  # returning would close the stream
+
+    async def _upgrade(self, stream: trio.abc.Stream, expected: PeerId | None) -> Upgraded:
+        """Handshakes within their deadline; the stream is closed when they fail."""
+        try:
+            with trio.move_on_after(self.limits.handshake_s):
+                return await upgrade(
+                    stream,
+                    self.identity,
+                    expected=expected,
+                    entropy=self._entropy,
+                    dialer=expected is not None,
+                )
+            raise PeerGone(f"the handshake took longer than {self.limits.handshake_s:g} s")
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
+
+    def _adopt(self, upgraded: Upgraded, addr: str, *, dialer: bool) -> Connection:
+        """Make the connection known; the caller runs it."""
+        connection = Connection(
+            upgraded,
+            dialer=dialer,
+            limits=self.limits,
+            clock=self.clock,
+            scratch=self._scratch,
+            serve=self._serve,
+            counters=self.counters,
+            addr=addr,
+        )
+        self._settle(connection)
+        return connection
+
+    async def _live(self, connection: Connection) -> None:
+        self._all.add(connection)
+        self._emit(Connected(peer=connection.peer, addr=connection.addr, dialed=connection.dialer))
+        try:
+            await connection.run()
+        finally:
+            self._all.discard(connection)
+            connection.greeted.set()
+            if self.connections.get(connection.peer) is connection:
+                del self.connections[connection.peer]
+            self._emit(Disconnected(peer=connection.peer, why=connection.why_closed or ""))
+
+    def _settle(self, new: Connection) -> None:
+        """Decide which connection to a peer is the one that calls use."""
+        old = self.connections.get(new.peer)
+        if old is None or not old.usable:
+            self.connections[new.peer] = new
+            return
+        winner, loser = new, old
+        if old.dialer != new.dialer and abs(new.opened_at - old.opened_at) < SIMULTANEOUS_S:
+            ours_wins = self.peer_id < new.peer
+            winner, loser = (new, old) if new.dialer == ours_wins else (old, new)
+        self.connections[new.peer] = winner
+        assert self._nursery is not None
+        self._nursery.start_soon(self._drain, loser)
+
+    async def _drain(self, connection: Connection) -> None:
+        connection.replace()
+        with trio.move_on_after(DRAIN_S):
+            # Grace for a stream that the peer opened before it knew; then until the last one ends.
+            await trio.sleep(1.0)
+            while connection.streams and not connection.closed.is_set():  # noqa: ASYNC110 (rare, and bounded)
+                await trio.sleep(0.25)
+        connection.close("replaced by another connection")
+
+    # hello
+
+    async def _greet(self, connection: Connection) -> None:
+        """Our hello, as the dialer or because our certificate changed."""
+        try:
+            if self.membership is not None:
+                with trio.move_on_after(self.limits.hello_s):
+                    await hello.greet(self._call_on(connection, hello.PROTOCOL), self.membership)
+        except (RemoteError, Refused):
+            pass  # it stays a guest; what is wrong with the connection shows by itself
+        finally:
+            connection.greeted.set()
+
+    async def _answer_hello(self, call: Call) -> None:
+        try:
+            if self.membership is None:
+                raise Refused("no_membership", "this node has no run to compare yet")
+            await hello.answer(call, self.membership)
+        finally:
+            call.connection.greeted.set()
+
+    def _member_gate(self, connection: Connection, _protocol: str) -> None:
+        if self.membership is not None:
+            hello.check_gate(connection, self.membership)
+
+    # serving streams
+
+    def _call_on(self, connection: Connection, protocol: str) -> Call:
+        return Call(
+            connection,
+            connection.open_stream(),
+            protocol,
+            self.counters,
+            prefix=multistream.proposal(protocol),
+            confirmation=multistream.Confirmation(protocol),
+        )
+
+    async def _serve(self, connection: Connection, stream: MuxedStream) -> None:
+        """One inbound stream, to its end. Never raises but for cancellation."""
+        protocol = ""
+        try:
+            with trio.move_on_after(self.limits.negotiation_s):
+                protocol, reply = await self._negotiate(stream)
+            if not protocol:
+                stream.reset()
+            elif protocol in self._raw:
+                await stream.send_all(reply)
+                await self._raw[protocol](connection, stream)
+                await stream.aclose()
+            else:
+                await self._serve_call(connection, stream, protocol, reply)
+        except (RemoteError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+            stream.reset()
+        except Exception as error:
+            stream.reset()
+            self._emit(HandlerFailed(peer=connection.peer, protocol=protocol, error=repr(error)))
+
+    async def _negotiate(self, stream: MuxedStream) -> tuple[str, bytes]:
+        """The protocol, and the echo that is still to be sent."""
+        listener = multistream.Listener(lambda wish: wish in self._handlers or wish in self._raw)
+        reply = b""
+        while missing := listener.missing:
+            if reply and not stream.available:
+                await stream.send_all(reply)
+                reply = b""
+            reply += listener.feed(bytes(await stream.receive_exactly(missing)))
+        assert listener.protocol is not None
+        return listener.protocol, reply
+
+    async def _serve_call(
+        self, connection: Connection, stream: MuxedStream, protocol: str, reply: bytes
+    ) -> None:
+        entry = self._handlers[protocol]
+        call = Call(connection, stream, protocol, self.counters, max_payload=entry.max_payload, prefix=reply)
+        running = connection.running.get(protocol, 0)
+        connection.running[protocol] = running + 1
+        try:
+            if running >= self.limits.calls_per_protocol:
+                raise Refused("busy", f"{running} calls of {protocol} are running already", 1.0)
+            if not entry.open_to_all:
+                self.gate(connection, protocol)
+            await entry.handler(call)
+            await call.aclose()
+        except Refused as refusal:
+            self._emit(PeerRefused(peer=connection.peer, protocol=protocol, why=refusal.code))
+            await call.refuse(refusal)
+        finally:
+            connection.running[protocol] -= 1

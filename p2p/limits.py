@@ -1,0 +1,59 @@
+"""Every number that bounds what a peer can make us hold, wait for or do, in one place.
+
+Sizes in bytes, times in seconds. The defaults suit a home link and a host with some hundred peers.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import attrs
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Limits:
+    """Written limits of one host."""
+
+    # connections
+    connections: int = 1024
+    handshakes: int = 64
+    """Inbound connections that are still proving who they are; more are closed unheard."""
+    handshake_s: float = 10.0
+    dial_s: float = 8.0
+    """For one dial of all addresses of a peer, handshake included."""
+    dial_stagger_s: float = 0.25
+    """Head start of an address over the next one of the same peer."""
+    hello_s: float = 5.0
+    close_s: float = 1.0
+
+    # streams
+    inbound_streams: int = 256
+    outbound_streams: int = 768
+    calls_per_protocol: int = 128
+    """Handlers of one protocol running at once for one connection."""
+    negotiation_s: float = 10.0
+    window: int = MIB
+    """What a stream between agora peers starts with, agreed in hello (others: 256 KiB)."""
+    big_window: int = 4 * MIB
+    """What a stream may grow to while a large payload is awaited."""
+    window_budget: int = 64 * MIB
+    """Credit above 256 KiB a stream that one connection may have out."""
+    queued_frames: int = 4096
+    """Control frames waiting because a peer does not read; more end the connection."""
+
+    # messages
+    header: int = 64 * KIB
+    known_peers: int = 4096
+    known_addrs: int = 8
+    """Addresses kept for one peer."""
+
+    # liveness
+    ping_s: float = 10.0
+    silence_s: float = 20.0
+    watched_ping_s: float = 0.5
+    watched_silence_s: float = 2.0
+    lease_s: float = 1.5

@@ -1,0 +1,240 @@
+"""A yamux stream as a trio stream.
+
+``MuxedStream`` is a ``trio.abc.HalfCloseableStream`` (and passes trio's conformance suite) with three
+verbs more, for RPC: ``send_buffers`` (several buffers, none copied here), ``receive_exactly`` and
+``receive_into``. One task may send and one may receive at a time. A send that is cancelled half way
+resets the stream, since the peer could not tell half a message from a whole one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar, final
+
+import trio
+
+from p2p.errors import PeerGone
+from p2p.yamux import Session, Stream
+
+DEFAULT_RECEIVE = 65_536
+_T = TypeVar("_T")
+
+
+@final
+class MuxedStream(trio.abc.HalfCloseableStream):
+    """One stream of one connection."""
+
+    def __init__(
+        self,
+        session: Session,
+        stream: Stream,
+        wake_writer: Callable[[], None],
+        registry: dict[Stream, MuxedStream],
+    ) -> None:
+        self._session = session
+        self._stream = stream
+        self._wake_writer = wake_writer
+        self._registry = registry
+        self._closed = False
+        self._lost: str | None = None
+        self._sending = False
+        self._receiving = False
+        self._send_event: trio.Event | None = None
+        self._receive_event: trio.Event | None = None
+
+    # told by the connection
+
+    def changed(self) -> None:
+        """Data, end or reset arrived."""
+        if self._receive_event is not None:
+            self._receive_event.set()
+        if self._stream.reset and self._send_event is not None:
+            self._send_event.set()
+
+    def drained(self) -> None:
+        """All that was queued has left."""
+        if self._send_event is not None:
+            self._send_event.set()
+
+    def lost(self, why: str) -> None:
+        """The connection ended."""
+        self._lost = why
+        self._stream.pending.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._registry.pop(self._stream, None)
+        for event in (self._send_event, self._receive_event):
+            if event is not None:
+                event.set()
+
+    # sending
+
+    @property
+    def available(self) -> int:
+        """Bytes that have arrived and were not yet taken."""
+        return self._stream.inbox_bytes
+
+    @property
+    def remote_closed(self) -> bool:
+        """Whether the peer has ended or reset the stream (data may still be unread)."""
+        return self._stream.fin_received or self._stream.reset or self._lost is not None
+
+    def _check_sending(self) -> None:
+        if self._closed or (self._stream.fin_sent and not self._stream.reset):
+            raise trio.ClosedResourceError
+        if self._lost is not None or self._stream.reset:
+            raise trio.BrokenResourceError(self._why())
+
+    def _why(self) -> str:
+        return self._lost or "the peer reset the stream"
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self.send_buffers((memoryview(data),))
+
+    async def send_buffers(self, buffers: Iterable[memoryview]) -> None:
+        """Send byte buffers in order; they are in nobody's hands any more when this returns."""
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._sending = True
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            self._check_sending()
+            self._session.send(self._stream, buffers)
+            if not self._stream.pending_bytes:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                return
+            self._wake_writer()
+            try:
+                while self._stream.pending_bytes:
+                    self._send_event = trio.Event()
+                    await self._send_event.wait()
+                    if self._lost is not None:
+                        break
+            except BaseException:
+                self.reset()
+                raise
+            finally:
+                self._send_event = None
+            if self._closed:
+                raise trio.ClosedResourceError
+            if self._lost is not None or self._stream.reset:
+                raise trio.BrokenResourceError(self._why())
+        finally:
+            self._sending = False
+
+    async def wait_send_all_might_not_block(self) -> None:
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        await trio.lowlevel.checkpoint()
+        if self._closed:
+            raise trio.ClosedResourceError
+
+    async def send_eof(self) -> None:
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        await trio.lowlevel.checkpoint()
+        if self._closed:
+            raise trio.ClosedResourceError
+        if self._stream.fin_sent:
+            return
+        self._check_sending()
+        self._session.close_sending(self._stream)
+        self._wake_writer()
+
+    # receiving
+
+    async def _wait_readable(self) -> bool:
+        """True when there is data, False at the end of it."""
+        while not self._stream.inbox:
+            if self._closed:
+                raise trio.ClosedResourceError
+            if self._stream.fin_received:
+                return False
+            if self._lost is not None or self._stream.reset:
+                raise trio.BrokenResourceError(self._why())
+            self._receive_event = trio.Event()
+            try:
+                await self._receive_event.wait()
+            finally:
+                self._receive_event = None
+        return True
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if max_bytes is None:
+            max_bytes = DEFAULT_RECEIVE
+        elif max_bytes < 1:
+            raise ValueError("max_bytes must be at least 1")
+        self._begin_receiving()
+        try:
+            await trio.lowlevel.checkpoint()
+            if self._closed:
+                raise trio.ClosedResourceError
+            if not await self._wait_readable():
+                return b""
+            return bytes(self._took(self._session.take(self._stream, max_bytes)))
+        finally:
+            self._receiving = False
+
+    async def receive_into(self, target: memoryview) -> None:
+        """Fill ``target``; PeerGone when the stream ends before."""
+        self._begin_receiving()
+        done, size = 0, len(target)
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            while done < size:
+                if not await self._wait_readable():
+                    raise PeerGone("the peer ended the stream in the middle of a message")
+                done += self._took(self._session.take_into(self._stream, target[done:]))
+        except trio.BrokenResourceError as error:
+            raise PeerGone(str(error)) from error
+        finally:
+            self._receiving = False
+
+    async def receive_exactly(self, size: int) -> bytearray:
+        """The next ``size`` bytes; PeerGone when the stream ends before."""
+        data = bytearray(size)
+        await self.receive_into(memoryview(data))
+        return data
+
+    def expect(self, size: int) -> None:
+        """A message of ``size`` bytes is under way: let more of it come at once."""
+        missing = size - self._stream.inbox_bytes
+        if missing > self._stream.receive_window:
+            self._session.grow(self._stream, size)
+            self._wake_writer()
+
+    def _begin_receiving(self) -> None:
+        if self._receiving:
+            raise trio.BusyResourceError("another task is receiving on this stream")
+        if self._closed:
+            raise trio.ClosedResourceError
+        self._receiving = True
+
+    def _took(self, value: _T) -> _T:
+        if self._session.wants_to_send():
+            self._wake_writer()
+        return value
+
+    # the end
+
+    def reset(self) -> None:
+        """Drop the stream now: the peer sees a reset, data under way is lost."""
+        if self._lost is None:
+            self._session.reset(self._stream)
+            self._wake_writer()
+        self._closed = True
+        self._forget()
+
+    async def aclose(self) -> None:
+        """End our direction and stop reading; a send under way in another task makes it a reset."""
+        if not self._closed:
+            if self._lost is None:
+                if self._stream.pending_bytes:
+                    self._session.reset(self._stream)
+                else:
+                    self._session.abandon(self._stream)
+                self._wake_writer()
+            self._closed = True
+            self._forget()
+        await trio.lowlevel.checkpoint()

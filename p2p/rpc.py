@@ -1,0 +1,209 @@
+"""Calls: messages of a msgpack header and raw payload bytes on a stream of their own.
+
+A message is u32 header length, u32 payload length (big endian), the header (a msgpack map with text
+keys, at most 64 KiB) and the payload. What a receiver did not ask for is refused before anything is
+allocated. A message whose header has ``t = "refused"`` is the typed no of a handler, ``{t, code, why,
+retry_after}``; ``receive`` raises it as ``Refused``, and so does a ``send`` that fails because the
+peer, having refused, no longer reads.
+
+Negotiation costs no round trip: the caller's proposal leaves with its first message and is confirmed
+when the answer is read; the callee's echo leaves with its first answer, or as soon as it has to wait
+(a dialer of another implementation may want to hear it first).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, final
+
+import attrs
+import msgpack
+import trio
+
+from p2p import multistream
+from p2p.connection import Connection, Counters
+from p2p.errors import LocalError, PeerGone, Refused, RemoteError
+from p2p.identity import PeerId, short
+from p2p.membership import Member
+from p2p.muxed import MuxedStream
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer  # typing has it from Python 3.12 on
+
+LENGTHS = struct.Struct(">II")
+MAX_PAYLOAD = 0xFFFFFFFF
+MAX_WORDS = 2000
+"""Characters of a refusal's code and reason together that are passed on."""
+
+
+@attrs.frozen
+class Message:
+    """What ``receive`` returns."""
+
+    header: dict[str, Any]
+    payload: memoryview
+
+
+@final
+class Call:
+    """One stream, one exchange or several messages both ways. An async context manager.
+
+    Leaving the block ends the call; leaving it with an exception (or cancelled) resets the stream.
+    One task may send while another receives.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        stream: MuxedStream,
+        protocol: str,
+        counters: Counters,
+        *,
+        max_payload: int = 0,
+        prefix: bytes = b"",
+        confirmation: multistream.Confirmation | None = None,
+    ) -> None:
+        self.connection = connection
+        self.protocol = protocol
+        self._stream = stream
+        self._counters = counters
+        self._max_payload = max_payload
+        self._prefix = prefix
+        self._confirmation = confirmation
+
+    def __repr__(self) -> str:
+        return f"<Call of {self.protocol} with {short(self.peer)}>"
+
+    @property
+    def peer(self) -> PeerId:
+        return self.connection.peer
+
+    @property
+    def member(self) -> Member | None:
+        """What the peer proved to be; None for a guest, and where the host has no membership."""
+        return self.connection.member
+
+    async def send(self, header: dict[str, Any], payload: Buffer | Sequence[Buffer] = b"") -> None:
+        """Send one message; the payload's buffers are not copied and free again on return."""
+        packed = msgpack.packb(header, use_bin_type=True)
+        if len(packed) > self.connection.limits.header:
+            raise LocalError(f"a header of {len(packed)} bytes; {self.connection.limits.header} are allowed")
+        buffers = _flat(payload)
+        size = sum(buffer.nbytes for buffer in buffers)
+        if size > MAX_PAYLOAD:
+            raise LocalError(f"a payload of {size} bytes does not fit one message")
+        prefix, self._prefix = self._prefix, b""
+        head = memoryview(prefix + LENGTHS.pack(len(packed), size) + packed)
+        try:
+            await self._stream.send_buffers((head, *buffers))
+        except trio.BrokenResourceError as error:
+            await self._raise_refusal()
+            raise PeerGone(f"{short(self.peer)} ended the call: {error}") from error
+        self._counters.count(self.protocol, size, 0)
+
+    async def receive(self, *, max_payload: int = 0) -> Message:
+        """The peer's next message. Refused, PeerGone (also at its end), or RemoteError if malformed."""
+        stream = self._stream
+        if self._prefix and not stream.available:
+            await self._flush()
+        if self._confirmation is not None:
+            while missing := self._confirmation.missing:
+                self._confirmation.feed(bytes(await stream.receive_exactly(missing)))
+            self._confirmation = None
+        header_size, payload_size = LENGTHS.unpack(await stream.receive_exactly(LENGTHS.size))
+        if header_size > self.connection.limits.header:
+            raise RemoteError(f"{self.protocol}: a header of {header_size} bytes")
+        if payload_size > max(max_payload, self._max_payload):
+            raise RemoteError(
+                f"{self.protocol}: a payload of {payload_size} bytes where"
+                f" {max(max_payload, self._max_payload)} are allowed"
+            )
+        stream.expect(header_size + payload_size)
+        header = _unpack(await stream.receive_exactly(header_size), self.protocol)
+        payload = bytearray(payload_size)
+        if payload_size:
+            await stream.receive_into(memoryview(payload))
+            self._counters.count(self.protocol, 0, payload_size)
+        if header.get("t") == "refused":
+            raise _refusal(header)
+        return Message(header, memoryview(payload))
+
+    async def refuse(self, refusal: Refused) -> None:
+        """Answer with a typed no and stop reading."""
+        header = {
+            "t": "refused",
+            "code": refusal.code,
+            "why": refusal.why,
+            "retry_after": refusal.retry_after,
+        }
+        try:
+            await self.send(header)
+        finally:
+            if not self._stream.remote_closed:
+                self._stream.reset()  # stop a peer that is still sending; what we sent stays readable
+            await self._stream.aclose()
+
+    async def aclose(self) -> None:
+        """End the call; what was sent still arrives."""
+        if self._prefix and not self._stream.remote_closed:
+            try:
+                await self._flush()
+            except PeerGone:
+                pass
+        await self._stream.aclose()
+
+    def reset(self) -> None:
+        """Drop the call at once; the peer sees PeerGone."""
+        self._stream.reset()
+
+    async def __aenter__(self) -> Call:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            await self.aclose()
+        else:
+            self.reset()
+
+    async def _flush(self) -> None:
+        prefix, self._prefix = self._prefix, b""
+        try:
+            await self._stream.send_all(prefix)
+        except trio.BrokenResourceError as error:
+            raise PeerGone(f"{short(self.peer)} ended the call: {error}") from error
+
+    async def _raise_refusal(self) -> None:
+        """The peer stopped reading: if it said why, say that instead."""
+        if self._stream.available:
+            try:
+                await self.receive()
+            except (PeerGone, trio.BusyResourceError, trio.ClosedResourceError):
+                pass
+
+
+def _flat(payload: Buffer | Sequence[Buffer]) -> list[memoryview]:
+    buffers = payload if isinstance(payload, list | tuple) else (payload,)
+    views = [memoryview(buffer) for buffer in buffers]
+    return [view.cast("B") for view in views if view.nbytes]
+
+
+def _unpack(data: bytearray, protocol: str) -> dict[str, Any]:
+    try:
+        header = msgpack.unpackb(data, raw=False, strict_map_key=True)
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        raise RemoteError(f"{protocol}: the header is not msgpack ({error})") from error
+    if not isinstance(header, dict) or not all(type(key) is str for key in header):
+        raise RemoteError(f"{protocol}: the header is not a map with text keys")
+    return header
+
+
+def _refusal(header: dict[str, Any]) -> Refused:
+    code, why, after = header.get("code"), header.get("why"), header.get("retry_after")
+    if not isinstance(code, str) or not isinstance(why, str) or len(code) + len(why) > MAX_WORDS:
+        raise RemoteError("a refusal without a usable reason")
+    later = float(after) if isinstance(after, int | float) and 0 <= after < 1e9 else None
+    return Refused(code, why, later)

@@ -1,0 +1,136 @@
+"""How raw byte streams to addresses come about. ``TcpTransport`` is the real one; ``p2p.sim`` has
+another. Everything above sees trio streams and multiaddrs only.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Protocol, final
+
+import trio
+
+from p2p.errors import DialError, LocalError
+from p2p.multiaddr import Multiaddr
+
+Accept = Callable[[trio.abc.Stream, str], Awaitable[None]]
+"""Given each inbound stream and its remote address (for people); must not raise."""
+
+UNSENT_LIMIT = 128 * 1024
+"""Bytes that the kernel takes beyond what is in flight: more would only make pings wait longer."""
+
+
+class Listener(Protocol):
+    """A bound address."""
+
+    @property
+    def addr(self) -> Multiaddr:
+        """The address, with the port that the kernel chose where 0 was asked for."""
+
+    async def serve(self, accept: Accept) -> None:
+        """Accept until cancelled."""
+
+    async def aclose(self) -> None:
+        """Give the address back."""
+
+
+class Transport(Protocol):
+    """What a host dials and listens with."""
+
+    def speaks(self, addr: Multiaddr) -> bool:
+        """Whether ``dial`` can do anything with this address."""
+
+    async def dial(self, addr: Multiaddr) -> trio.abc.Stream:
+        """A stream to the address, or DialError. The caller sets the deadline."""
+
+    async def listen(self, addr: Multiaddr) -> Listener:
+        """A bound address, or LocalError with a sentence."""
+
+
+@final
+class TcpTransport:
+    """TCP over IPv4 and IPv6."""
+
+    def speaks(self, addr: Multiaddr) -> bool:
+        return addr.port is not None and addr.port > 0
+
+    async def dial(self, addr: Multiaddr) -> trio.abc.Stream:
+        host, port = addr.host, addr.port
+        if host is None or port is None:
+            raise DialError(f"{addr} is not a TCP address")
+        try:
+            stream = await trio.open_tcp_stream(host, port)
+        except OSError as error:
+            raise DialError(f"{addr}: {_reason(error)}") from error
+        _tune(stream)
+        return stream
+
+    async def listen(self, addr: Multiaddr) -> TcpListener:
+        host, port = addr.host, addr.port
+        if host is None or port is None:
+            raise LocalError(f"{addr} is not a TCP address to listen on")
+        try:
+            listeners = await trio.open_tcp_listeners(port, host=host)
+        except OSError as error:
+            raise LocalError(f"cannot listen on {addr}: {_reason(error)}") from error
+        return TcpListener(addr, listeners)
+
+
+@final
+class TcpListener:
+    """A listening TCP socket (several, where a name has several addresses)."""
+
+    def __init__(self, addr: Multiaddr, listeners: list[trio.SocketListener]) -> None:
+        self._listeners = listeners
+        host, port = listeners[0].socket.getsockname()[:2]
+        if ipaddress.ip_address(host).is_unspecified:
+            host = _outward(listeners[0].socket.family)
+        self._addr = Multiaddr.tcp(host, port)
+
+    @property
+    def addr(self) -> Multiaddr:
+        return self._addr
+
+    async def serve(self, accept: Accept) -> None:
+        async def accepted(stream: trio.SocketStream) -> None:
+            try:
+                _tune(stream)
+                remote = stream.socket.getpeername()
+            except OSError:  # gone already
+                await trio.aclose_forcefully(stream)
+                return
+            await accept(stream, str(Multiaddr.tcp(remote[0].split("%")[0], remote[1])))
+
+        await trio.serve_listeners(accepted, self._listeners)
+
+    async def aclose(self) -> None:
+        for listener in self._listeners:
+            await listener.aclose()
+
+
+def _tune(stream: trio.SocketStream) -> None:
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    low_water = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    if low_water is not None:
+        stream.setsockopt(socket.IPPROTO_TCP, low_water, UNSENT_LIMIT)
+
+
+def _outward(family: int) -> str:
+    """The address of ours that the default route uses; loopback where there is none."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            # UDP: connecting only looks the route up, nothing is sent.
+            probe.connect(("192.0.2.1" if family == socket.AF_INET else "2001:db8::1", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1" if family == socket.AF_INET else "::1"
+
+
+def _reason(error: OSError) -> str:
+    if error.strerror is None and isinstance(error.__cause__, BaseExceptionGroup):
+        causes = {str(cause.strerror) for cause in error.__cause__.exceptions if isinstance(cause, OSError)}
+        return ", ".join(sorted(causes))
+    if error.strerror is None and isinstance(error.__cause__, OSError):
+        error = error.__cause__
+    return error.strerror or str(error)
