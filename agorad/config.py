@@ -62,8 +62,10 @@ class WorkerSection:
     """Ask for this stage; the authority chooses where it is not set."""
     batch: int = 1
     """Microbatches computed together at most."""
-    slots: int = 2
+    slots: int = 8
     """Microbatches accepted before BUSY is answered."""
+    snapshot_every: int = 20
+    """Steps between two snapshots on disk; 0 writes one only at the end."""
     snapshot_every: int = 10
     """Steps between two snapshots."""
 
@@ -110,6 +112,7 @@ class Config:
             ("worker.stage", self.worker.stage, 0, 255),
             ("worker.batch", self.worker.batch, 1, 1024),
             ("worker.slots", self.worker.slots, 1, 1024),
+            ("worker.snapshot_every", self.worker.snapshot_every, 0, 1 << 40),
             ("worker.snapshot_every", self.worker.snapshot_every, 1, 1 << 40),
             ("trainer.credits", self.trainer.credits, 0, 4096),
             ("trainer.steps", self.trainer.steps, 1, 1 << 40),

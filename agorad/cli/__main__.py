@@ -1,0 +1,5 @@
+"""``python -m agorad.cli``: the same as ``agoractl``."""
+
+from agorad.cli import main
+
+main()
