@@ -33,7 +33,7 @@ class ClockSkewed(Event):
 
 @attrs.frozen(kw_only=True)
 class RecordRefused(Event):
-    """A record that a peer sent (or, where ``peer`` is ourselves, one of ours) was not kept."""
+    """A record was not kept: one that ``peer`` sent us, or one of ours that ``peer`` would not take."""
 
     peer: str
     key: str

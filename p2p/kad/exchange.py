@@ -98,13 +98,14 @@ class Exchange:
             after = last
         return nodes, found
 
-    async def store(self, contact: Contact, record: Record) -> bool:
-        """Whether a node took a record of ours."""
+    async def store(self, contact: Contact, record: Record) -> None:
+        """Have a node keep a record of ours; Refused if it will not."""
         question = StoreRecords(now=self._clock(), addrs=self._addrs())
         answer, _ = await self._ask(contact, question, messages.pack_batch([record.wire]))
         if len(answer.results) != 1:
             raise RemoteError("a store answered with another number of results than records")
-        return answer.results[0] == "ok"
+        if answer.results[0] != "ok":
+            raise Refused(answer.results[0], "the node does not keep this record")
 
     async def _ask(
         self, contact: Contact, question: Question, payload: bytes = b"", *, hop_s: float | None = None
@@ -121,7 +122,7 @@ class Exchange:
                     reply = await call.receive(max_payload=messages.MAX_PAYLOAD)
                     answer = messages.read_answer(reply.header)
                     rows = messages.read_page(reply.payload)
-                    is_member = call.member is not None
+                    is_member = self._is_member(call)
         except (RemoteError, trio.TooSlowError):
             self._table.failed(contact.peer)
             raise
@@ -134,6 +135,13 @@ class Exchange:
         if is_member:
             self._heard(contact.peer, answer.addrs)
         return answer, rows
+
+    def _is_member(self, call: Call) -> bool:
+        try:
+            self._host.gate(call.connection, PROTOCOL)
+        except Refused:
+            return False
+        return True
 
     def _strike(self, peer: PeerId) -> None:
         strikes = self._strikes.pop(peer, 0) + 1
@@ -170,7 +178,7 @@ class Exchange:
         message = await call.receive(max_payload=messages.MAX_PAYLOAD)
         question = messages.read_question(message.header)
         skew = self._clock_seen(call.peer, question.now)
-        if call.member is not None:
+        if self._is_member(call):
             self._heard(call.peer, question.addrs)
         match question:
             case FindNode():
@@ -182,8 +190,7 @@ class Exchange:
                 payload = messages.pack_page([(record.wire, record.expires - now) for record in page])
                 await call.send(self._answer(nodes=nodes, more=more), payload)
             case StoreRecords():
-                if call.member is None:
-                    raise Refused("no_certificate", "only members of the run store records in its hash table")
+                self._host.gate(call.connection, PROTOCOL)  # raises what is wrong with the certificate
                 batch = messages.read_batch(message.payload)
                 results = tuple(self._keep(call.peer, wire, skew) for wire in batch)
                 await call.send(self._answer(results=results))

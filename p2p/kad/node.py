@@ -308,8 +308,10 @@ class Dht:
         async def send(contact: Contact) -> None:
             nonlocal taken
             try:
-                if await self._exchange.store(contact, record):
-                    taken += 1
+                await self._exchange.store(contact, record)
+                taken += 1
+            except Refused as error:
+                self._emit(RecordRefused(peer=contact.peer, key=record.key, code=error.code))
             except (P2PError, trio.TooSlowError):
                 failed.append(contact.peer)
 

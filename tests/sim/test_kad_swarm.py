@@ -41,7 +41,7 @@ class FakeCall:
     def __init__(
         self, peer: PeerId, member: object, out: Any, into: Any, latency: Callable[[], float]
     ) -> None:
-        self.peer, self.member, self.protocol = peer, member, PROTOCOL
+        self.peer, self.member, self.protocol, self.connection = peer, member, PROTOCOL, self
         self._out, self._into, self._latency = out, into, latency
 
     async def send(self, header: dict[str, Any], payload: Any = b"") -> None:
@@ -73,6 +73,10 @@ class FakeHost:
     def handle(self, protocol: str, handler: Any, *, open_to_all: bool = False, max_payload: int = 0) -> None:
         assert (protocol, open_to_all) == (PROTOCOL, True)
         self.handler = handler
+
+    def gate(self, connection: FakeCall, _protocol: str) -> None:
+        if connection.member is None:
+            raise Refused("no_certificate", "guests do not store")
 
     def learn(self, peer: PeerId, addrs: Sequence[Multiaddr]) -> None:
         self.learnt[peer] = addrs
