@@ -63,11 +63,22 @@ void token_rows(py::object out, py::object ids, int64_t rows, int64_t d, uint64_
     parallel_for(threads, rows, grain(d), [&](int64_t begin, int64_t end) { cpu().rows(task, begin, end); });
 }
 
-float element(const void* from, int dtype, int64_t i) {
-    return dtype == kFloat32 ? static_cast<const float*>(from)[i] : load(static_cast<const Bf16*>(from)[i]);
+int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+// U in fp32, in rows padded with zeros to whole register tiles, as it is or transposed.
+template <typename From>
+std::vector<float> laid_out(const From* basis, int64_t d, int64_t k, bool transpose) {
+    int64_t stride = padded(transpose ? d : k);
+    std::vector<float> out(size_t((transpose ? k : d) * stride));
+    for (int64_t i = 0; i < d; i++)
+        for (int64_t j = 0; j < k; j++) out[size_t(transpose ? j * stride + i : i * stride + j)] = load(basis[i * k + j]);
+    return out;
 }
 
-int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+std::vector<float> laid_out(const Operand& basis, int dtype, int64_t d, int64_t k, bool transpose) {
+    return dtype == kFloat32 ? laid_out(basis.as<float>(), d, k, transpose)
+                             : laid_out(basis.as<Bf16>(), d, k, transpose);
+}
 
 void check_boundary(int64_t rows, int64_t d, int64_t k) {
     check_dimension(rows, "rows must be positive");
@@ -83,12 +94,8 @@ void expand(py::object c, int c_dtype, py::object basis, int basis_dtype, py::ob
     Operand tokens(ids, 8 * rows, false, 8, "ids"), to(h, rows * d * hw, true, size_t(hw), "h");
     check_ids(tokens.as<int64_t>(), rows);
     py::gil_scoped_release unlocked;
-    int64_t stride = padded(d);
-    std::vector<float> transposed(size_t(k * stride));
-    for (int64_t i = 0; i < d; i++)
-        for (int64_t j = 0; j < k; j++)
-            transposed[size_t(j * stride + i)] = element(u.as<void>(), basis_dtype, i * k + j);
-    ExpandTask task{from.as<void>(), to.as<void>(), transposed.data(), tokens.as<int64_t>(), rows, d, k, stride,
+    std::vector<float> transposed = laid_out(u, basis_dtype, d, k, true);
+    ExpandTask task{from.as<void>(), to.as<void>(), transposed.data(), tokens.as<int64_t>(), rows, d, k, padded(d),
                     c_dtype,         h_dtype,       seed,              factor};
     parallel_for(threads, (rows + kRowGroup - 1) / kRowGroup, grain(kRowGroup * d),
                  [&](int64_t begin, int64_t end) { cpu().expand(task, begin, end); });
@@ -101,12 +108,8 @@ void project(py::object dh, int dh_dtype, py::object basis, int basis_dtype, py:
     Operand from(dh, rows * d * dw, false, size_t(dw), "dh"), u(basis, d * k * uw, false, size_t(uw), "U");
     Operand to(out, rows * k * ow, true, size_t(ow), "out");
     py::gil_scoped_release unlocked;
-    int64_t stride = padded(k);
-    std::vector<float> rows_of_u(size_t(d * stride));
-    for (int64_t i = 0; i < d; i++)
-        for (int64_t j = 0; j < k; j++)
-            rows_of_u[size_t(i * stride + j)] = element(u.as<void>(), basis_dtype, i * k + j);
-    ProjectTask task{from.as<void>(), to.as<void>(), rows_of_u.data(), rows, d, k, stride, dh_dtype, out_dtype};
+    std::vector<float> rows_of_u = laid_out(u, basis_dtype, d, k, false);
+    ProjectTask task{from.as<void>(), to.as<void>(), rows_of_u.data(), rows, d, k, padded(k), dh_dtype, out_dtype};
     parallel_for(threads, (rows + kRowGroup - 1) / kRowGroup, grain(kRowGroup * d),
                  [&](int64_t begin, int64_t end) { cpu().project(task, begin, end); });
 }
@@ -181,7 +184,7 @@ void reduce_finish(py::object sum, py::object out, int64_t n, float weight_sum, 
 }
 
 py::tuple philox_words(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint64_t key) {
-    Words4 words = philox(Words4{a, b, c, d}, key);
+    Words4<uint32_t> words = philox(Words4<uint32_t>{a, b, c, d}, key);
     return py::make_tuple(words.a, words.b, words.c, words.d);
 }
 

@@ -7,17 +7,8 @@
 
 namespace agora::AGORA_TARGET {
 
-#if defined(__FMA__)
-#define AGORA_FMA(a, b, c) __builtin_fmaf(a, b, c)
-#else
-#define AGORA_FMA(a, b, c) ((a) * (b) + (c))
-#endif
-
-#if defined(__AVX512F__)
-constexpr int kTile = 32;  // columns of the register tile: 4 x 32 sums are 8 vectors of 16
-#else
-constexpr int kTile = 16;  // 4 x 16 sums are 8 vectors of 8
-#endif
+constexpr int kVectors = 2;               // of the register tile's columns: 4 x 2 sums in flight
+constexpr int kTile = kVectors * kWidth;  // divides kPad and kSpan
 constexpr int64_t kSpan = 256;  // floats a row that stay in L1 between the two passes
 constexpr int kRows = int(kRowGroup);
 
@@ -29,18 +20,19 @@ static void load_row(float* to, const From* from, int64_t n) {
 // sums[r][j] += over i < n of left[r][i] * right[i][j]; kRows rows of `left`, kTile columns of `right`.
 AGORA_FN void tile_product(float sums[kRows][kTile], const float* left, int64_t left_stride, const float* right,
                            int64_t right_stride, int64_t n) {
-    float acc[kRows][kTile];
-    for (int r = 0; r < kRows; r++)
-        for (int j = 0; j < kTile; j++) acc[r][j] = 0;
+    Floats acc[kRows][kVectors] = {};
     for (int64_t i = 0; i < n; i++) {
-        const float* row = right + i * right_stride;
-        for (int r = 0; r < kRows; r++) {
-            float x = left[r * left_stride + i];
-            for (int j = 0; j < kTile; j++) acc[r][j] = AGORA_FMA(x, row[j], acc[r][j]);
+        Floats row[kVectors];
+        for (int v = 0; v < kVectors; v++) row[v] = load_floats(right + i * right_stride + v * kWidth);
+        for (int r = 0; r < kRows; r++)
+            for (int v = 0; v < kVectors; v++) acc[r][v] = multiply_add(left[r * left_stride + i], row[v], acc[r][v]);
+    }
+    for (int r = 0; r < kRows; r++) {
+        for (int v = 0; v < kVectors; v++) {
+            float* to = sums[r] + v * kWidth;
+            store_floats(to, load_floats(to) + acc[r][v]);
         }
     }
-    for (int r = 0; r < kRows; r++)
-        for (int j = 0; j < kTile; j++) sums[r][j] += acc[r][j];
 }
 
 constexpr int64_t kMaxK = 1024;  // checked by the caller: bounds the stack

@@ -7,6 +7,7 @@
 #include "kernels.h"
 
 // clang-format off: the order matters
+#include "vec_inl.h"
 #include "normal_inl.h"
 #include "boundary_inl.h"
 #include "averaging_inl.h"

@@ -2,22 +2,24 @@
 
 namespace agora::AGORA_TARGET {
 
-constexpr int64_t kLanes = 16;  // groups generated side by side
+// The groups that the lanes of a vector work on, in the order that makes pairs of words come out sorted.
+AGORA_FN Words lane_groups() {
+    Words groups;
+    for (int lane = 0; lane < kWords; lane++) groups[lane] = uint64_t(lane % 2 ? kWords / 2 + lane / 2 : lane / 2);
+    return groups;
+}
 
-// `columns` values of one table row, beginning at a group. Lanes are independent, so that the compiler
-// turns the loop over them into vector code.
+// `columns` values of one table row, beginning at a group.
 static void normal_row(float* out, uint64_t seed, uint64_t stream, uint32_t row, uint32_t group, int64_t columns,
                        float factor) {
     int64_t done = 0;
-    for (; done + 4 * kLanes <= columns; done += 4 * kLanes, group += uint32_t(kLanes)) {
-        float* to = out + done;
-        for (int lane = 0; lane < kLanes; lane++) {
-            Normal4 x = normal4(seed, stream, row, group + uint32_t(lane), factor);
-            to[4 * lane] = x.v[0];
-            to[4 * lane + 1] = x.v[1];
-            to[4 * lane + 2] = x.v[2];
-            to[4 * lane + 3] = x.v[3];
-        }
+    const Words lanes = lane_groups(), rows = Words{} + uint64_t(row);
+    for (; done + 4 * kWords <= columns; done += 4 * kWords, group += uint32_t(kWords)) {
+        Words4<Words> s = group_sums(seed, stream, rows, lanes + uint64_t(group));
+        Words ab = s.a | s.b << 32, cd = s.c | s.d << 32;
+        Ints first = Ints(even_pairs(ab, cd)) - kCentre, second = Ints(odd_pairs(ab, cd)) - kCentre;
+        store_floats(out + done, __builtin_convertvector(first, Floats) * factor);
+        store_floats(out + done + kWidth, __builtin_convertvector(second, Floats) * factor);
     }
     for (; done < columns; done += 4, group++) {
         Normal4 x = normal4(seed, stream, row, group, factor);

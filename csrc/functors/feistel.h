@@ -26,7 +26,8 @@ AGORA_FN Permutation make_permutation(uint64_t blocks, uint64_t key) {
     p.half_bits = 1;
     while (p.half_bits < 16 && (1ull << (2 * p.half_bits)) < blocks) p.half_bits++;
     p.mask = (1u << p.half_bits) - 1;
-    Words4 low = philox(Words4{0, 0, 0, 0}, key), high = philox(Words4{1, 0, 0, 0}, key);
+    Words4<uint32_t> low = philox(Words4<uint32_t>{0, 0, 0, 0}, key);
+    Words4<uint32_t> high = philox(Words4<uint32_t>{1, 0, 0, 0}, key);
     uint32_t keys[8] = {low.a, low.b, low.c, low.d, high.a, high.b, high.c, high.d};
     for (int i = 0; i < 8; i++) p.keys[i] = keys[i];
     return p;

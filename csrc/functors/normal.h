@@ -16,10 +16,23 @@ namespace agora {
 // "TOKTABLE" in ASCII. Genesis streams are hashes of tensor names; meeting this number is a 2^-64 event.
 constexpr uint64_t kTokenTableStream = 0x544F4B5441424C45ull;
 
-AGORA_FN float centred_sum(uint32_t word, float factor) {
-    uint32_t pairs = (word & 0x00ff00ffu) + ((word >> 8) & 0x00ff00ffu);
-    int32_t sum = int32_t((pairs & 0xffffu) + (pairs >> 16)) - 510;
-    return mul_rounded(float(sum), factor);
+// The sum of the four bytes of a word, 0 to 1020.
+template <typename Word>
+AGORA_FN Word sum_of_bytes(Word word) {
+    Word pairs = (word & 0x00ff00ffu) + ((word >> 8) & 0x00ff00ffu);
+    return (pairs + (pairs >> 16)) & 0x7ffu;
+}
+
+constexpr int kCentre = 510;
+
+AGORA_FN float centred(uint32_t sum, float factor) { return mul_rounded(float(int32_t(sum) - kCentre), factor); }
+
+template <typename Word>
+AGORA_FN Words4<Word> group_sums(uint64_t seed, uint64_t stream, Word row, Word group) {
+    Word zero = group ^ group;
+    Words4<Word> counter = {group, row, zero + uint32_t(stream), zero + uint32_t(stream >> 32)};
+    Words4<Word> w = philox(counter, seed);
+    return Words4<Word>{sum_of_bytes(w.a), sum_of_bytes(w.b), sum_of_bytes(w.c), sum_of_bytes(w.d)};
 }
 
 struct Normal4 {
@@ -27,9 +40,8 @@ struct Normal4 {
 };
 
 AGORA_FN Normal4 normal4(uint64_t seed, uint64_t stream, uint32_t row, uint32_t group, float factor) {
-    Words4 w = philox(Words4{group, row, uint32_t(stream), uint32_t(stream >> 32)}, seed);
-    return Normal4{{centred_sum(w.a, factor), centred_sum(w.b, factor), centred_sum(w.c, factor),
-                    centred_sum(w.d, factor)}};
+    Words4<uint32_t> s = group_sums(seed, stream, row, group);
+    return Normal4{{centred(s.a, factor), centred(s.b, factor), centred(s.c, factor), centred(s.d, factor)}};
 }
 
 }  // namespace agora

@@ -1,0 +1,95 @@
+// One vector of floats and one of 64-bit lanes, as wide as the target's registers. Included once per
+// instruction set by kernels_inl.h.
+//
+// Only what the compiler does not find by itself: a fused multiply-add where contraction is switched off
+// for everything else, and 32 x 32 -> 64 bit products in 64-bit lanes.
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace agora::AGORA_TARGET {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(kWidth * 4)));
+typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
+typedef uint64_t Words __attribute__((vector_size(kWidth * 4)));
+constexpr int kWords = kWidth / 2;
+
+AGORA_FN Floats load_floats(const float* from) {
+    Floats x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+AGORA_FN void store_floats(float* to, Floats x) { memcpy(to, &x, sizeof x); }
+
+// a * b + c. Fused where the instruction set has it: products with U are the only results that may differ
+// between machines, by a rounding.
+AGORA_FN Floats multiply_add(float a, Floats b, Floats c) {
+    Floats wide = a - Floats{};
+#if defined(__AVX512F__)
+    return Floats(_mm512_fmadd_ps(__m512(wide), __m512(b), __m512(c)));
+#elif defined(__AVX2__)
+    return Floats(_mm256_fmadd_ps(__m256(wide), __m256(b), __m256(c)));
+#else
+    return wide * b + c;
+#endif
+}
+
+// Product of the low halves of each lane.
+AGORA_FN Words multiply_low(Words a, Words b) {
+#if defined(__AVX512F__)
+    return Words(_mm512_mul_epu32(__m512i(a), __m512i(b)));
+#elif defined(__AVX2__)
+    return Words(_mm256_mul_epu32(__m256i(a), __m256i(b)));
+#elif defined(__SSE2__)
+    return Words(_mm_mul_epu32(__m128i(a), __m128i(b)));
+#else
+    return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// (a0, b0, a2, b2, ...) and (a1, b1, a3, b3, ...).
+AGORA_FN Words even_pairs(Words a, Words b) {
+#if defined(__AVX512F__)
+    return Words(_mm512_unpacklo_epi64(__m512i(a), __m512i(b)));
+#elif defined(__AVX2__)
+    return Words(_mm256_unpacklo_epi64(__m256i(a), __m256i(b)));
+#else
+    return Words{a[0], b[0]};
+#endif
+}
+
+AGORA_FN Words odd_pairs(Words a, Words b) {
+#if defined(__AVX512F__)
+    return Words(_mm512_unpackhi_epi64(__m512i(a), __m512i(b)));
+#elif defined(__AVX2__)
+    return Words(_mm256_unpackhi_epi64(__m256i(a), __m256i(b)));
+#else
+    return Words{a[1], b[1]};
+#endif
+}
+
+}  // namespace agora::AGORA_TARGET
+
+namespace agora {
+
+// Lanes hold a 32-bit word each, with rubbish above it that nobody looks at.
+template <>
+struct Wide<AGORA_TARGET::Words> {
+    AGORA_FN AGORA_TARGET::Words product(uint32_t constant, AGORA_TARGET::Words x) {
+        return AGORA_TARGET::multiply_low(x, AGORA_TARGET::Words{} + uint64_t(constant));
+    }
+    AGORA_FN AGORA_TARGET::Words high(AGORA_TARGET::Words product) { return product >> 32; }
+    AGORA_FN AGORA_TARGET::Words low(AGORA_TARGET::Words product) { return product; }
+};
+
+}  // namespace agora
