@@ -66,8 +66,6 @@ class WorkerSection:
     """Microbatches accepted before BUSY is answered."""
     snapshot_every: int = 20
     """Steps between two snapshots on disk; 0 writes one only at the end."""
-    snapshot_every: int = 10
-    """Steps between two snapshots."""
 
 
 @attrs.frozen(kw_only=True)
@@ -113,7 +111,7 @@ class Config:
             ("worker.batch", self.worker.batch, 1, 1024),
             ("worker.slots", self.worker.slots, 1, 1024),
             ("worker.snapshot_every", self.worker.snapshot_every, 0, 1 << 40),
-            ("worker.snapshot_every", self.worker.snapshot_every, 1, 1 << 40),
+            ("worker.snapshot_every", self.worker.snapshot_every, 0, 1 << 40),
             ("trainer.credits", self.trainer.credits, 0, 4096),
             ("trainer.steps", self.trainer.steps, 1, 1 << 40),
             ("trainer.seconds", self.trainer.seconds, 0, 1e9),
@@ -187,7 +185,7 @@ def load(path: Path, *, role: str | None = None, assignments: Sequence[str] = ()
 
 def _absolute(section: Any, base: Path) -> Any:
     changes = {
-        field.name: base / value.expanduser()
+        field.name: (base / value.expanduser()).resolve()
         for field in attrs.fields(type(section))
         if isinstance(value := getattr(section, field.name), Path)
     }

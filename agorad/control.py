@@ -2,9 +2,9 @@
 
 Theory of operation. Requests are ``{"do": name, ...arguments}``; answers are ``{"ok": true, "result":
 …}`` or ``{"ok": false, "code": word, "error": sentence}``. A command whose result is an asynchronous
-iterator streams: a line ``{"item": …}`` each, until it ends or the client closes. Parsing is plain
-functions over bytes (this half needs no trio); ``serve`` is the thin shell; ``agorad.ask`` is the
-client.
+iterator streams: a line ``{"item": …}`` each, until it ends or the client closes. This file is
+the protocol and the paths, without trio, since the client (``agorad.ask``) must start fast;
+``agorad.control_server`` serves it.
 
 The socket is made with mode 0600: whoever can open it may command the node. Its path may be deeper
 than the 107 bytes that the kernel takes, so it is bound and connected through
@@ -25,10 +25,8 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import trio
-
 from agorad.exitcodes import DaemonExit, ExitCode
-from p2p.errors import LocalError, P2PError, Refused
+from p2p.errors import LocalError
 
 REQUEST_LIMIT: Final = 64 << 10
 CLIENTS: Final = 16
@@ -102,71 +100,6 @@ def listen(path: Path) -> socket.socket:
         listener.close()
         raise
     return listener
-
-
-async def serve(
-    listener: socket.socket, commands: Mapping[str, Command], *, task_status: trio.TaskStatus[None]
-) -> None:
-    """Answer requests on ``listener`` until cancelled."""
-    server = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
-    places = trio.Semaphore(CLIENTS)
-    async with server, trio.open_nursery() as nursery:
-        task_status.started()
-        while True:
-            await places.acquire()
-            client = await server.accept()
-            nursery.start_soon(_attend, client, commands, places)
-
-
-async def _attend(client: trio.SocketStream, commands: Mapping[str, Command], places: trio.Semaphore) -> None:
-    try:
-        async with client:
-            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
-                await _converse(client, commands)
-    finally:
-        places.release()
-
-
-async def _converse(client: trio.SocketStream, commands: Mapping[str, Command]) -> None:
-    buffer = bytearray()
-    while True:
-        with trio.fail_after(IDLE_S):
-            while (end := buffer.find(b"\n")) < 0:
-                if len(buffer) > REQUEST_LIMIT:
-                    answer = failure("bad_request", f"a request may have {REQUEST_LIMIT} bytes")
-                    await client.send_all(encode(answer))
-                    return
-                chunk = await client.receive_some(16 << 10)
-                if not chunk:
-                    return
-                buffer += chunk
-        line = bytes(buffer[:end])
-        del buffer[: end + 1]
-        await _answer(client, line, commands)
-
-
-async def _answer(client: trio.SocketStream, line: bytes, commands: Mapping[str, Command]) -> None:
-    try:
-        name, arguments = parse_request(line)
-        if name not in commands:
-            known = ", ".join(sorted(commands))
-            raise BadRequest(f"no command {name!r}; this node knows {known}")
-        result = await commands[name](arguments)
-    except BadRequest as error:
-        await client.send_all(encode(failure("bad_request", str(error))))
-        return
-    except Refused as error:
-        await client.send_all(encode(failure(error.code, error.why)))
-        return
-    except P2PError as error:
-        await client.send_all(encode(failure("failed", str(error))))
-        return
-    if hasattr(result, "__aiter__"):
-        async with contextlib.aclosing(result) as items:
-            async for item in items:
-                await client.send_all(encode({"item": item}))
-        result = None
-    await client.send_all(encode({"ok": True, "result": result}))
 
 
 def _clear(path: Path, name: str) -> None:

@@ -22,8 +22,9 @@ DEBUG: Final = frozenset(
         "microbatch_completed",
         "busy",
         "traffic",
-        "peer_connected",
-        "peer_disconnected",
+        "connected",
+        "disconnected",
+        "handshake_failed",
     }
 )
 WARNING: Final = frozenset(

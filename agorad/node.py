@@ -26,9 +26,8 @@ from typing import Any, Final
 
 import attrs
 import trio
-from p2p.host import Host
 
-from agorad import __version__, config, control, run, state_dirs
+from agorad import __version__, config, control, control_server, run, state_dirs
 from agorad.config import Config
 from agorad.events import Bus, Ready, Reloaded, Started, Stopped, Stopping
 from agorad.exitcodes import ExitCode, verdict
@@ -37,6 +36,7 @@ from agorad.notify import Notifier
 from agorad.run import Manifest
 from p2p.errors import LocalError, P2PError
 from p2p.event import Event
+from p2p.host import Host
 from p2p.identity import Identity
 from p2p.kad import Dht
 from p2p.membership import Certificate, Membership
@@ -156,6 +156,8 @@ async def run_node(settings: Config, role: Role, *, started_at: float) -> None:
     listen = _addresses(settings.node.listen, "node.listen")
     announce = _addresses(settings.node.announce, "node.announce")
     manifest = run.load(settings.node.run)
+    if settings.identity.exists():
+        Identity.load(settings.identity)  # a damaged key is known before anything is made
     state_dirs.prepare(settings.node.state)
     locks = [state_dirs.claim(settings.node.state)]
     identity = Identity.load_or_create(settings.identity)
@@ -220,7 +222,7 @@ async def _live(
                 services.start_soon(node.notifier.watchdog)
                 services.start_soon(_report_traffic, node)
                 node.commands.update(_commands(node))
-                await services.start(control.serve, listener, node.commands)
+                await services.start(control_server.serve, listener, node.commands)
                 _learn(node)
                 seeds = [
                     (ref.peer_id, ref.multiaddrs())

@@ -99,7 +99,7 @@ def override(cls: type[Any], table: dict[str, Any], assignments: Sequence[str]) 
                 target = target.setdefault(part, {})
         if _is_section(kind):
             raise LocalError(f"{path!r} is a section; name one of its settings: {', '.join(fields_of(kind))}")
-        target[parts[-1]] = _from_text(kind, text.strip(), path)
+        target[parts[-1]] = _from_text(kind, text.strip())
     return result
 
 
@@ -135,7 +135,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     return Path(value) if kind is Path else value
 
 
-def _from_text(kind: Any, text: str, where: str) -> Any:
+def _from_text(kind: Any, text: str) -> Any:
     plain = getattr(kind, "__supertype__", kind)
     if plain in (str, Path) or typing.get_origin(kind) is typing.Literal:
         return text
@@ -143,8 +143,8 @@ def _from_text(kind: Any, text: str, where: str) -> Any:
         text = f"[{text}]" if typing.get_args(kind)[0] in (int, float) else f"[{text!r}]"
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError as error:
-        raise LocalError(f"{where} = {text!r} is not a value of TOML") from error
+    except tomllib.TOMLDecodeError:
+        return text  # ``structure`` says what it should have been
 
 
 def _without_none(kind: Any) -> Any:

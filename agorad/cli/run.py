@@ -22,7 +22,6 @@ from agorad.run import Manifest, NodeRef, RunInfo
 from agorad.settings import override, unstructure
 from p2p.errors import LocalError
 from p2p.identity import Identity
-from stage import presets
 from stage.config import split_layers
 
 ROLES: Final = ("seed", "authority", "trainer")
@@ -58,6 +57,8 @@ def init(
 
     Example: agoractl run init my-run --host 203.0.113.9 --set training.target_batch=32
     """
+    from stage import presets
+
     folder = folder or Path(name)
     operator = Identity.generate()
     keys = {role: Identity.generate() for role in ROLES}

@@ -1,0 +1,91 @@
+"""Serves the control socket: the trio half of ``agorad.control``.
+
+Each client is a task; its requests are answered in order. A command that raises ``BadRequest``,
+``Refused`` or another error of ``p2p`` is answered with it; anything else is a bug and ends the daemon,
+like every bug. Limits are those of ``agorad.control``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Mapping
+
+import trio
+
+from agorad.control import (
+    CLIENTS,
+    IDLE_S,
+    REQUEST_LIMIT,
+    BadRequest,
+    Command,
+    encode,
+    failure,
+    parse_request,
+)
+from p2p.errors import P2PError, Refused
+
+
+async def serve(
+    listener: socket.socket, commands: Mapping[str, Command], *, task_status: trio.TaskStatus[None]
+) -> None:
+    """Answer requests on ``listener`` until cancelled."""
+    server = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+    places = trio.Semaphore(CLIENTS)
+    async with server, trio.open_nursery() as nursery:
+        task_status.started()
+        while True:
+            await places.acquire()
+            client = await server.accept()
+            nursery.start_soon(_attend, client, commands, places)
+
+
+async def _attend(client: trio.SocketStream, commands: Mapping[str, Command], places: trio.Semaphore) -> None:
+    try:
+        async with client:
+            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+                await _converse(client, commands)
+    finally:
+        places.release()
+
+
+async def _converse(client: trio.SocketStream, commands: Mapping[str, Command]) -> None:
+    buffer = bytearray()
+    while True:
+        with trio.fail_after(IDLE_S):
+            while (end := buffer.find(b"\n")) < 0:
+                if len(buffer) > REQUEST_LIMIT:
+                    answer = failure("bad_request", f"a request may have {REQUEST_LIMIT} bytes")
+                    await client.send_all(encode(answer))
+                    return
+                chunk = await client.receive_some(16 << 10)
+                if not chunk:
+                    return
+                buffer += chunk
+        line = bytes(buffer[:end])
+        del buffer[: end + 1]
+        await _answer(client, line, commands)
+
+
+async def _answer(client: trio.SocketStream, line: bytes, commands: Mapping[str, Command]) -> None:
+    try:
+        name, arguments = parse_request(line)
+        if name not in commands:
+            known = ", ".join(sorted(commands))
+            raise BadRequest(f"no command {name!r}; this node knows {known}")
+        result = await commands[name](arguments)
+    except BadRequest as error:
+        await client.send_all(encode(failure("bad_request", str(error))))
+        return
+    except Refused as error:
+        await client.send_all(encode(failure(error.code, error.why)))
+        return
+    except P2PError as error:
+        await client.send_all(encode(failure("failed", str(error))))
+        return
+    if hasattr(result, "__aiter__"):
+        async with contextlib.aclosing(result) as items:
+            async for item in items:
+                await client.send_all(encode({"item": item}))
+        result = None
+    await client.send_all(encode({"ok": True, "result": result}))
