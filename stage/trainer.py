@@ -124,6 +124,7 @@ class Trainer:
         self._changed = trio.Event()
         self._evaluations = 0
         self._evaluating = False
+        self._evaluation_scope = trio.CancelScope()
         self._scopes: set[trio.CancelScope] = set()
         """One for each microbatch in flight, to give them up by."""
         self.loss: float | None = None
@@ -244,7 +245,7 @@ class Trainer:
 
         rows = min(EVAL_ROWS, self._source.eval_rows)
         try:
-            with trio.move_on_after(CALL_S):
+            with trio.move_on_after(0.0 if self._stopping.is_set() else CALL_S) as self._evaluation_scope:
                 for number in range(rows):
                     async with trio.open_nursery() as pair:
                         for _path in range(2):
@@ -262,6 +263,7 @@ class Trainer:
     async def _watch_stopping(self) -> None:
         await self._stopping.wait()
         self._changed.set()
+        self._evaluation_scope.cancel()
         await trio.sleep(DRAIN_S)
         for scope in list(self._scopes):
             scope.cancel()
