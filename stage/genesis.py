@@ -6,8 +6,9 @@ own part without its neighbours', and another cut of the same model starts from 
 
 from __future__ import annotations
 
+from stage import kernels
 from stage.config import ModelConfig
-from stage.model import normal, parameter_specs
+from stage.model import parameter_specs, stream
 from stage.weights import Weights
 
 
@@ -19,7 +20,8 @@ def fill(weights: Weights, seed: int) -> None:
         if spec.std == 0.0:
             target.fill_(1.0)
         else:
-            target.copy_(normal(seed, spec.name, spec.numel).view(spec.shape) * spec.std)
+            values = kernels.random_normal(seed, stream(spec.name), spec.numel, spec.std)
+            target.copy_(values.view(spec.shape))
 
 
 def genesis(config: ModelConfig, stage: int, seed: int) -> Weights:

@@ -22,7 +22,7 @@ SwiGLU 2002.05202; QK-norm 2010.04245.
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import math
 from collections.abc import Mapping
 
@@ -31,39 +31,46 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stage import kernels
 from stage.config import ModelConfig
 from stage.functions import AddUnit, CrossEntropy, NormRotate, ReadNorm
 from stage.weights import ParameterSpec
 
 BASIS = 0
 """Version of U; stays 0 while U never moves."""
-INIT_STD = 0.02
+OUT_STD = 0.02
+"""Small, so that the first loss is that of the uniform distribution."""
 LOGITS_CHUNK = 1 << 22
 """Most logits (tokens × vocabulary) that exist at a time."""
 
 
 def parameter_specs(config: ModelConfig, stage: int) -> tuple[ParameterSpec, ...]:
-    """The tensors of a stage: name, shape, whether weight decay applies, spread at genesis."""
+    """The tensors of a stage: name, shape, whether weight decay applies, spread at genesis.
+
+    The spread sqrt(2/5d) is 0.02 at d = 1024 and keeps narrow models from starting nearly linear
+    ("small init", arXiv 1910.05895); branch outputs are scaled down by depth.
+    """
     d, k, ffn = config.d, config.k, config.ffn
     inner = config.heads * config.head_dim
     qkv = inner + 2 * config.kv_heads * config.head_dim
+    std = math.sqrt(2 / (5 * d))
     specs = []
     if stage == 0:
-        specs.append(ParameterSpec("embed", (config.vocab, k), True, INIT_STD))
+        specs.append(ParameterSpec("embed", (config.vocab, k), True, std))
     first = sum(config.layers[:stage])
     for layer in range(first, first + config.layers[stage]):
-        out_std = INIT_STD / math.sqrt(2 * (layer + 1))
+        out_std = std / math.sqrt(2 * (layer + 1))
         specs += [
-            ParameterSpec(f"layers.{layer}.qkv", (qkv, d), True, INIT_STD),
+            ParameterSpec(f"layers.{layer}.qkv", (qkv, d), True, std),
             ParameterSpec(f"layers.{layer}.zo", (k, inner), True, out_std),
-            ParameterSpec(f"layers.{layer}.gate", (ffn, d), True, INIT_STD),
-            ParameterSpec(f"layers.{layer}.up", (ffn, d), True, INIT_STD),
+            ParameterSpec(f"layers.{layer}.gate", (ffn, d), True, std),
+            ParameterSpec(f"layers.{layer}.up", (ffn, d), True, std),
             ParameterSpec(f"layers.{layer}.z2", (k, ffn), True, out_std),
             ParameterSpec(f"layers.{layer}.norm_attention", (d,), False, 0.0),
             ParameterSpec(f"layers.{layer}.norm_ffn", (d,), False, 0.0),
         ]
     if stage == config.stages - 1:
-        specs.append(ParameterSpec("out", (config.vocab, d), True, INIT_STD))
+        specs.append(ParameterSpec("out", (config.vocab, d), True, OUT_STD))
         specs.append(ParameterSpec("norm_out", (d,), False, 0.0))
     return tuple(specs)
 
@@ -74,7 +81,7 @@ def basis(d: int, k: int, seed: int) -> Tensor:
     LAPACKs differ in the last bit of a float64; rounding to fp32 afterwards hides nearly all of that,
     and a last-bit difference of U between nodes is harmless (each node's h is off by 1e-7).
     """
-    draw = normal(seed, "basis", d * k).double().view(d, k)
+    draw = kernels.random_normal(seed, stream("basis"), d * k, 1.0).double().view(d, k)
     q, r = torch.linalg.qr(draw)
     signed: Tensor = q * torch.sign(torch.diagonal(r))
     return signed
@@ -152,8 +159,8 @@ class Stage:
 
     def token_rows(self, tokens: Tensor) -> Tensor:
         """F's rows for these tokens, scaled: the frozen part of h, made once a microbatch. [B, T, d]"""
-        table = _interim_table(self.config.vocab, self.config.d, self.seed)
-        return (table[tokens] * self.config.f_scale).to(self.dtype)
+        config = self.config
+        return kernels.token_table(tokens.contiguous(), config.d, self.seed, config.f_scale).to(self.dtype)
 
     def _read(self, c: Tensor, fixed: Tensor, scale: Tensor) -> Tensor:
         x: Tensor = ReadNorm.apply(c, fixed, self.U, scale, self.config.eps)  # type: ignore[no-untyped-call]
@@ -204,19 +211,6 @@ def document_index(starts: tuple[int, ...], length: int) -> Tensor:
     return docs
 
 
-def normal(seed: int, name: str, n: int) -> Tensor:
-    """Standard normal values for a named tensor of the run."""
-    generator = torch.Generator().manual_seed(hash_name(seed, name))
-    return torch.randn(n, generator=generator)
-
-
-def hash_name(seed: int, name: str) -> int:
-    """A stream number for a name."""
-    import hashlib
-
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
-
-
-@functools.cache
-def _interim_table(vocab: int, d: int, seed: int) -> Tensor:
-    return normal(seed, "table", vocab * d).view(vocab, d)
+def stream(name: str) -> int:
+    """The generator's stream for a tensor of this name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
