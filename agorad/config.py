@@ -111,7 +111,6 @@ class Config:
             ("worker.batch", self.worker.batch, 1, 1024),
             ("worker.slots", self.worker.slots, 1, 1024),
             ("worker.snapshot_every", self.worker.snapshot_every, 0, 1 << 40),
-            ("worker.snapshot_every", self.worker.snapshot_every, 0, 1 << 40),
             ("trainer.credits", self.trainer.credits, 0, 4096),
             ("trainer.steps", self.trainer.steps, 1, 1 << 40),
             ("trainer.seconds", self.trainer.seconds, 0, 1e9),

@@ -18,7 +18,7 @@ import json
 import os
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -157,7 +157,7 @@ class Bus:
         """Entries after id ``last_seen`` that are still in the ring."""
         return [entry for entry in self._ring if entry["id"] > last_seen]
 
-    async def follow(self, last_seen: int = 0) -> AsyncIterator[list[Entry]]:
+    async def follow(self, last_seen: int = 0) -> AsyncGenerator[list[Entry], None]:
         """Batches of entries after ``last_seen``, for ever; a slow reader sees a gap in the ids."""
         while True:
             batch = self.since(last_seen)

@@ -47,30 +47,36 @@ async def obtain_certificate(node: Node) -> Certificate | None:
     kept = _read(node)
     if kept is None:
         secret = _secret(node)
+        refusal: Exception | None = None
         async with trio.open_nursery() as nursery:
-
-            async def give_up() -> None:
-                await node.stopping.wait()
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(give_up)
-            kept = await _ask_until_granted(node, secret)
+            nursery.start_soon(_cancel_when_stopping, node, nursery.cancel_scope)
+            try:
+                kept = await _ask_until_granted(node, secret)
+            except (DaemonExit, LocalError) as error:
+                refusal = error  # raised below, as it is and not in a group
             nursery.cancel_scope.cancel()
+        if refusal is not None:
+            raise refusal
     if kept is not None:
         node.certificate = kept
-        node.nursery.start_soon(keep_certificate, node)
+        node.nursery.start_soon(keep_certificate, node, kept)
     return kept
 
 
-async def keep_certificate(node: Node) -> None:
+async def keep_certificate(node: Node, certificate: Certificate) -> None:
     """Renew at half life, for as long as the node runs."""
-    while node.certificate is not None:
-        certificate = node.certificate
-        half_life = (certificate.issued + certificate.expires) / 2
+    left_s = (certificate.issued + certificate.expires) / 2 - node.clock()
+    while True:
         # Spread, so that nodes that joined together do not renew together.
-        wait_s = (half_life - node.clock()) * node.rng.uniform(0.9, 1.1)
-        await trio.sleep(max(0.0, wait_s))
-        node.certificate = await _ask_until_granted(node, None)
+        await trio.sleep(max(0.0, left_s) * node.rng.uniform(0.9, 1.1))
+        certificate = await _ask_until_granted(node, None)
+        # From here on by our own clock alone: the authority's may be far off.
+        left_s = max(1.0, (certificate.expires - certificate.issued) / 2)
+
+
+async def _cancel_when_stopping(node: Node, scope: trio.CancelScope) -> None:
+    await node.stopping.wait()
+    scope.cancel()
 
 
 async def _ask_until_granted(node: Node, secret: str | None) -> Certificate:
@@ -117,6 +123,7 @@ async def _ask(node: Node, authority: PeerId, secret: str | None) -> Certificate
 
 
 def _keep(node: Node, certificate: Certificate) -> None:
+    node.certificate = certificate
     node.emit(
         CertificateGranted(
             account=certificate.account,

@@ -177,7 +177,7 @@ async def run_node(settings: Config, role: Role, *, started_at: float) -> None:
         await _live(settings, manifest, identity, bus, listen, announce, role, started_at)
     except BaseException as error:
         code, why = verdict(error)
-        bus.emit(Stopped(code=code, why=why or repr(error)))
+        bus.emit(Stopped(code=code, why=why or repr(error)[:200]))
         raise
     else:
         bus.emit(Stopped(code=ExitCode.CLEAN, why="done"))
