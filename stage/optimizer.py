@@ -51,15 +51,18 @@ class StepTaken:
 class Held:
     """Weights and moments as they were, until ``release()``; for a snapshot writer."""
 
-    weights: Version
+    flat: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    step: int
     updates: int
+    fingerprint: str
+    _version: Version
     _optimizer: Optimizer
 
     def release(self) -> None:
         """Call once, from the thread that owns the optimizer."""
-        self.weights.release()
+        self._version.release()
         self._optimizer._release(self.exp_avg)
 
 
@@ -134,17 +137,36 @@ class Optimizer:
                 )
         self.updates += 1
 
-    def hold(self) -> Held:
-        """Keep the whole state as it is now for a reader, at the price of a copy if a step comes."""
+    def hold(self, step: int) -> Held:
+        """Keep the whole state, which is that of ``step``, for a reader; a copy is made if a step comes."""
         self._holds += 1
-        return Held(self.weights.begin(), self.exp_avg, self.exp_avg_sq, self.updates, self)
+        version = self.weights.begin()
+        return Held(
+            version.flat,
+            self.exp_avg,
+            self.exp_avg_sq,
+            step,
+            self.updates,
+            self.weights.layout.fingerprint,
+            version,
+            self,
+        )
 
     def _release(self, exp_avg: Tensor) -> None:
         if exp_avg is self.exp_avg and self._holds:
             self._holds -= 1
 
-    def load(self, flat: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, updates: int) -> None:
+    def load(
+        self,
+        flat: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        updates: int,
+        fingerprint: str | None = None,
+    ) -> None:
         """Take over a whole state: a snapshot's or a donor's. Raises LocalError if it does not fit."""
+        if fingerprint is not None and fingerprint != self.weights.layout.fingerprint:
+            raise LocalError("state: it is of another stage or another model")
         for name, tensor in (("weights", flat), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
             if tensor.shape != self.exp_avg.shape or not bool(torch.isfinite(tensor).all()):
                 raise LocalError(f"state: {name} has the wrong size for this stage or is not finite")

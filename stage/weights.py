@@ -18,6 +18,7 @@ Not thread-safe: one thread owns a ``Weights``. Others may read a held version's
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 
 import attrs
@@ -73,6 +74,12 @@ class Layout:
             if spec.decayed:
                 decayed = position
         return cls(ordered, tuple(offsets), decayed, -(-position // BLOCK) * BLOCK)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names, shapes and places in one hash: equal exactly where states are exchangeable."""
+        table = [(spec.name, spec.shape, at) for spec, at in zip(self.specs, self.offsets, strict=True)]
+        return hashlib.sha256(repr((table, self.size)).encode()).hexdigest()
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """The named tensors inside a flat buffer of this layout."""

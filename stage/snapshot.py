@@ -1,0 +1,239 @@
+"""Snapshots of a stage on disk: written while training goes on, verified when read, served in chunks.
+
+A snapshot is two files, ``NUMBER-step-STEP.state`` (the data, see ``stage.state``) and ``….manifest``,
+with NUMBER counting up. Each is written under a temporary name, flushed to the disk and renamed, the
+manifest last: a snapshot exists when its manifest does, so a crash leaves the one before. The newest two
+are kept. The writer reads tensors that the optimizer holds for it, so it runs on any thread; saves of one
+store exclude each other.
+
+Reading verifies every chunk. ``load`` raises LocalError with a sentence that names the damage;
+``load_newest`` passes over what is damaged and says so in ``problems``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import attrs
+import torch
+from torch import Tensor
+
+from p2p.errors import LocalError, RemoteError
+from stage.state import CHUNK, FLOAT_BYTES, SnapshotManifest
+
+KEEP = 2
+_NAME = re.compile(r"(\d{8})-step-(\d+)\.manifest")
+
+
+class Source(Protocol):
+    """What is written: ``stage.optimizer.Held`` is one."""
+
+    @property
+    def flat(self) -> Tensor: ...
+    @property
+    def exp_avg(self) -> Tensor: ...
+    @property
+    def exp_avg_sq(self) -> Tensor: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def updates(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+@attrs.frozen
+class State:
+    """The whole state of a stage, read from disk or from a donor."""
+
+    flat: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: int
+    """Step of the run's clock that it belongs to."""
+    updates: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, manifest: SnapshotManifest, data: bytearray) -> State:
+        """The vectors inside verified data, whose memory they share."""
+        vectors = torch.frombuffer(data, dtype=torch.float32).view(3, manifest.floats)
+        flat, exp_avg, exp_avg_sq = vectors.unbind()
+        return cls(flat, exp_avg, exp_avg_sq, manifest.step, manifest.updates, manifest.fingerprint)
+
+
+class SnapshotFile:
+    """One snapshot on disk, open: chunks stay readable even after newer ones pushed it out."""
+
+    def __init__(self, manifest_path: Path) -> None:
+        """Raises LocalError if it is not there or its manifest is damaged."""
+        self.path = manifest_path.with_suffix(".state")
+        try:
+            self.manifest = SnapshotManifest.decode(manifest_path.read_bytes())
+            self._file = self.path.open("rb")
+        except RemoteError as error:
+            raise LocalError(f"{manifest_path}: {error}") from None
+        except OSError as error:
+            raise LocalError(f"{manifest_path}: {error.strerror}") from None
+
+    def __enter__(self) -> SnapshotFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Chunks cannot be read any more."""
+        self._file.close()
+
+    def chunk(self, index: int) -> bytes:
+        """Chunk ``index``, verified."""
+        if not 0 <= index < len(self.manifest.chunks):
+            raise LocalError(f"{self.path}: there is no chunk {index}")
+        size = self.manifest.chunk_size(index)
+        try:
+            data = os.pread(self._file.fileno(), size, index * CHUNK)
+        except OSError as error:
+            raise LocalError(f"{self.path}: {error.strerror}") from None
+        if not self.manifest.verify_chunk(index, data):
+            raise LocalError(f"{self.path}: damaged at byte {index * CHUNK} (chunk {index})")
+        return data
+
+    def chunks(self) -> Iterator[bytes]:
+        """All chunks in order."""
+        for index in range(len(self.manifest.chunks)):
+            yield self.chunk(index)
+
+    def load(self) -> State:
+        """The whole state. Raises LocalError if a byte of it is not what was written."""
+        data = bytearray(self.manifest.size)
+        position = 0
+        for chunk in self.chunks():
+            data[position : position + len(chunk)] = chunk
+            position += len(chunk)
+        return State.of(self.manifest, data)
+
+
+class SnapshotStore:
+    """The folder that one stage's snapshots lie in; made when the first one is saved."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.problems: list[str] = []
+        """Damage that ``load_newest`` met, one sentence each."""
+        self._lock = threading.Lock()
+
+    def _manifests(self) -> list[tuple[int, int, Path]]:
+        """(number, step, path), oldest first."""
+        try:
+            names = [path.name for path in self.folder.iterdir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise LocalError(f"{self.folder}: {error.strerror}") from None
+        found = [(match, name) for name in names if (match := _NAME.fullmatch(name))]
+        return sorted((int(match[1]), int(match[2]), self.folder / name) for match, name in found)
+
+    def newest_step(self) -> int | None:
+        """Step of the newest snapshot, by its name."""
+        found = self._manifests()
+        return found[-1][1] if found else None
+
+    def newest(self) -> SnapshotFile | None:
+        """The newest snapshot, open; to be closed. Raises LocalError if its manifest is damaged."""
+        with self._lock:
+            found = self._manifests()
+            return SnapshotFile(found[-1][2]) if found else None
+
+    def load_newest(self) -> State | None:
+        """The newest sound snapshot, None if there is none; ``problems`` names what was passed over."""
+        for _, _, path in reversed(self._manifests()):
+            try:
+                with SnapshotFile(path) as file:
+                    return file.load()
+            except LocalError as error:
+                self.problems.append(str(error))
+        return None
+
+    def save(self, source: Source) -> int:
+        """Write a snapshot; returns its size in bytes. Raises LocalError, e.g. when the disk is full."""
+        floats = source.flat.numel()
+        vectors = (source.flat, source.exp_avg, source.exp_avg_sq)
+        return self._write(source.step, source.updates, source.fingerprint, floats, _pieces(vectors))
+
+    def install(self, manifest: SnapshotManifest, data: bytearray) -> int:
+        """Keep a downloaded snapshot (``Assembly.result()``) as if we had saved it."""
+        view = memoryview(data)
+        pieces = (view[start : start + CHUNK] for start in range(0, len(view), CHUNK))
+        return self._write(manifest.step, manifest.updates, manifest.fingerprint, manifest.floats, pieces)
+
+    def _write(
+        self, step: int, updates: int, fingerprint: str, floats: int, pieces: Iterable[memoryview]
+    ) -> int:
+        with self._lock:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                found = self._manifests()
+                number = found[-1][0] + 1 if found else 1
+                base = self.folder / f"{number:08d}-step-{step}"
+                hashes = _write_file(base.with_suffix(".state"), pieces)
+                manifest = SnapshotManifest(step, updates, fingerprint, floats, tuple(hashes))
+                _write_file(base.with_suffix(".manifest"), [memoryview(manifest.encode())])
+                self._tidy()
+            except OSError as error:
+                raise LocalError(f"snapshot not saved in {self.folder}: {error.strerror}") from None
+        return manifest.size
+
+    def _tidy(self) -> None:
+        """Remove all but the newest, manifest first, and what a crash left behind."""
+        manifests = self._manifests()
+        kept = {path.stem for _, _, path in manifests[-KEEP:]}
+        for _, _, path in manifests[:-KEEP]:
+            path.unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.suffix == ".part" or (path.suffix == ".state" and path.stem not in kept):
+                path.unlink(missing_ok=True)
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _pieces(vectors: Iterable[Tensor]) -> Iterator[memoryview]:
+    """The vectors' bytes, at most a chunk at a time, without a copy of the whole."""
+    floats = CHUNK // FLOAT_BYTES
+    for vector in vectors:
+        for start in range(0, vector.numel(), floats):
+            part = vector[start : start + floats].detach().to("cpu", torch.float32)
+            yield part.numpy().data.cast("B")
+
+
+def _write_file(path: Path, pieces: Iterable[memoryview]) -> list[bytes]:
+    """Write atomically; returns the SHA-256 of each CHUNK bytes."""
+    hashes, digest, room = [], hashlib.sha256(), CHUNK
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            while len(piece) >= room:
+                digest.update(piece[:room])
+                hashes.append(digest.digest())
+                piece, digest, room = piece[room:], hashlib.sha256(), CHUNK
+            digest.update(piece)
+            room -= len(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+    if room < CHUNK:
+        hashes.append(digest.digest())
+    return hashes
