@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, final
 
 import trio
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 MAX_PAGES: Final = 48
 MAX_NOTED: Final = 256
 SLOW_STRIKES: Final = 2
+OWN_ADDRS_S: Final = 1.0
 
 
 @final
@@ -66,6 +68,8 @@ class Exchange:
         self._newcomer = newcomer
         self._skewed: OrderedDict[PeerId, None] = OrderedDict()
         self._strikes: OrderedDict[PeerId, int] = OrderedDict()
+        self._own_addrs: tuple[str, ...] = ()
+        self._own_addrs_until = 0.0
         host.handle(PROTOCOL, self._serve, open_to_all=True, max_payload=messages.MAX_PAYLOAD)
 
     # Asking
@@ -222,7 +226,11 @@ class Exchange:
         return tuple(known[: messages.MAX_NODES])
 
     def _addrs(self) -> tuple[str, ...]:
-        return tuple(str(addr.bare()) for addr in self._host.addrs)[:MAX_ADDRS]
+        now = trio.current_time()
+        if now >= self._own_addrs_until:  # they hardly ever change, and every message carries them
+            self._own_addrs = tuple(str(addr.bare()) for addr in self._host.addrs)[:MAX_ADDRS]
+            self._own_addrs_until = now + OWN_ADDRS_S
+        return self._own_addrs
 
     def _clock_seen(self, peer: PeerId, theirs: float) -> float:
         """Seconds that a peer's clock is ahead of ours; reported once a peer when it is too much."""
@@ -237,13 +245,15 @@ class Exchange:
 
 def _dialable(texts: Sequence[str]) -> list[Multiaddr]:
     """Addresses out of a message; those in a form that we do not know are left out."""
-    found = []
-    for text in texts:
-        try:
-            found.append(Multiaddr.parse(text))
-        except RemoteError:
-            continue
-    return found
+    return [addr for text in texts if (addr := _parsed(text)) is not None]
+
+
+@lru_cache(maxsize=4096)
+def _parsed(text: str) -> Multiaddr | None:
+    try:
+        return Multiaddr.parse(text)
+    except RemoteError:
+        return None
 
 
 def remember(cache: OrderedDict[Any, Any], key: Any, value: Any, limit: int) -> None:
