@@ -131,6 +131,7 @@ class Connection:
         """Why the peer's hello made it no member."""
         self.presented: bytes | None = None
         """The certificate of ours that the peer has seen."""
+        self.identifying = trio.Lock()
         self.running: dict[str, int] = {}
         """Handlers at work, by protocol."""
         self._counters = counters

@@ -27,7 +27,7 @@ from typing import final
 import attrs
 import trio
 
-from p2p import hello, multistream
+from p2p import hello, identify, multistream
 from p2p.connection import Connection, Counters, Scratch
 from p2p.dial import Dialer
 from p2p.errors import DialError, LocalError, P2PError, PeerGone, Refused, RemoteError
@@ -135,11 +135,12 @@ class Host:
         self._bound: list[Multiaddr] = []
         self._scratch = Scratch()
         self._nursery: trio.Nursery | None = None
-        self._all: set[Connection] = set()
+        self._all: dict[Connection, None] = {}  # ordered, so that simulations replay
         self._handshaking = 0
         self._closing = False
         self._dialer = Dialer(self._transport, self._upgrade, limits)
         self.handle(hello.PROTOCOL, self._answer_hello, open_to_all=True)
+        identify.install(self)
 
     # addresses
 
@@ -340,12 +341,12 @@ class Host:
         return connection
 
     async def _live(self, connection: Connection) -> None:
-        self._all.add(connection)
+        self._all[connection] = None
         self._emit(Connected(peer=connection.peer, addr=connection.addr, dialed=connection.dialer))
         try:
             await connection.run()
         finally:
-            self._all.discard(connection)
+            self._all.pop(connection, None)
             connection.greeted.set()
             if self.connections.get(connection.peer) is connection:
                 del self.connections[connection.peer]
@@ -439,7 +440,13 @@ class Host:
             if reply and not stream.available:
                 await stream.send_all(reply)
                 reply = b""
-            reply += listener.feed(bytes(await stream.receive_exactly(missing)))
+            try:
+                reply += listener.feed(bytes(await stream.receive_exactly(missing)))
+            except RemoteError:
+                # Behind a proposal that we do not speak comes its sender's first message, which is no
+                # proposal. The "na" has to reach the sender before the reset does.
+                await stream.send_all(reply)
+                raise
         assert listener.protocol is not None
         return listener.protocol, reply
 
