@@ -1,0 +1,158 @@
+"""agoractl: exit codes, sentences, JSON that is alone on stdout, and what a command imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agorad.cli.status import duration, table
+from p2p.identity import Identity
+
+
+def agoractl(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    call = "from agorad.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", call, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_run_is_made_shown_edited_and_signed_again(tmp_path: Path) -> None:
+    made = agoractl(
+        "run", "init", "My Run!", "--dir", "r", "--set", "training.target_batch=24", "--json", cwd=tmp_path
+    )
+    assert made.returncode == 0, made.stderr
+    document = json.loads(made.stdout)
+    assert document["manifest"]["training"]["target_batch"] == 24
+    assert document["manifest"]["run"]["id"].startswith("my-run-")
+    run = tmp_path / "r" / "run.toml"
+    assert run.exists()
+    assert (tmp_path / "r" / "operator.key").stat().st_mode & 0o777 == 0o600
+    checked = subprocess.run(
+        [sys.executable, "-m", "agorad.main", "--config", "r/seed/agorad.toml", "--check-config"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stderr
+
+    run.write_text(run.read_text().replace("target_batch = 24", "target_batch = 25"))
+    shown = agoractl("run", "show", "r/run.toml", cwd=tmp_path)
+    assert shown.returncode == 2
+    assert "was altered after" in shown.stderr
+    signed = agoractl("run", "sign", "r/run.toml", "--key", "r/operator.key", "--json", cwd=tmp_path)
+    assert json.loads(signed.stdout)["manifest"]["run"]["version"] == 2
+    shown = agoractl("run", "show", "r/run.toml", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "target_batch 25" in shown.stdout
+
+    account = agoractl("run", "account", "alice", "--dir", "r", cwd=tmp_path)
+    assert len(account.stdout.strip()) == 32
+    again = agoractl("run", "account", "alice", "--dir", "r", cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (2, "")
+    over = agoractl("run", "init", "x", "--dir", "r", cwd=tmp_path)
+    assert (over.returncode, over.stdout) == (2, "")
+    assert "is not empty" in over.stderr
+
+
+def test_identity_is_made_only_when_asked(tmp_path: Path) -> None:
+    assert agoractl("identity", "k", cwd=tmp_path).returncode == 2
+    assert not (tmp_path / "k").exists()
+    made = agoractl("identity", "k", "--create", "--json", cwd=tmp_path)
+    assert json.loads(made.stdout) == {
+        "peer_id": Identity.load(tmp_path / "k").peer_id,
+        "path": "k",
+        "created": True,
+    }
+    (tmp_path / "k").write_bytes(b"junk")
+    broken = agoractl("identity", "k", cwd=tmp_path)
+    assert broken.returncode == 2
+    assert broken.stderr.startswith("agoractl: the key file k is damaged")
+    assert broken.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("status", "--socket", "none.sock"), 3, "there is no socket at none.sock"),
+        (("status", "--dir", "."), 2, "not the folder of a running demo"),
+        (("status", "--config", "none.toml"), 2, "cannot read the configuration"),
+        (("status", "--dir", ".", "--socket", "x"), 2, "one of --dir, --config and --socket"),
+        (("staus",), 2, "did you mean 'status'"),
+        (("status", "--jsn"), 2, "--jsn"),
+        (("run", "show", "none.toml"), 2, "cannot read the run manifest none.toml"),
+        (("run", "init", "x", "--set", "model.kv_heads=3"), 2, "must divide"),
+        (("run", "init", "x", "--stages", "99"), 2, "cannot be cut"),
+    ],
+)
+def test_errors_are_a_sentence_and_a_code(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    done = agoractl(*arguments, cwd=tmp_path)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_swarm_file(tmp_path: Path) -> None:
+    (tmp_path / "swarm.json").write_text("{")
+    done = agoractl("status", "--dir", ".", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "swarm.json is damaged" in done.stderr
+
+
+def test_status_is_quick_to_import_and_no_daemon_but_the_worker_needs_torch() -> None:
+    light = "import agorad.cli.status, agorad.cli.targets, sys; print([m for m in HEAVY if m in sys.modules])"
+    daemon = (
+        "import agorad.main, agorad.roles.seed, agorad.roles.authority, agorad.roles.trainer, sys; "
+        "print([m for m in HEAVY if m in sys.modules])"
+    )
+    for code, heavy in (
+        (light, ["torch", "trio", "cryptography", "numpy", "rich"]),
+        (daemon, ["torch", "numpy", "rich"]),
+    ):
+        script = f"HEAVY = {heavy}; {code}"
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+        )
+        assert done.stdout.strip() == "[]"
+
+
+def test_the_table_shows_what_there_is_not_as_a_dash() -> None:
+    node = {
+        "name": "worker-0-0", "role": "worker", "run": "r", "phase": "active", "stage": 0, "step": 3,
+        "loss": None, "microbatches": {"added": 7}, "peers": 4, "uptime_s": 3725.0, "warnings": ["hot"],
+        "round": {"number": 2, "fraction": 1.0, "members": 2, "at": 0.0},
+    }  # fmt: skip
+    seed = {
+        **node, "name": "seed", "role": "seed", "stage": None, "microbatches": {}, "round": None,
+        "warnings": [],
+    }  # fmt: skip
+    first, _blank, _head, worker_row, seed_row, warning = table([node, seed])
+    assert first == "2 nodes of r"
+    assert worker_row.split() == [
+        "worker-0-0",
+        "worker",
+        "active",
+        "0",
+        "3",
+        "-",
+        "7",
+        "2:",
+        "100%",
+        "of",
+        "2",
+        "4",
+        "1h02m",
+    ]
+    assert " ".join(seed_row.split()) == "seed seed active - - - - - 4 1h02m"
+    assert warning == "! worker-0-0: hot"
+    assert [duration(value) for value in (0, 59.9, 60, 3600)] == ["0s", "59s", "1m00s", "1h00m"]
