@@ -112,7 +112,7 @@ def decode(message: bytes, connection: Connection) -> Identified:
 async def identify(connection: Connection, *, deadline: float) -> Identified:
     """Ask a peer; one at a time and connection (js-libp2p resets a second one)."""
     async with connection.identifying:
-        stream = await _open(connection, IDENTIFY, deadline)
+        stream = await open_raw(connection, IDENTIFY, deadline)
         try:
             with trio.move_on_after(deadline):
                 size = 0
@@ -131,7 +131,7 @@ async def identify(connection: Connection, *, deadline: float) -> Identified:
 
 async def ping(connection: Connection, *, block: bytes, deadline: float) -> float:
     """Seconds of one echo of 32 random bytes: a ping that every libp2p node answers."""
-    stream = await _open(connection, PING, deadline)
+    stream = await open_raw(connection, PING, deadline)
     try:
         with trio.move_on_after(deadline):
             began = trio.current_time()
@@ -144,7 +144,8 @@ async def ping(connection: Connection, *, block: bytes, deadline: float) -> floa
     raise PeerGone("ping was not answered in time")
 
 
-async def _open(connection: Connection, protocol: str, deadline: float) -> MuxedStream:
+async def open_raw(connection: Connection, protocol: str, deadline: float) -> MuxedStream:
+    """A raw stream of a protocol that is not ours, agreed before this returns."""
     stream = connection.open_stream()
     try:
         with trio.move_on_after(deadline):

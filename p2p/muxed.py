@@ -8,6 +8,7 @@ resets the stream, since the peer could not tell half a message from a whole one
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import TypeVar, final
 
@@ -163,7 +164,7 @@ class MuxedStream(trio.abc.HalfCloseableStream):
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         if max_bytes is None:
             max_bytes = DEFAULT_RECEIVE
-        elif max_bytes < 1:
+        elif operator.index(max_bytes) < 1:
             raise ValueError("max_bytes must be at least 1")
         self._begin_receiving()
         try:

@@ -16,6 +16,7 @@ Limits: ``BUFFER`` bytes a stream and direction between ``send_all`` and ``recei
 from __future__ import annotations
 
 import hashlib
+import operator
 import random
 from collections import deque
 from collections.abc import Iterable
@@ -334,7 +335,7 @@ class SimStream(trio.abc.HalfCloseableStream):
             self._peer._put(b"")
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        if max_bytes is not None and max_bytes < 1:
+        if max_bytes is not None and operator.index(max_bytes) < 1:
             raise ValueError("max_bytes must be at least 1")
         if self._receiving:
             raise trio.BusyResourceError("another task is receiving")
