@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from p2p.averaging import Outcome
-from p2p.errors import LocalError, RemoteError
+from p2p.errors import LocalError
 from p2p.event import Emit, ignore
 from stage import boundary, genesis, kernels
 from stage.config import ModelConfig, TrainingConfig
@@ -119,9 +119,7 @@ class StageCompute:
     def forward(self, request: Request, ids: memoryview, c: memoryview) -> HeldMicrobatch:
         """One forward pass. Raises RemoteError if ids or ``c`` are not what they should be."""
         self._sweep()
-        tokens = torch.frombuffer(bytearray(ids), dtype=torch.int32).long()
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self.model.vocab:
-            raise RemoteError(f"microbatch: a token id is outside the vocabulary of {self.model.vocab}")
+        tokens = boundary.unpack_ids(ids, request.tokens, self.model.vocab)
         docs = None
         if request.documents:
             docs = document_index(tuple(request.documents), request.tokens).unsqueeze(0)
@@ -236,16 +234,28 @@ class StageCompute:
 
     # State
 
-    def hold(self) -> HeldState:
-        """The state as it is now, for a reader on another thread; release it on this one."""
-        return self.optimizer.hold()
+    @property
+    def floats(self) -> int:
+        """Size of the flat weights."""
+        return self.weights.layout.size
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the layout: a state with another one does not fit."""
+        return self.weights.layout.fingerprint
+
+    def hold(self, step: int) -> HeldState:
+        """The state as it is now, that of ``step``, for a reader on another thread; release it here."""
+        return self.optimizer.hold(step)
 
     def load(self, state: State) -> None:
         """Replace the whole state. Raises LocalError if it does not fit this stage."""
         self._sweep()
         for held in self._held:
             held.drop_graph()
-        self.optimizer.load(state.flat, state.exp_avg, state.exp_avg_sq, state.updates)
+        self.optimizer.load(
+            state.flat, state.exp_avg, state.exp_avg_sq, state.updates, state.fingerprint
+        )
         self.forget()
         self._generation += 1
 

@@ -128,6 +128,13 @@ class Saved(Event):
 
 
 @attrs.frozen(kw_only=True)
+class Resumed(Event):
+    """A restarted replica loaded its own newest snapshot."""
+
+    step: int
+
+
+@attrs.frozen(kw_only=True)
 class StateFetched(Event):
     """A newcomer installed the state of a stage-mate."""
 

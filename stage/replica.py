@@ -94,7 +94,6 @@ class Replica:
         fetch_state: Callable[[PeerId], Awaitable[int]],
         take_snapshot: Callable[[int], Awaitable[None]],
         snapshot_every: int,
-        snapshot_step: int,
         phase_changed: Callable[[], None],
         now: Callable[[], float],
         emit: Emit,
@@ -115,9 +114,9 @@ class Replica:
         self._now = now
         self._emit = emit
         self.phase = "joining"
-        self.step = snapshot_step
+        self.step = 0
         """Step of the clock that this replica has followed to."""
-        self.state_step = snapshot_step
+        self.state_step = 0
         """Step that the weights belong to; behind ``step`` only while SYNCING."""
         self.disagreement: float | None = None
         self.last_round: LastRound | None = None
@@ -130,6 +129,10 @@ class Replica:
         self._warm_from = 0
         self._samples_since_round = 0.0
         self._last_round_number = 0
+
+    def resumed(self, step: int) -> None:
+        """Before ``run``: the weights are those of an own snapshot of ``step``."""
+        self.step = self.state_step = step
 
     # Phases
 

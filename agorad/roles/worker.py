@@ -15,20 +15,20 @@ import trio
 from stage.donor import PROTOCOL as STATE_PROTOCOL
 from stage.donor import Donor, fetch
 from stage.reduce import KernelReducer
-from stage.snapshot import SnapshotStore
+from stage.snapshot import SnapshotStore, State
 
 from agorad.clockwatch import read_clock, watch_clock
 from agorad.joining import obtain_certificate
 from agorad.node import Node
 from p2p.averaging import Averager, RoundConfig
-from p2p.errors import LocalError, P2PError
+from p2p.errors import LocalError, P2PError, Refused
 from p2p.identity import PeerId
 from p2p.records import StageRecord
 from stage import messages
 from stage.clock import StepClock
 from stage.compute import StageCompute, wire_shape
 from stage.device import STEP, Device
-from stage.events import Saved, StateFetched
+from stage.events import Resumed, Saved, StateFetched
 from stage.microbatch import MicrobatchServer
 from stage.nexthop import NextHop
 from stage.replica import Replica
@@ -155,9 +155,12 @@ class _Worker:
     async def resume(self) -> None:
         """Load the newest own snapshot, if there is a sound one."""
         state = await trio.to_thread.run_sync(self.store.load_newest)
+        for problem in self.store.problems:
+            self.node.warnings["snapshot"] = problem
         if state is not None:
             await self.device.run(STEP, self.compute.load, state)
             self.replica.resumed(state.step)
+            self.node.emit(Resumed(step=state.step))
 
     async def read_first_clock(self) -> None:
         """The run's step decides the phase to begin in, so it has to be known, not guessed."""
@@ -188,13 +191,14 @@ class _Worker:
         try:
             size = await trio.to_thread.run_sync(self.store.save, held)
         finally:
-            await self.device.run(STEP, held.release)
+            with trio.CancelScope(shield=True):
+                await self.device.run(STEP, held.release)
         self.node.emit(Saved(step=step, bytes=size))
 
     async def donated(self) -> None:
         """A newcomer asks for state: give it the present one, not that of the last snapshot."""
         if self.replica.phase != "active":
-            raise P2PError
+            raise Refused("not_active", f"this replica is {self.replica.phase}", 5.0)
         if self.store.newest_step() != self.replica.step:
             await self.take_snapshot(self.replica.step)
 
@@ -202,12 +206,22 @@ class _Worker:
         """Install a mate's state; returns its step."""
         began = trio.current_time()
         addrs = self.mates.addrs(donor)
-        state, size = await fetch(self.node.host, donor, addrs, self.stage, self.store)
-        await self.device.run(STEP, self.compute.load, state)
-        self.node.emit(
-            StateFetched(donor=donor, step=state.step, bytes=size, seconds=trio.current_time() - began)
+        fetched = await fetch(
+            self.node.host,
+            donor,
+            addrs,
+            self.stage,
+            floats=self.compute.floats,
+            fingerprint=self.compute.fingerprint,
         )
-        return state.step
+        manifest = fetched.manifest
+        state = State.of(manifest, fetched.data)
+        await self.device.run(STEP, self.compute.load, state)
+        seconds = trio.current_time() - began
+        self.node.emit(
+            StateFetched(donor=donor, step=manifest.step, bytes=manifest.size, seconds=seconds)
+        )
+        return manifest.step
 
     async def keep_status(self) -> None:
         while True:
