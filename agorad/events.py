@@ -96,7 +96,7 @@ class JoinDelayed(Event):
 
 @attrs.frozen(kw_only=True)
 class JoinAnswered(Event):
-    """An authority answered a join: ``outcome`` is ``granted``, ``renewed`` or a refusal's code."""
+    """An authority answered a join: ``outcome`` is ``granted`` or a refusal's code."""
 
     peer: str
     account: str

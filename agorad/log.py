@@ -28,7 +28,16 @@ DEBUG: Final = frozenset(
     }
 )
 WARNING: Final = frozenset(
-    {"peer_refused", "round_abandoned", "bad_gradient", "join_delayed", "microbatch_failed"}
+    {
+        "peer_refused",
+        "round_abandoned",
+        "bad_gradient",
+        "join_delayed",
+        "microbatch_failed",
+        "dht_isolated",
+        "member_dropped",
+        "clock_skewed",
+    }
 )
 ERROR: Final = frozenset({"subscriber_failed", "handler_failed"})
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +128,19 @@ def test_friendly_lines_fit_and_unknown_events_are_silent() -> None:
         "warning",
         "info",
     )
+
+
+def test_every_event_is_documented_with_its_fields() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "events.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*?)\|[^|]*\|$", page, re.MULTILINE))
+    for file in (*root.glob("p2p/**/*.py"), *root.glob("stage/*.py"), *root.glob("agorad/**/*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if not isinstance(node, ast.ClassDef) or "Event" not in map(ast.unparse, node.bases):
+                continue
+            name = re.sub(r"(?<!^)(?=[A-Z])", "_", node.name).lower()
+            fields = {
+                ast.unparse(line.target).rstrip("_") for line in node.body if isinstance(line, ast.AnnAssign)
+            }
+            assert name in rows, f"{name} ({file}) is not in docs/events.md"
+            assert set(re.findall(r"`(\w+)`", rows[name])) == fields, f"fields of {name} in docs/events.md"
