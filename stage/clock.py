@@ -51,7 +51,9 @@ def readings_from_wire(value: Any) -> list[Reading]:
     readings = []
     for item in value:
         match item:
-            case [str(trainer), int(samples), bytes(signature)] if 0 <= samples < 2**63:
+            case [str(trainer), int(samples), bytes(signature)] if (
+                type(samples) is int and 0 <= samples < 2**63 and len(signature) == 64
+            ):
                 readings.append(Reading(PeerId(trainer), samples, signature))
             case _:
                 raise RemoteError("clock: a reading is not [trainer, samples, signature]")
@@ -78,17 +80,18 @@ class StepClock:
 
     @property
     def readings(self) -> list[Reading]:
-        """What to put into a header."""
-        return list(self._newest.values())[:MAX_READINGS]
+        """What to put into a header: the ones that changed last."""
+        return list(self._newest.values())[-MAX_READINGS:]
 
     def observe(self, readings: Iterable[Reading]) -> bool:
         """Take what is newer; True if the step advanced. Raises RemoteError on a forged reading.
 
-        Only a reading that would move its trainer's count costs a signature check.
+        Only a reading that would move its trainer's count costs a signature check. One forged reading
+        condemns them all: nothing is taken, so that no advance goes by without its True.
         """
-        before = self.step
+        before, newer = self.step, dict[PeerId, Reading]()
         for reading in readings:
-            known = self._newest.get(reading.trainer)
+            known = newer.get(reading.trainer) or self._newest.get(reading.trainer)
             if known is not None and known.samples >= reading.samples:
                 continue
             if reading.trainer not in self._trainers:
@@ -96,5 +99,8 @@ class StepClock:
             data = signed_bytes(self._run, reading.samples)
             if not verify(reading.trainer, DOMAIN, data, reading.signature):
                 raise RemoteError("clock: a reading with a bad signature")
-            self._newest[reading.trainer] = reading
+            newer[reading.trainer] = reading
+        for trainer, reading in newer.items():
+            self._newest.pop(trainer, None)  # so that the order is that of the changes
+            self._newest[trainer] = reading
         return self.step > before

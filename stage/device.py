@@ -67,6 +67,8 @@ class Device:
         """
         job = _Job(lambda: call(*args), trio.lowlevel.current_trio_token(), trio.Event())
         with self._condition:
+            if self._closing:
+                raise RuntimeError("the device is closed")  # nobody would ever run the job
             if len(self._heap) >= MAX_QUEUED:
                 raise RuntimeError(f"the device queue holds {MAX_QUEUED} jobs: slots are not bounding it")
             heapq.heappush(self._heap, (priority, next(self._order), job))
@@ -104,3 +106,4 @@ class Device:
                 job.token.run_sync_soon(job.done.set)
             except trio.RunFinishedError:
                 return
+            del job  # while the thread waits, it holds nobody's tensors

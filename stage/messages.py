@@ -27,6 +27,9 @@ WIRE_DTYPES = ("fp32", "bf16", "int8")
 MAX_PATH = 64
 MAX_DOCUMENTS = 4096
 MAX_TOKENS = 1 << 20
+MAX_SLOTS = 1 << 16
+PEER_ID_CHARS = 64
+"""More than any peer id has; what a path names is written into ledgers."""
 
 
 @attrs.frozen(kw_only=True)
@@ -72,9 +75,9 @@ class Request:
                 "t": "microbatch",
                 "ticket": ticket,
                 "clock": clock,
-                "basis": int(basis),
+                "basis": basis,
                 "path": list(path),
-                "tokens": int(tokens),
+                "tokens": tokens,
                 "documents": list(documents),
                 "dtype": str(dtype),
                 "dtype_back": str(dtype_back),
@@ -86,9 +89,9 @@ class Request:
                 raise RemoteError("microbatch: a field is missing or has the wrong type")
         if dtype not in WIRE_DTYPES or dtype_back not in WIRE_DTYPES:
             raise RemoteError(f"microbatch: unknown wire dtype {dtype!r} or {dtype_back!r}")
-        if not 0 < tokens <= MAX_TOKENS or not 0.0 < deadline_s < 86_400.0 or basis < 0:
+        if not (_whole(tokens, MAX_TOKENS) and tokens and _whole(basis, 2**31) and 0 < deadline_s < 86_400):
             raise RemoteError("microbatch: tokens, deadline or basis out of range")
-        if len(path) > MAX_PATH or not all(isinstance(peer, str) for peer in path):
+        if not _is_path(path):
             raise RemoteError(f"microbatch: path is not a list of at most {MAX_PATH} peer ids")
         if len(documents) > MAX_DOCUMENTS or not _ascending(documents, tokens):
             raise RemoteError("microbatch: document boundaries are not ascending positions in [1, T)")
@@ -97,6 +100,14 @@ class Request:
             path=[PeerId(peer) for peer in path], tokens=tokens, documents=documents,
             dtype=dtype, dtype_back=dtype_back, inline=inline, deadline_s=deadline_s,
         )  # fmt: skip
+
+
+def _whole(value: Any, most: int) -> bool:
+    return type(value) is int and 0 <= value <= most  # a bool is an int too, but not here
+
+
+def _is_path(path: list[Any]) -> bool:
+    return len(path) <= MAX_PATH and all(isinstance(p, str) and 0 < len(p) <= PEER_ID_CHARS for p in path)
 
 
 def _ascending(documents: list[Any], tokens: int) -> bool:
@@ -162,20 +173,20 @@ Reply = Accepted | BusyReply | NoReplica | Answer
 def reply_from_wire(header: dict[str, Any]) -> Reply:
     """Reads any message of the callee. Raises RemoteError."""
     match header:
-        case {"t": "accepted", "slots": int(slots)} if slots >= 0:
+        case {"t": "accepted", "slots": slots} if _whole(slots, MAX_SLOTS):
             return Accepted(slots=slots)
         case {"t": "busy", "retry_after": float(retry_after_s)} if 0.0 <= retry_after_s <= 600.0:
             return BusyReply(retry_after_s=retry_after_s)
-        case {"t": "no_replica", "stage": int(stage)} if stage >= 0:
+        case {"t": "no_replica", "stage": stage} if _whole(stage, MAX_PATH):
             return NoReplica(stage=stage)
         case {
             "t": "answer",
             "loss": float(loss),
             "c_hash": bytes(c_hash),
             "path": list(path),
-            "slots": int(slots),
+            "slots": slots,
             "stale": bool(stale),
-        } if slots >= 0 and len(path) <= MAX_PATH and all(isinstance(peer, str) for peer in path):
+        } if _whole(slots, MAX_SLOTS) and _is_path(path) and len(c_hash) in (0, 32):
             # A loss that is not finite would poison every mean that it enters.
             if not 0.0 <= loss < 1e6:
                 raise RemoteError("answer: loss is not a sensible number")

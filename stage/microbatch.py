@@ -15,11 +15,13 @@ ran out, or (the one fault allowed) its connection broke during our backward pas
 microbatch counts twice.
 
 *Answers* are kept for a while: a caller that lost us mid-answer, or a replacement of it, gets the kept
-answer. If its ``c`` differs from the one that the answer belongs to (the replacement's weights differ),
-the answer is reused once and counted as stale; a second time the work is done again.
+answer, its path rewritten to begin with this caller's. If its ``c`` differs from the one that the answer
+belongs to (the replacement's weights differ), the answer is reused once and counted as stale; a second
+time the work is done again.
 
-Limits: ``slots`` microbatches in progress, ``MAX_ANSWERS`` kept answers, one payload of the exact size
-that the run's shape gives. Torch-free: ``Compute`` is what touches tensors.
+Limits: ``slots`` microbatches in progress, ``MAX_ANSWERS`` kept answers and ``MAX_ANSWER_BYTES`` of
+gradients in them, one payload of the exact size that the run's shape gives, ``PAYLOAD_S`` for a caller to
+deliver what it announced. Torch-free: ``Compute`` is what touches tensors.
 """
 
 from __future__ import annotations
@@ -45,6 +47,9 @@ from stage.ticket import Ticket
 from stage.traffic import BoundaryCount
 
 MAX_ANSWERS = 512
+MAX_ANSWER_BYTES = 64 << 20
+PAYLOAD_S = 30.0
+"""For a header and its payload to arrive; what was promised and does not come must not hold a slot."""
 RETRY_AFTER_S = 0.05
 """What BUSY suggests: about the time one microbatch takes here; the router spreads callers anyway."""
 LEASE_WAIT_S = 0.1
@@ -75,8 +80,9 @@ class Compute(Protocol):
 @attrs.define
 class _Kept:
     answer: Answer
+    """Its path begins with this replica; whoever gets the answer has its own path before it."""
     dc: Any
-    c_hash: bytes
+    ids_hash: bytes
     reused: bool = False
 
 
@@ -142,6 +148,7 @@ class MicrobatchServer:
         self._count = count
         self._working: dict[str, trio.Event] = {}
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._most_kept = max(1, min(MAX_ANSWERS, MAX_ANSWER_BYTES // max(1, shape.dc_bytes)))
         self.slots_free = slots
         self.added = 0
         """Microbatches whose gradient this replica added."""
@@ -166,30 +173,36 @@ class MicrobatchServer:
     async def handle(self, call: Call) -> None:
         """One call: see the module's docstring."""
         size = self.request_bytes
-        message = await call.receive(max_payload=size)
+        with trio.fail_after(PAYLOAD_S):
+            message = await call.receive(max_payload=size)
         request = Request.from_wire(message.header)
         self._check(call, request)
         if self._clock.observe(request.clock):
             self._clock_advanced()
-        if request.ticket.id not in self._working and request.ticket.id not in self._kept:
-            if self.slots_free <= 0:
-                await call.send(BusyReply(retry_after_s=RETRY_AFTER_S).to_wire())
-                return
+        known = request.ticket.id in self._working or request.ticket.id in self._kept
+        if not known and self.slots_free <= 0:
+            await call.send(BusyReply(retry_after_s=RETRY_AFTER_S).to_wire())
+            return
         self.slots_free -= 1  # held while joining too, so that joins are bounded like work
         try:
-            async with call.connection.watched():
-                await call.send(Accepted(slots=max(0, self.slots_free)).to_wire())
-                payload = message.payload
-                if not request.inline:
-                    payload = (await call.receive(max_payload=size)).payload
-                if len(payload) != size:
-                    raise RemoteError(f"microbatch: {len(payload)} bytes of payload, {size} expected")
-                ids, c = payload[: self._shape.ids_bytes], payload[self._shape.ids_bytes :]
-                request.ticket.check(self._run, self._trainers, ids)
-                with trio.move_on_after(request.deadline_s):
-                    await self._serve(call, request, ids, c)
+            with trio.move_on_after(request.deadline_s):
+                await self._accepted(call, request, message.payload)
         finally:
             self.slots_free += 1
+
+    async def _accepted(self, call: Call, request: Request, payload: memoryview) -> None:
+        """With a slot held: the payload, its checks, and the work."""
+        size = self.request_bytes
+        async with call.connection.watched():
+            with trio.fail_after(PAYLOAD_S):
+                await call.send(Accepted(slots=max(0, self.slots_free)).to_wire())
+                if not request.inline:
+                    payload = (await call.receive(max_payload=size)).payload
+            if len(payload) != size:
+                raise RemoteError(f"microbatch: {len(payload)} bytes of payload, {size} expected")
+            ids, c = payload[: self._shape.ids_bytes], payload[self._shape.ids_bytes :]
+            request.ticket.check(self._run, self._trainers, ids)
+            await self._serve(call, request, ids, c)
 
     def _check(self, call: Call, request: Request) -> None:
         shape, member = self._shape, call.member
@@ -202,8 +215,8 @@ class MicrobatchServer:
             raise Refused("wrong_shape", f"this run has {shape.tokens} tokens a microbatch and basis 0")
         if (request.dtype, request.dtype_back) != (shape.dtype, shape.dtype_back):
             raise Refused("wrong_dtype", f"this run's wire is {shape.dtype} / {shape.dtype_back}")
-        if len(request.path) >= MAX_PATH:
-            raise RemoteError("microbatch: path is full")
+        if len(request.path) >= MAX_PATH or request.path[-1:] != [call.peer]:
+            raise RemoteError("microbatch: the path is full or does not end with its sender")
 
     async def _serve(self, call: Call, request: Request, ids: memoryview, c: memoryview) -> None:
         """Join or work, while watching for the caller's cancel (a reset or the end of its stream)."""
@@ -211,18 +224,24 @@ class MicrobatchServer:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_cancel_at_end_of, call, nursery.cancel_scope)
             try:
-                kept = await self._join_or_work(call, request, ids, c)
-                answer = attrs.evolve(kept.answer, slots=max(0, self.slots_free + 1))
-                if len(kept.dc):
-                    self._count.backward(len(kept.dc))
-                await call.send(answer.to_wire(), kept.dc)
-            except NoReplicaError as error:
-                await call.send(NoReplica(stage=error.stage).to_wire())
+                await self._answer(call, request, ids, c)
             except (P2PError, trio.TooSlowError) as error:
                 failure = error  # raised outside, where no nursery wraps it
             nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
+
+    async def _answer(self, call: Call, request: Request, ids: memoryview, c: memoryview) -> None:
+        try:
+            kept = await self._join_or_work(call, request, ids, c)
+        except NoReplicaError as error:
+            await call.send(NoReplica(stage=error.stage).to_wire())
+            return
+        path = [*request.path, *kept.answer.path]
+        answer = attrs.evolve(kept.answer, path=path, slots=max(0, self.slots_free + 1))
+        await call.send(answer.to_wire(), kept.dc)
+        if len(kept.dc):
+            self._count.backward(len(kept.dc))
 
     async def _join_or_work(self, call: Call, request: Request, ids: memoryview, c: memoryview) -> _Kept:
         ticket = request.ticket
@@ -245,7 +264,9 @@ class MicrobatchServer:
 
     def _reusable(self, ticket: Ticket, c_hash: bytes) -> _Kept | None:
         kept = self._kept.get(ticket.id)
-        if kept is None or kept.c_hash == c_hash:
+        if kept is None or kept.ids_hash != ticket.ids_hash:
+            return None  # a trainer that began anew, with other data
+        if kept.answer.c_hash == c_hash:
             return kept
         if kept.reused:
             return None
@@ -258,21 +279,18 @@ class MicrobatchServer:
     ) -> _Kept:
         held = await self._device.run(FORWARD, self._compute.forward, request, ids, c)
         try:
-            path, loss, stale, dc = [*request.path, self._peer_id], held.loss, False, memoryview(b"")
-            train = request.ticket.kind == "train"
+            path, loss, stale, dc = [self._peer_id], held.loss, False, memoryview(b"")
+            train, ids_hash = request.ticket.kind == "train", request.ticket.ids_hash
             if self._next_hop is not None:
-                onward = attrs.evolve(request, path=path, clock=self._clock.readings)
+                so_far = [*request.path, self._peer_id]
+                onward = attrs.evolve(request, path=so_far, clock=self._clock.readings)
                 back = self._shape.next_back_bytes if train else 0
                 passed = await self._next_hop.send(onward, [ids, held.c], back_bytes=back)
-                path, loss, stale, dc = (
-                    passed.answer.path,
-                    passed.answer.loss,
-                    passed.answer.stale,
-                    passed.dc,
-                )
+                path = passed.answer.path[len(request.path) :]
+                loss, stale, dc = passed.answer.loss, passed.answer.stale, passed.dc
             answer = Answer(loss=loss, c_hash=c_hash, path=path, slots=0, stale=stale)
             if not train:
-                return _Kept(answer, b"", c_hash)
+                return _Kept(answer, b"", ids_hash)
             dc_in = await self._commit(call, held, dc)
             # No checkpoint between the backward pass and here: what was added is always on record.
             self.added += 1
@@ -285,9 +303,9 @@ class MicrobatchServer:
                     step=self._step(),
                 )
             )
-            kept = _Kept(answer, dc_in, c_hash)
+            kept = _Kept(answer, dc_in, ids_hash)
             self._kept[request.ticket.id] = kept
-            while len(self._kept) > MAX_ANSWERS:
+            while len(self._kept) > self._most_kept:
                 self._kept.popitem(last=False)
             return kept
         finally:
@@ -313,6 +331,6 @@ async def _cancel_at_end_of(call: Call, scope: trio.CancelScope) -> None:
     """A caller says nothing more after its payload, so this returns only when its stream ends."""
     try:
         await call.receive()
-    except RemoteError:
+    except P2PError:
         pass  # reset or connection lost: that is the cancel that is waited for
     scope.cancel()

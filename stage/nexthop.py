@@ -3,12 +3,15 @@
 One ``send`` is one microbatch. It chooses a replica, calls, and, if that replica does not answer,
 chooses another with the same payload, until the deadline. A replica that fell silent is abandoned no
 sooner than ``LEASE_S`` after it last answered, because until then it may still commit (architecture,
-decision 3); one that refused or had no room has added nothing and is left at once. An attempt is
-charged to the router when chosen and corrected by its reply. Torch-free: trainers use it for stage 0.
+decision 3); it is told at once that it was abandoned, in case it hears us. One that refused or had no room
+has added nothing and is left at once. What an answer says of itself is checked: it continues the
+path of its request, and belongs to the ``c`` that was sent unless it says that it is stale. An attempt
+is charged to the router when chosen and corrected by its reply. Torch-free: trainers use it for stage 0.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +35,7 @@ from stage.messages import (
     reply_from_wire,
 )
 from stage.roster import StageView
-from stage.router import Router
+from stage.router import Choice, Router
 from stage.traffic import BoundaryCount
 
 LEASE_S = 1.5
@@ -87,10 +90,11 @@ class NextHop:
                 self._router.update(self._view.serving())
                 if self._router.empty():
                     raise NoReplicaError(self._view.stage)
-                peer = self._router.choose(trio.current_time())
-                if peer is None:
+                choice = self._router.choose(trio.current_time())
+                if choice is None:
                     await self._wait_for_somebody(patience)
                     continue
+                peer = choice.peer
                 if failed is not None:
                     if failed[0] != peer:
                         self._emit(
@@ -98,32 +102,36 @@ class NextHop:
                         )
                     failed = None
                 try:
-                    outcome = await self._attempt(peer, request, payload, back_bytes)
+                    outcome = await self._attempt(choice, request, payload, back_bytes)
                 except (P2PError, trio.TooSlowError) as error:
-                    self._router.failed(peer, trio.current_time())
+                    self._router.failed(choice, trio.current_time())
                     failed = (peer, _why(error))
                     continue
+                except trio.Cancelled:
+                    self._router.unused(choice)
+                    raise
                 if isinstance(outcome, Passed):
                     return outcome
                 if isinstance(outcome, NoReplica):
+                    self._router.unused(choice)
                     raise NoReplicaError(outcome.stage)
                 patience = trio.current_time() + PATIENCE_S  # BUSY is a sign of life
-                self._router.busy(peer, trio.current_time(), outcome.retry_after_s)
+                self._router.busy(choice, trio.current_time(), outcome.retry_after_s)
                 self._emit(Busy(ticket=request.ticket.id, replica=peer))
 
     async def _wait_for_somebody(self, patience: float) -> None:
         now = trio.current_time()
         wait_s = self._router.wait_s(now)
-        if wait_s is None or now > patience:
+        if wait_s is None or now >= patience:
             raise NoReplicaError(self._view.stage)
-        with trio.move_on_after(max(wait_s, 0.005)):
+        with trio.move_on_after(min(max(wait_s, 0.005), patience - now)):
             await self._view.wait_changed()
 
     async def _attempt(
-        self, peer: PeerId, request: Request, payload: Sequence[Any], back_bytes: int
+        self, choice: Choice, request: Request, payload: Sequence[Any], back_bytes: int
     ) -> Passed | BusyReply | NoReplica:
         began = trio.current_time()
-        inline = self._router.free(peer)
+        peer, inline = choice.peer, choice.room
         asked = attrs.evolve(request, inline=inline)
         async with await self._host.call(
             peer, PROTOCOL, addrs=self._view.addrs(peer), deadline=DIAL_S
@@ -139,7 +147,7 @@ class NextHop:
                         return reply
                     if not isinstance(reply, Accepted):
                         raise RemoteError("microbatch: neither accepted nor busy")
-                    self._router.room(peer, reply.slots)
+                    self._router.room(choice, reply.slots)
                     if not inline:
                         await call.send({"t": "payload"}, payload)
                         self._count_forward(payload)
@@ -147,14 +155,20 @@ class NextHop:
             except Refused:
                 raise
             except (P2PError, trio.TooSlowError):
-                # Asked and then silent: it may commit on its lease until LEASE_S after its last word.
+                # Asked and then silent: it may commit on its lease until LEASE_S after its last word. The
+                # reset goes first, so that a peer that comes back meanwhile hears it before our next pong.
+                call.reset()
                 await trio.sleep(self._lease_left(call))
                 raise
         if isinstance(reply, NoReplica):
             return reply
         if not isinstance(reply, Answer) or len(dc) != back_bytes:
             raise RemoteError(f"microbatch: not an answer with {back_bytes} bytes of gradient")
-        self._router.answered(peer, trio.current_time() - began, reply.slots)
+        if reply.path[: len(request.path) + 1] != [*request.path, peer]:
+            raise RemoteError("microbatch: the answer's path does not continue that of its request")
+        if not reply.stale and reply.c_hash != _hash_of_c(payload):
+            raise RemoteError("microbatch: the answer belongs to another c and does not say so")
+        self._router.answered(choice, trio.current_time() - began, reply.slots)
         return Passed(reply, dc, peer)
 
     def _lease_left(self, call: Call) -> float:
@@ -165,6 +179,11 @@ class NextHop:
     def _count_forward(self, payload: Sequence[Any]) -> None:
         if self._count is not None:
             self._count.forward(sum(len(part) for part in payload))
+
+
+def _hash_of_c(payload: Sequence[Any]) -> bytes:
+    """SHA-256 of the packed ``c``; empty where there is none (what a trainer sends)."""
+    return hashlib.sha256(payload[1]).digest() if len(payload) > 1 else b""
 
 
 async def _receive(call: Call, max_payload: int = 0) -> tuple[Reply, memoryview]:

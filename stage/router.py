@@ -3,10 +3,12 @@
 Every replica has a virtual time. The choice is the replica with the least; its time then grows by
 what the microbatch is expected to cost there (a moving average of its response times), so that a
 replica twice as fast is chosen twice as often, interleaved (SWARM, arXiv 2301.11913, section 3.2).
-The reply corrects the charge. A newcomer enters at the level of the busiest, not at zero, so that
-it is not flooded before anything is known of it. A replica that failed is left alone for a growing
-while and forgiven as soon as its own fresh record or an answer shows it alive. Sans-IO: time is an
-argument, so is randomness. One router serves one caller and one next stage.
+The reply corrects exactly that charge. A newcomer enters at the level of the busiest, not at zero, so
+that it is not flooded before anything is known of it; for the same reason one that could not be asked for
+a while comes back at the level that the choice has reached, not with the time it missed in hand. A replica
+that failed is left alone for a growing while and forgiven as soon as its own fresh record or an answer
+shows it alive. Sans-IO: time is an argument, so is randomness. One router serves one caller and one
+next stage.
 """
 
 from __future__ import annotations
@@ -34,6 +36,18 @@ class _Replica:
     seen_at: float = 0.0
     slots: int = 0
     """Free slots at its last word; the payload goes with the first message only where this is > 0."""
+    away: bool = False
+    """Busy or failed since it was last chosen."""
+
+
+@attrs.frozen(eq=False)
+class Choice:
+    """One microbatch charged to one replica, to be told ``answered``, ``busy``, ``failed`` or ``unused``."""
+
+    peer: PeerId
+    charge: float
+    room: bool
+    """Whether the replica's last word was that it has room: the payload may go with the first message."""
 
 
 class Router:
@@ -42,6 +56,8 @@ class Router:
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self._replicas: dict[PeerId, _Replica] = {}
+        self._level = 0.0
+        """Virtual time of the last choice before it was charged."""
 
     def update(self, roster: dict[PeerId, float]) -> None:
         """The stage's serving replicas and when each last spoke for itself. Others are forgotten."""
@@ -57,20 +73,23 @@ class Router:
         for peer in self._replicas.keys() - roster.keys():
             del self._replicas[peer]
 
-    def choose(self, now: float, exclude: Collection[PeerId] = ()) -> PeerId | None:
+    def choose(self, now: float, exclude: Collection[PeerId] = ()) -> Choice | None:
         """The next replica, charged for one microbatch; None if nobody can be asked now."""
-        ready = [
-            (known.virtual, self._rng.random(), peer)
-            for peer, known in self._replicas.items()
-            if peer not in exclude and known.busy_until <= now and known.failed_until <= now
-        ]
+        ready = []
+        for peer, known in self._replicas.items():
+            if peer in exclude or known.busy_until > now or known.failed_until > now:
+                continue
+            if known.away:
+                known.away, known.virtual = False, max(known.virtual, self._level)
+            ready.append((known.virtual, self._rng.random(), peer))
         if not ready:
             return None
-        peer = min(ready)[2]
+        self._level, _, peer = min(ready)
         chosen = self._replicas[peer]
-        chosen.virtual += self._cost(chosen)
+        choice = Choice(peer, self._cost(chosen), chosen.slots > 0)
+        chosen.virtual += choice.charge
         chosen.slots = max(0, chosen.slots - 1)
-        return peer
+        return choice
 
     def _cost(self, replica: _Replica) -> float:
         if replica.expected_s is not None:
@@ -86,42 +105,45 @@ class Router:
     def empty(self) -> bool:
         return not self._replicas
 
-    def free(self, peer: PeerId) -> bool:
-        """Whether the peer's last word was that it has room."""
-        known = self._replicas.get(peer)
-        return known is not None and known.slots > 0
-
-    def answered(self, peer: PeerId, seconds: float, slots: int) -> None:
+    def answered(self, choice: Choice, seconds: float, slots: int) -> None:
         """An answer came after this long; correct the charge and forgive."""
-        known = self._replicas.get(peer)
+        known = self._replicas.get(choice.peer)
         if known is None:
             return
-        charged = self._cost(known)
         known.expected_s = (
             seconds if known.expected_s is None else (1 - ALPHA) * known.expected_s + ALPHA * seconds
         )
-        known.virtual += known.expected_s - charged
+        known.virtual += known.expected_s - choice.charge
         known.failures, known.failed_until, known.busy_until = 0, 0.0, 0.0
         known.slots = slots
 
-    def room(self, peer: PeerId, slots: int) -> None:
+    def room(self, choice: Choice, slots: int) -> None:
         """The peer accepted and said how much room is left."""
-        if peer in self._replicas:
-            self._replicas[peer].slots = slots
+        if choice.peer in self._replicas:
+            self._replicas[choice.peer].slots = slots
 
-    def busy(self, peer: PeerId, now: float, retry_after_s: float) -> None:
+    def busy(self, choice: Choice, now: float, retry_after_s: float) -> None:
         """The peer had no room: not a failure, and it has done no work to be charged for."""
-        known = self._replicas.get(peer)
+        known = self._replicas.get(choice.peer)
         if known is not None:
             known.busy_until = now + retry_after_s
-            known.virtual -= self._cost(known)
-            known.slots = 0
+            known.virtual -= choice.charge
+            known.slots, known.away = 0, True
 
-    def failed(self, peer: PeerId, now: float) -> None:
-        """The peer did not answer or broke the protocol: leave it alone, longer each time."""
-        known = self._replicas.get(peer)
-        if known is not None:
-            wait = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2.0**known.failures)
+    def failed(self, choice: Choice, now: float) -> None:
+        """The peer did not answer or broke the protocol: leave it alone, longer each time.
+
+        All that was in flight fails with it; that is one failure, not one for each microbatch.
+        """
+        known = self._replicas.get(choice.peer)
+        if known is not None and known.failed_until <= now:
+            wait = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2.0 ** min(known.failures, 16))
             known.failed_until = now + wait * self._rng.uniform(0.75, 1.25)
             known.failures += 1
-            known.slots = 0
+            known.slots, known.away = 0, True
+
+    def unused(self, choice: Choice) -> None:
+        """Nothing came of it and the peer is not to blame: a later stage was empty, or the call dropped."""
+        known = self._replicas.get(choice.peer)
+        if known is not None:
+            known.virtual -= choice.charge

@@ -58,9 +58,17 @@ class Journal:
     def load(cls, path: Path) -> Journal:
         try:
             saved = json.loads(path.read_text())
-            return cls(path, int(saved["next_position"]), set(saved["open"]), int(saved["samples"]))
+            journal = cls(path, saved["next_position"], set(saved["open"]), saved["samples"])
+            counts = (journal.next_position, journal.samples, *journal.open)
+            if not all(type(count) is int and count >= 0 for count in counts):
+                raise ValueError("a count is not a whole number")
+            if max(journal.open, default=-1) >= journal.next_position:
+                raise ValueError("a position is open that was never begun")
+            return journal
         except FileNotFoundError:
             return cls(path)
+        except OSError as error:
+            raise LocalError(f"cannot read {path}: {error.strerror or error}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise LocalError(
                 f"{path} is damaged ({error}); remove it to start the trainer's data from the beginning"
@@ -124,6 +132,8 @@ class Trainer:
         self._changed = trio.Event()
         self._evaluations = 0
         self._evaluating = False
+        self._evaluated = 0
+        """Evaluations due so far, by the clock."""
         self._evaluation_scope = trio.CancelScope()
         self._scopes: set[trio.CancelScope] = set()
         """One for each microbatch in flight, to give them up by."""
@@ -142,6 +152,7 @@ class Trainer:
     async def run(self) -> None:
         """Until the goal is reached, or ``stopping`` is set and what is in flight has ended."""
         self._publish()
+        self._evaluated = self._clock.step // max(1, self._training.eval_every)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_journal)
@@ -188,15 +199,17 @@ class Trainer:
             self._emit(MicrobatchFailed(ticket=ticket.id, why="the trainer stopped before an answer came"))
             return
         self._journal.open.discard(position)
-        before = self._clock.step
         self._journal.samples += 1
         self._publish()
         loss = passed.answer.loss
         self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
         self._emit(MicrobatchCompleted(ticket=ticket.id, path=list(passed.answer.path), loss=loss))
         step, every = self._clock.step, self._training.eval_every
-        if self._evaluate and every and step > before and step % every == 0 and not self._evaluating:
-            work.start_soon(self._evaluation, step)
+        # The clock is everybody's: it may pass the very step between two completions of ours.
+        if self._evaluate and every and step // every > self._evaluated:
+            self._evaluated = step // every
+            if not self._evaluating:
+                work.start_soon(self._evaluation, step)
 
     async def _through(self, ticket: Ticket, row: Row) -> Passed:
         """Sends one microbatch until it is answered."""
