@@ -1,5 +1,23 @@
 """Averaging rounds among the replicas of one stage.
 
-Reading order: ``shares`` and ``roster`` (what members agree on), ``matchmaking`` (who is in),
-``butterfly`` (how parts move), ``verdict`` (which parts count), ``averager`` (the trio shell).
+Reading order: ``shares`` and ``roster`` (what members agree on), ``lobby`` and ``matchmaking`` (who is in),
+``butterfly`` (how parts move), ``verdict`` (which parts count), then the trio shells ``line``, ``match``,
+``session`` and ``averager``.
 """
+
+from p2p.averaging.averager import Averager, MemberDropped, RosterCommitted
+from p2p.averaging.lobby import RoundConfig
+from p2p.averaging.outcome import Outcome, RoundFailed
+from p2p.averaging.reducer import MakeReducer, PlainReducer, Reducer
+
+__all__ = [
+    "Averager",
+    "MakeReducer",
+    "MemberDropped",
+    "Outcome",
+    "PlainReducer",
+    "Reducer",
+    "RosterCommitted",
+    "RoundConfig",
+    "RoundFailed",
+]

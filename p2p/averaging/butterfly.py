@@ -232,6 +232,12 @@ class Exchange:
     def done(self) -> bool:
         return self.outcome is not None or self.failed is not None
 
+    @property
+    def drops(self) -> list[tuple[PeerId, str]]:
+        """Who was dropped and why, so far, as this member sees it."""
+        reasons = {**self._barred, **self._lost}
+        return [(self.roster.peers[i], why) for i, why in sorted(reasons.items())]
+
     # -- as reducer
 
     def _raw(self, sender: int, part: int, payload: memoryview) -> None:

@@ -115,7 +115,14 @@ class Tell:
     header: dict[str, Any]
 
 
-Action = Announce | Leave | Answer | Tell
+@attrs.frozen
+class Probe:
+    """Ask ``peer`` whether this round is still open to it; unreachable counts as no."""
+
+    peer: PeerId
+
+
+Action = Announce | Leave | Answer | Tell | Probe
 
 
 class Lobby:

@@ -14,7 +14,9 @@ round; the lowest leads. A follower opens one stream to its leader, and the whol
     leave ->               I turn to another leader; ``gave_up`` if because of you
 
 A leader proposes when all whom it expects have announced, or ``gather_s`` after it began to lead with at
-least one follower; a round of one is not a round, so alone it waits until its deadline. Replicas start a
+least one follower; a round of one is not a round, so alone it waits, and asks the mates it expects every
+``gather_s`` whether the round is still open to them: if it is to none, it fails at once (they went on to a
+later round, and so shall it, instead of everybody waiting alone in a round of its own). Replicas start a
 round seconds apart, hence: announcements to a leader that has not begun are kept by it and answered
 ``hold``; a follower waits ``patience_s`` for it, then gives it up, tells it so, and the next hash leads. A
 leader that learns at its start that it was given up follows its successor instead of splitting the round.
@@ -39,6 +41,7 @@ from p2p.averaging.lobby import (
     Announcement,
     Answer,
     Leave,
+    Probe,
     RoundConfig,
     Tell,
 )
@@ -89,6 +92,8 @@ class Matchmaker:
         self._followers: dict[PeerId, tuple[Announcement, float]] = {}
         self._proposed: list[Roster] = []
         self._accepted: set[PeerId] = set()
+        self._passed: set[PeerId] = set()
+        self._probe_at = now + config.gather_s
         for peer in self._expected:
             self._learn(peer, ())
         for one in given_up_by:
@@ -180,6 +185,13 @@ class Matchmaker:
         else:
             raise RemoteError(f"no such message: {kind}")
 
+    def passed(self, peer: PeerId) -> None:
+        """The round is over for this mate, or it cannot be reached: it will not come."""
+        self._passed.add(peer)
+        alone = self.leading and not self._followers
+        if alone and not self.done and self._expected and self._expected <= self._passed:
+            self._fail("no mate has this round open")
+
     def leader_lost(self, peer: PeerId, now: float) -> None:
         """The leader could not be reached, or our stream to it ended."""
         if not self.done and peer == self._target:
@@ -194,6 +206,10 @@ class Matchmaker:
         elif self.leading:
             self._maybe_propose(now)
             self._maybe_commit(now)
+            if not self._followers and now >= self._probe_at and not self.done:
+                self._probe_at = now + self._config.gather_s
+                self._passed.clear()
+                self.out += [Probe(peer) for peer in sorted(self._expected)]
         elif self._target is not None and now >= self._patience_ends():
             self._give_up(self._target, now)
 
@@ -205,7 +221,7 @@ class Matchmaker:
             return min(self._deadline, self._since + self._config.accept_s)
         if self._followers:
             return min(self._deadline, self._since + self._config.gather_s)
-        return self._deadline
+        return min(self._deadline, self._probe_at)
 
     # -- choice of the leader
 

@@ -14,9 +14,14 @@ import attrs
 
 from p2p.averaging.roster import Roster
 from p2p.averaging.shares import FLOAT_BYTES
+from p2p.errors import P2PError
 
 if TYPE_CHECKING:
     from p2p.identity import PeerId
+
+
+class RoundFailed(P2PError):  # noqa: N818 - like its siblings in p2p.errors
+    """This member averaged nothing in this round; its numbers are as they were. Says why in one sentence."""
 
 
 @attrs.frozen(kw_only=True)

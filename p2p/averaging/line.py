@@ -1,0 +1,105 @@
+"""A line: one call as two ordered queues of messages, since state machines answer at once and streams do not.
+
+Whoever has something to say posts it to the ``Outbox``, whether the call exists yet or not; ``carry`` moves
+messages both ways while the call lives. Closing an outbox ends its line once everything in it was sent, so
+that last words arrive; the other side then sees the end of the stream.
+
+Limit: 16,384 messages waiting; payloads are views of buffers that exist anyway.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from p2p.errors import Refused, RemoteError
+from p2p.rpc import Call
+
+if TYPE_CHECKING:
+    from p2p.host import Host
+
+QUEUE_LIMIT: Final = 16384
+
+Heard = Callable[[Mapping[str, Any], memoryview], None]
+
+
+def check_mate(call: Call, host: Host, stage: int) -> None:
+    """Refuse a peer whose certificate is not for this stage; a host without membership trusts everybody."""
+    if host.membership is not None and (call.member is None or call.member.stage != stage):
+        raise Refused("wrong_stage", f"rounds of stage {stage} are for its own replicas")
+
+
+class Outbox:
+    """Messages on their way to one peer."""
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[dict[str, Any], bytes | memoryview]] = deque()
+        self._changed = trio.Event()
+        self._closed = False
+        self.payload_out = 0
+        self.payload_in = 0
+
+    def post(self, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+        """Queue a message. One who asks and asks without reading the answers loses the line."""
+        if len(self._queue) >= QUEUE_LIMIT:
+            self._queue.clear()
+            self._closed = True
+        elif not self._closed:
+            self._queue.append((header, payload))
+        self._changed.set()
+
+    def close(self) -> None:
+        """Nothing more will be posted."""
+        self._closed = True
+        self._changed.set()
+
+    def forget_payloads(self) -> None:
+        """Drop queued messages that point into buffers whose time is over."""
+        self._queue = deque(one for one in self._queue if not isinstance(one[1], memoryview))
+
+    async def drain(self, call: Call) -> None:
+        """Send until closed and empty."""
+        while True:
+            while self._queue:
+                header, payload = self._queue.popleft()
+                await call.send(header, payload)
+                self.payload_out += len(payload)
+            if self._closed:
+                return
+            self._changed = trio.Event()
+            await self._changed.wait()
+
+
+async def carry(call: Call, outbox: Outbox, heard: Heard, *, max_payload: int = 0) -> None:
+    """Both directions until the outbox is closed and sent; raises what ended it earlier, RemoteError or so.
+
+    While carried, the connection is watched: two seconds of silence end it.
+    """
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(call.connection.watched())
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+
+            async def listen() -> None:
+                nonlocal failure
+                try:
+                    while True:
+                        message = await call.receive(max_payload=max_payload)
+                        outbox.payload_in += len(message.payload)
+                        heard(message.header, message.payload)
+                except Exception as error:
+                    failure = error
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(listen)
+            try:
+                await outbox.drain(call)
+            except RemoteError as error:
+                failure = failure or error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure

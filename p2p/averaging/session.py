@@ -1,0 +1,146 @@
+"""The trio shell of one committed round: a line to every other member around an ``Exchange``.
+
+Each pair of members shares one call, opened by the earlier in the roster (members that cannot be dialled
+come first). It opens with ``{t: link, group}``; everything after is the exchange's. Inputs reach the machine
+directly, on the one thread; what it says is posted to outboxes, whose writers are the only ones that wait.
+
+A pair whose call is not there ``LINK_S`` after the commit, or ends, is lost to each other for this round.
+At the end last words (the verdict) are flushed for at most ``FLUSH_S``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+import trio
+
+from p2p.averaging.butterfly import Exchange
+from p2p.averaging.line import Outbox, carry, check_mate
+from p2p.averaging.outcome import Outcome, RoundFailed
+from p2p.averaging.verdict import DIGEST
+from p2p.errors import Refused, RemoteError
+from p2p.multiaddr import Multiaddr
+from p2p.rpc import Call
+
+if TYPE_CHECKING:
+    from p2p.host import Host
+    from p2p.identity import PeerId
+
+PROTOCOL: Final = "/agora/round/1"
+LINK_S: Final = 4.0
+FLUSH_S: Final = 1.0
+
+
+class Session:
+    """One member's running exchange."""
+
+    def __init__(self, host: Host, exchange: Exchange, clock: Callable[[], float]) -> None:
+        self._host = host
+        self._exchange = exchange
+        self._clock = clock
+        roster = exchange.roster
+        self._outboxes = {peer: Outbox() for i, peer in enumerate(roster.peers) if i != exchange.me}
+        self._linked = {peer: trio.Event() for peer in self._outboxes}
+        self._carrying = 0
+        self._changed = trio.Event()
+        self._max_payload = max(roster.part_bytes, len(roster.spans) * DIGEST)
+
+    async def run(self) -> Outcome:
+        """The outcome, or ``RoundFailed``."""
+        exchange = self._exchange
+        async with trio.open_nursery() as nursery:
+            for member, peer in enumerate(exchange.roster.peers):
+                if member > exchange.me:
+                    nursery.start_soon(self._dial, peer)
+                elif member < exchange.me:
+                    nursery.start_soon(self._expect, peer)
+            exchange.start()
+            self._pump()
+            while not exchange.done:
+                due = exchange.wake_at()
+                self._changed = trio.Event()
+                with trio.move_on_after(max(0.0, due - self._clock())):
+                    await self._changed.wait()
+                if not exchange.done and self._clock() >= due:
+                    exchange.tick(self._clock())
+                    self._pump()
+            for outbox in self._outboxes.values():
+                outbox.forget_payloads()
+                outbox.close()
+            with trio.move_on_after(FLUSH_S):
+                while self._carrying:
+                    self._changed = trio.Event()
+                    await self._changed.wait()
+            nursery.cancel_scope.cancel()
+        if exchange.outcome is None:
+            raise RoundFailed(exchange.failed or "the round ended without an outcome")
+        return attrs.evolve(
+            exchange.outcome,
+            payload_out=sum(outbox.payload_out for outbox in self._outboxes.values()),
+            payload_in=sum(outbox.payload_in for outbox in self._outboxes.values()),
+        )
+
+    async def serve(self, call: Call) -> None:
+        """A member opened its line to us."""
+        peers = self._exchange.roster.peers
+        if call.peer not in self._outboxes or self._linked[call.peer].is_set():
+            raise RemoteError("a line that was not expected")
+        if peers.index(call.peer) > self._exchange.me:
+            raise RemoteError("a line from one whom we dial")
+        await self._carry(call)
+
+    async def _dial(self, peer: PeerId) -> None:
+        roster = self._exchange.roster
+        candidate = roster.members[roster.peers.index(peer)]
+        try:
+            addrs = [Multiaddr.parse(addr).bare() for addr in candidate.addrs]
+            async with await self._host.call(peer, PROTOCOL, addrs=addrs, deadline=LINK_S) as call:
+                check_mate(call, self._host, roster.key.stage)
+                await call.send({"t": "link", "group": roster.group, "number": roster.key.number})
+                await self._carry(call)
+        except (RemoteError, Refused) as error:
+            self._lose(peer, str(error))
+
+    async def _expect(self, peer: PeerId) -> None:
+        with trio.move_on_after(LINK_S):
+            await self._linked[peer].wait()
+            return
+        self._lose(peer, "no line from it")
+
+    async def _carry(self, call: Call) -> None:
+        peer = call.peer
+        member = self._exchange.roster.peers.index(peer)
+        self._linked[peer].set()
+
+        def heard(header: Mapping[str, Any], payload: memoryview) -> None:
+            self._exchange.heard(member, header, payload)
+            self._pump()
+
+        self._carrying += 1
+        try:
+            await carry(call, self._outboxes[peer], heard, max_payload=self._max_payload)
+        except (RemoteError, Refused) as error:
+            self._lose(peer, str(error))
+            raise
+        finally:
+            self._carrying -= 1
+            self._lose(peer, "its line ended")
+            self._changed.set()
+
+    def _lose(self, peer: PeerId, why: str) -> None:
+        self._outboxes[peer].close()
+        self._exchange.lost(self._exchange.roster.peers.index(peer), why)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Hand out what the machine said; wake the runner, whose next due time may be another."""
+        exchange = self._exchange
+        peers = exchange.roster.peers
+        while exchange.out:
+            out, exchange.out = exchange.out, []
+            for send in out:
+                self._outboxes[peers[send.to]].post(send.header, send.payload)
+        if exchange.done:
+            self._changed.set()
