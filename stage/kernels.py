@@ -385,6 +385,24 @@ def slice_merge(
 # -- reduce ---------------------------------------------------------------------------------------------
 
 
+_VERDICT_CHUNK = 4096  # elements that a CUDA block looks at
+
+
+def _reduce_add(total: Tensor, part: Tensor, weight: float) -> tuple[bool, float]:
+    place = total.data_ptr(), part.data_ptr(), part.numel(), _CODES[part.dtype], weight
+    if total.device.type == "cpu":
+        usable, norm2 = _launch("reduce_add", total.device, *place)
+        return usable, norm2
+    chunks = (part.numel() + _VERDICT_CHUNK - 1) // _VERDICT_CHUNK
+    verdicts = torch.empty((chunks, 2), dtype=torch.float64, device=part.device)
+    look = part.data_ptr(), _CODES[part.dtype], part.numel(), weight, verdicts.data_ptr()
+    _launch("reduce_inspect", part.device, *look)
+    norm2, bad = verdicts.sum(0).tolist()
+    if bad == 0:
+        _launch("reduce_add", total.device, *place)
+    return bad == 0, norm2
+
+
 def reduce_add(total: Tensor, part: Tensor, weight: float) -> tuple[bool, float]:
     """``total += weight * part`` in place unless a value is unusable; (usable, squared norm of ``part``).
 
@@ -399,10 +417,7 @@ def reduce_add(total: Tensor, part: Tensor, weight: float) -> tuple[bool, float]
     with torch.no_grad():
         if not _compiled(total):
             return reference.reduce_add(total, part, weight)
-        addresses = total.data_ptr(), part.data_ptr()
-        usable, norm2 = _launch(
-            "reduce_add", total.device, *addresses, part.numel(), _CODES[part.dtype], weight
-        )
+        usable, norm2 = _reduce_add(total, part, weight)
         if usable:
             torch.autograd.graph.increment_version(total)
         return usable, norm2
