@@ -1,0 +1,135 @@
+"""Snapshots on disk and on their way to a newcomer."""
+
+import random
+from pathlib import Path
+
+import attrs
+import msgpack
+import pytest
+import torch
+
+from p2p.errors import LocalError, RemoteError
+from p2p.identity import Identity
+from stage.config import TrainingConfig
+from stage.optimizer import Optimizer
+from stage.snapshot import SnapshotStore
+from stage.state import CHUNK, Assembly, SnapshotManifest, open_manifest
+from stage.weights import ParameterSpec, Weights
+
+FLOATS = 300_032
+"""So that a chunk crosses the end of a vector and the last one is short."""
+
+
+def make_optimizer(value: float = 1.0) -> Optimizer:
+    weights = Weights([ParameterSpec("w", (FLOATS,), True, 1.0)])
+    optimizer = Optimizer(weights, TrainingConfig(seed=1))
+    weights.writable().copy_(torch.arange(FLOATS) * value)
+    optimizer.exp_avg.fill_(value + 1)
+    optimizer.exp_avg_sq.fill_(value + 2)
+    optimizer.updates = 9
+    return optimizer
+
+
+def test_saved_state_comes_back(tmp_path: Path) -> None:
+    store = SnapshotStore(tmp_path / "deep" / "er")
+    assert store.load_newest() is None
+    assert store.newest() is None
+    optimizer = make_optimizer()
+    held = optimizer.hold(5)
+    assert store.save(held) == 12 * FLOATS
+    held.release()
+    state = store.load_newest()
+    assert state is not None
+    assert (state.step, state.updates, store.newest_step()) == (5, 9, 5)
+    fresh = make_optimizer(7.0)
+    fresh.load(state.flat, state.exp_avg, state.exp_avg_sq, state.updates, state.fingerprint)
+    assert torch.equal(fresh.weights.flat, optimizer.weights.flat)
+    assert torch.equal(fresh.exp_avg_sq, optimizer.exp_avg_sq)
+
+
+def test_the_newest_two_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
+    store = SnapshotStore(tmp_path)
+    (tmp_path / "00000000-step-1.state.part").write_bytes(b"x")
+    (tmp_path / "00000000-step-1.state").write_bytes(b"crashed before its manifest")
+    for step in (3, 4, 4):
+        store.save(make_optimizer().hold(step))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        f"0000000{number}-step-4.{suffix}" for number in (2, 3) for suffix in ("manifest", "state")
+    ]
+
+
+def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
+    store = SnapshotStore(tmp_path)
+    store.save(make_optimizer().hold(3))
+    store.save(make_optimizer().hold(6))
+    path = tmp_path / "00000002-step-6.state"
+    data = bytearray(path.read_bytes())
+    data[CHUNK + 5] ^= 1
+    path.write_bytes(data)
+    file = store.newest()
+    assert file is not None
+    with file, pytest.raises(LocalError, match=rf"step-6.state: damaged at byte {CHUNK} "):
+        file.load()
+    state = store.load_newest()
+    assert state is not None
+    assert state.step == 3
+    assert len(store.problems) == 1
+    path.with_suffix(".manifest").write_bytes(b"\xc1 nonsense")
+    with pytest.raises(LocalError, match="manifest cannot be read"):
+        store.newest()
+    path.unlink()
+    (tmp_path / "00000001-step-3.state").write_bytes(b"short")
+    assert SnapshotStore(tmp_path).load_newest() is None
+
+
+def test_download_in_any_order_and_install(tmp_path: Path) -> None:
+    donor, store = Identity.generate(), SnapshotStore(tmp_path / "donor")
+    optimizer = make_optimizer()
+    store.save(optimizer.hold(5))
+    file = store.newest()
+    assert file is not None
+    manifest = open_manifest(donor.peer_id, file.manifest.encode(), file.manifest.signed(donor))
+    layout = optimizer.weights.layout
+    assembly = Assembly(manifest, floats=layout.size, fingerprint=layout.fingerprint)
+    order = assembly.missing()
+    random.Random(1).shuffle(order)
+    with pytest.raises(LocalError, match="missing"):
+        assembly.result()
+    for index in order:
+        chunk = file.chunk(index)
+        with pytest.raises(RemoteError, match="not what the manifest says"):
+            assembly.add(index, chunk[:-1] + bytes([chunk[-1] ^ 1]))
+        with pytest.raises(RemoteError):
+            assembly.add(index, chunk[:-1])
+        assembly.add(index, chunk)
+    file.close()
+    assert assembly.complete
+    newcomer = SnapshotStore(tmp_path / "newcomer")
+    newcomer.install(*assembly.result())
+    state = newcomer.load_newest()
+    assert state is not None
+    assert torch.equal(state.flat, optimizer.weights.flat)
+    with pytest.raises(RemoteError, match="no chunk"):
+        assembly.add(len(order), b"")
+
+
+def test_manifests_that_are_refused() -> None:
+    donor, other = Identity.generate(), Identity.generate()
+    good = SnapshotManifest(1, 1, "f" * 64, 256, (bytes(32),))
+    data = good.encode()
+    assert open_manifest(donor.peer_id, data, good.signed(donor)) == good
+    with pytest.raises(RemoteError, match="signature"):
+        open_manifest(other.peer_id, data, good.signed(donor))
+    with pytest.raises(RemoteError, match="another stage"):
+        Assembly(good, floats=256, fingerprint="e" * 64)
+    with pytest.raises(RemoteError, match="another stage"):
+        Assembly(attrs.evolve(good, floats=512), floats=256, fingerprint="f" * 64)
+    fields = msgpack.unpackb(data)
+    for index, value in enumerate([2, -1, "1", 7, 0, [b"short"]]):
+        bad = [*fields[:index], value, *fields[index + 1 :]]
+        with pytest.raises(RemoteError):
+            SnapshotManifest.decode(msgpack.packb(bad))
+    for junk in (b"", b"\xc1", msgpack.packb(fields[:5]), data + b"x", msgpack.packb({})):
+        with pytest.raises(RemoteError):
+            SnapshotManifest.decode(junk)
