@@ -142,4 +142,6 @@ async def _listen(
 ) -> None:
     listener = multistream.Listener(lambda wish: wish == protocol)
     while listener.missing:
-        await send(listener.feed(await read(listener.missing)))
+        reply = listener.feed(await read(listener.missing))
+        if reply:  # an empty record would look like the end of the stream to some
+            await send(reply)
