@@ -156,14 +156,16 @@ class Dht:
         if not fresh and (known := self._recent.get(key)) is not None and now < known[0] + RECENT_S:
             return {subkey: record for subkey, record in known[1].items() if record.expires > now}
         found = self.records.get(key, now)
-        lookup = self._lookup(key_id(key), need=self._limits.quorum)
+        # Where this node is one of the key's keepers, its own answer counts: a call less a read.
+        need = max(1, self._limits.quorum - self._keeps(key_id(key)))
+        lookup = self._lookup(key_id(key), need=need)
         heard: list[int] = []
 
         async def ask(contact: Contact) -> Sequence[Contact]:
             nodes, records = await self._exchange.find_value(contact, key)
             newest(found, records)
             heard.append(len(records))
-            if not any(heard) and len(heard) >= self._limits.quorum:
+            if not any(heard) and len(heard) >= need:
                 lookup.widen(WIDE)
             return nodes
 
@@ -346,10 +348,16 @@ class Dht:
                 self._everybody = (now, list(nearest))
         route = nearest[: self._limits.replicas]
         if len(route) == self._limits.replicas and self.table.own_id ^ target < route[-1].id ^ target:
-            route.pop()  # we are one of the replicas ourselves
+            route.pop()  # we keep it in its stead
         if route:
             remember(self._routes, key, (now, route), MAX_ROUTES)
         return route
+
+    def _keeps(self, target: int) -> bool:
+        """Whether we are one of the nodes that should keep what lies there."""
+        nearest = self.table.nearest(target, self._limits.replicas)
+        full = len(nearest) == self._limits.replicas
+        return not full or self.table.own_id ^ target < nearest[-1].id ^ target
 
     def _forget_routes(self, key: str) -> None:
         self._routes.pop(key, None)
