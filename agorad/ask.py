@@ -89,7 +89,13 @@ def _exchange(path: Path, request: Mapping[str, Any], timeout: float | None) -> 
                 buffer += chunk
             line = bytes(buffer[:end])
             del buffer[: end + 1]
-            yield json.loads(line)
+            try:
+                message = json.loads(line)
+            except ValueError:
+                message = None
+            if not isinstance(message, dict):
+                raise CommandFailed("bad_answer", f"what listens on {path} is no agorad")
+            yield message
 
 
 def _result(message: dict[str, Any]) -> Any:

@@ -25,6 +25,7 @@ from typing import Any, Final
 import attrs
 import trio
 
+from p2p.errors import LocalError
 from p2p.event import Event, event_fields, event_name
 
 RING: Final = 4096
@@ -131,7 +132,10 @@ class Bus:
         self.unwritten = 0
         """Events that the disk did not take."""
         if path is not None:
-            self._open(path)
+            try:
+                self._open(path)
+            except OSError as error:
+                raise LocalError(f"cannot write the event file {path}: {error.strerror}") from error
 
     def emit(self, event: Event) -> None:
         """Record and hand on; on return the line is with the operating system."""

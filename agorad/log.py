@@ -14,6 +14,7 @@ from typing import Final, TextIO
 
 from agorad.console import friendly
 from agorad.events import Entry, encode_entry
+from p2p.errors import LocalError
 
 DEBUG: Final = frozenset(
     {
@@ -56,7 +57,10 @@ class Log:
         self._stream: TextIO | None = stream
         self._terminal = stream.isatty()
         # Kept open for the life of the process; line buffered.
-        self._file = path.open("a", buffering=1) if path is not None else None
+        try:
+            self._file = path.open("a", buffering=1) if path is not None else None
+        except OSError as error:
+            raise LocalError(f"cannot write the log file {path}: {error.strerror}") from error
 
     def __call__(self, entry: Entry) -> None:
         rank = level(entry["event"])

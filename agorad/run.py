@@ -186,7 +186,7 @@ class Manifest:
 
     def table(self) -> dict[str, Any]:
         """As TOML tables, signature included."""
-        table: dict[str, Any] = json.loads(self.content)
+        table: dict[str, Any] = _in_order(json.loads(self.content), unstructure(self))
         if self.signature is not None:
             table["signature"] = {"ed25519": self.signature.ed25519}
         return table
@@ -218,6 +218,14 @@ def save(manifest: Manifest, path: Path) -> None:
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(head + tomli_w.dumps(manifest.table()))
     temporary.replace(path)
+
+
+def _in_order(table: Any, pattern: Any) -> Any:
+    """``table`` with its keys in the order of ``pattern``'s, for people; content is sorted."""
+    if not isinstance(table, dict) or not isinstance(pattern, dict):
+        return table
+    ranked = sorted(table, key=list(pattern).index)
+    return {key: _in_order(table[key], pattern[key]) for key in ranked}
 
 
 def _check_peer_id(peer_id: PeerId, where: str) -> None:
