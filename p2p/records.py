@@ -65,7 +65,7 @@ def round_key(run: str, stage: int, number: int) -> str:
 class StageRecord:
     """One replica of one stage: where it is, how far, and how much it can take."""
 
-    addrs: tuple[str, ...] = attrs.field(converter=tuple)
+    addrs: tuple[str, ...]
     phase: str
     step: int
     slots: int
@@ -142,7 +142,7 @@ class ClockRecord:
 class CandidateRecord:
     """A replica that wants to take part in one averaging round."""
 
-    addrs: tuple[str, ...] = attrs.field(converter=tuple)
+    addrs: tuple[str, ...]
     bandwidth: float
     """Bytes a second that it believes it can send."""
     weight: float

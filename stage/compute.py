@@ -92,7 +92,7 @@ class PackedSlice:
 
     def buffer(self) -> memoryview:
         """The slice as little-endian fp32."""
-        return memoryview(self.values.numpy()).cast("B")
+        return self.values.numpy().data.cast("B")
 
 
 class StageCompute:
@@ -125,7 +125,8 @@ class StageCompute:
             docs = document_index(tuple(request.documents), request.tokens).unsqueeze(0)
         held = HeldMicrobatch(self._released, tokens.unsqueeze(0), docs, request.ticket.weight)
         if not self.stage.is_head:
-            held.c_in = boundary.unpack(c, request.tokens, self.model.k, request.dtype).unsqueeze(0)
+            c_in = boundary.unpack(c, request.tokens, self.model.k, self.training.wire_dtype)
+            held.c_in = c_in.unsqueeze(0)
         if request.ticket.kind == "train":
             self._held.add(held)
             self._run_forward(held)
@@ -136,7 +137,7 @@ class StageCompute:
         if isinstance(out, TailLoss):
             held.loss = float(out.losses[0])
         elif out is not None:
-            held.c = boundary.pack(out.detach()[0], request.dtype)
+            held.c = boundary.pack(out.detach()[0], self.training.wire_dtype)
         return held
 
     def _run_forward(self, held: HeldMicrobatch) -> None:
@@ -179,7 +180,10 @@ class StageCompute:
             self._held.discard(held)
 
     def _make_writable(self) -> None:
-        """Let go of graphs on old weights where the bound on versions asks for it."""
+        """Let go of graphs on old weights where the bound on versions asks for it.
+
+        What may still hold an old version after that is the one snapshot that is being written.
+        """
         self._sweep()
         if not self.weights.can_write:
             for held in self._held:
@@ -188,11 +192,9 @@ class StageCompute:
 
     # Steps and slices
 
-    def step(self, step: int) -> int | None:
-        """The clock reached ``step``: samples that the update used, None while nothing can be written."""
+    def step(self, step: int) -> int:
+        """The clock reached ``step``: how many samples the update used."""
         self._make_writable()
-        if not self.weights.can_write:
-            return None
         taken = self.optimizer.step(step, self.samples)
         if taken.outcome in ("updated", "not finite"):
             self.samples = 0
@@ -212,16 +214,14 @@ class StageCompute:
         values = kernels.slice_pack(self.weights.flat, index, slices, key)
         return PackedSlice(index, key, values, self._generation)
 
-    def merge(self, packed: PackedSlice, outcome: Outcome) -> float | None:
-        """Merge what was averaged; relative distance of our slice to the average, None while unwritable.
+    def merge(self, packed: PackedSlice, outcome: Outcome) -> float:
+        """Merge what was averaged; relative distance of our slice to the average.
 
         Raises LocalError if the whole state was replaced since the slice was packed.
         """
         if packed.generation != self._generation:
             raise LocalError("the state was replaced while the round went on")
         self._make_writable()
-        if not self.weights.can_write:
-            return None
         average = torch.frombuffer(outcome.vector, dtype=torch.float32)
         distance = _distance(packed.values, average, outcome.averaged)
         mode = self.training.merge
@@ -253,9 +253,7 @@ class StageCompute:
         self._sweep()
         for held in self._held:
             held.drop_graph()
-        self.optimizer.load(
-            state.flat, state.exp_avg, state.exp_avg_sq, state.updates, state.fingerprint
-        )
+        self.optimizer.load(state.flat, state.exp_avg, state.exp_avg_sq, state.updates, state.fingerprint)
         self.forget()
         self._generation += 1
 

@@ -5,8 +5,8 @@ present step, and answers with that snapshot's manifest and its signature over i
 for chunks one after the other, several ahead, and checks each against the manifest. Both sides read and
 write files in threads.
 
-Limits: ``NEWCOMERS`` at a time, others are refused ``busy``; ``AHEAD`` chunks asked ahead; ``CHUNK_S`` for the
-next message of either side; a manifest no larger than one of this stage's size can be.
+Limits: ``NEWCOMERS`` at a time, others are refused ``busy``; ``AHEAD`` chunks asked ahead; ``CHUNK_S`` for
+the next message of either side; a manifest no larger than one of this stage's size can be.
 """
 
 from __future__ import annotations

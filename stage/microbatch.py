@@ -73,7 +73,7 @@ class Compute(Protocol):
 
     def forward(self, request: Request, ids: memoryview, c: memoryview) -> Held: ...
 
-    def backward(self, held: Held, dc: memoryview) -> Any:
+    def backward(self, held: Any, dc: memoryview) -> Any:
         """Adds the microbatch's gradient and returns the packed gradient of the stage's input."""
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 import trio
@@ -44,11 +44,11 @@ CLOSE_RATIO = 1.5
 CLOSE_FLOOR = 0.05
 """A disagreement below this is close whatever the median: with one ACTIVE mate the median is 0."""
 SYNC_RETRY_S = 2.0
-WRITE_RETRY_S = 0.02
 
 
 class PackedSlice(Protocol):
-    index: int
+    @property
+    def index(self) -> int: ...
 
     def buffer(self) -> memoryview: ...
 
@@ -56,16 +56,16 @@ class PackedSlice(Protocol):
 class ReplicaCompute(Protocol):
     """The part of ``StageCompute`` that a replica's life needs; device thread only."""
 
-    def step(self, step: int) -> int | None:
-        """Update with what is accumulated; samples used, or None while no version can be written."""
+    def step(self, step: int) -> int:
+        """Update with what is accumulated; how many samples it used."""
 
     def forget(self) -> None:
         """Throw away what is accumulated."""
 
     def pack(self, number: int) -> PackedSlice: ...
 
-    def merge(self, packed: PackedSlice, outcome: Outcome) -> float | None:
-        """Merge; the slice's relative distance to the average, or None while it cannot be written."""
+    def merge(self, packed: Any, outcome: Outcome) -> float:
+        """Merge; the packed slice's relative distance to the average."""
 
 
 @attrs.frozen
@@ -186,19 +186,18 @@ class Replica:
                 await self._device.run(STEP, self._compute.forget)
                 self.step = target
             else:
-                await self._update(target)
+                await self._update(target, nursery)
             self._launch_round(nursery)
 
-    async def _update(self, target: int) -> None:
-        while (samples := await self._device.run(STEP, self._compute.step, target)) is None:
-            await trio.sleep(WRITE_RETRY_S)  # graphs of microbatches in flight hold every version
+    async def _update(self, target: int, nursery: trio.Nursery) -> None:
+        samples = await self._device.run(STEP, self._compute.step, target)
         self.step = self.state_step = target
         self._samples_since_round += samples
         self._emit(Step(stage=self.stage, replica=self.peer_id, step=target, samples=samples))
         if self.phase == "warming" and target - self._warm_from >= self._training.warm_steps:
             self.set_phase("active", f"warmed up for {self._training.warm_steps} steps")
         if self._snapshot_every and target % self._snapshot_every == 0:
-            await self._take_snapshot(target)
+            nursery.start_soon(self._take_snapshot, target)
 
     # Rounds
 
@@ -219,8 +218,7 @@ class Replica:
             outcome = await self._averager.average(
                 number, packed.index, packed.buffer(), weight, expected=mates, deadline=ROUND_S
             )
-            while (distance := await self._device.run(STEP, self._compute.merge, packed, outcome)) is None:
-                await trio.sleep(WRITE_RETRY_S)
+            distance = await self._device.run(STEP, self._compute.merge, packed, outcome)
         except (RoundFailed, P2PError, trio.TooSlowError) as error:
             self._emit(RoundAbandoned(round=number, stage=self.stage, why=str(error) or "timeout"))
             return

@@ -28,8 +28,12 @@ DEFAULT_STEPS = 60
 @click.option("--trainers", default=1, show_default=True, help="Trainers, each with its share of the data.")
 @click.option("--steps", type=int, help=f"Steps of the run's clock.  [default: {DEFAULT_STEPS}]")
 @click.option("--seconds", type=float, help="Train for this long instead.")
-@click.option("--data", type=click.Path(path_type=Path), help="Text file or folder; else Python's own source.")
-@click.option("--dir", "folder", type=click.Path(path_type=Path), help="Folder for everything; else temporary.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Text file or folder; else Python's own source."
+)
+@click.option(
+    "--dir", "folder", type=click.Path(path_type=Path), help="Folder for everything; else temporary."
+)
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Override one setting.")
 @click.option("--keep", is_flag=True, help="Keep a temporary folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -170,7 +174,7 @@ def _report(
         for node in laid.nodes
     ]
     model, training = laid.manifest.model, laid.manifest.training
-    document = report.build(
+    return report.build(
         logs,
         tokens_a_sample=model.seq,
         target_batch=training.target_batch,
@@ -180,7 +184,6 @@ def _report(
         exits=exits,
         states=states,
     )
-    return document
 
 
 def _disagreement(laid: Layout, states: dict[str, dict[str, Any]]) -> float | None:
@@ -201,7 +204,7 @@ def _summary(document: dict[str, Any]) -> str:
     lines = [
         f"{document['steps']} steps, {document['tokens']} tokens in {document['seconds']:.0f} s "
         f"({document['tokens_per_second']:.0f} tokens/s)",
-        f"loss {loss['first']:.3f} -> {loss['last']:.3f} nats a token (uniform guessing: {loss['uniform']:.3f})",
+        f"loss {loss['first']:.3f} -> {loss['last']:.3f} nats a token (guessing: {loss['uniform']:.3f})",
         f"microbatches: {work['completed']} of {work['issued']} completed, {work['failed']} failed, "
         f"{work['lost']} lost, {work['rerouted']} rerouted, {work['twice']} counted twice",
         f"rounds: {rounds['completed']} completed, {rounds['partial']} partial, {rounds['failed']} failed",

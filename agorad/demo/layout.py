@@ -24,8 +24,9 @@ from agorad.run import Manifest, NodeRef, RunInfo
 from agorad.settings import nearest, override, unstructure
 from p2p.errors import LocalError
 from p2p.identity import Identity
-from stage import presets
 from stage.config import split_layers
+from stage.presets import DEMO_LAYERS
+from stage.presets import demo as demo_preset
 
 MANIFEST_SECTIONS: Final = ("model", "training", "admission", "data")
 NODE_SECTIONS: Final = ("node", "worker", "trainer", "authority")
@@ -120,18 +121,13 @@ def prepare(plan: Plan, folder: Path) -> Layout:
         for replica in range(plan.workers):
             nodes.append(_node(f"worker-{stage}-{replica}", "worker", stage, folder))
     nodes += [_node(f"trainer-{index}", "trainer", None, folder) for index in range(plan.trainers)]
-    manifest = _manifest(
-        plan,
-        operator,
-        {
-            key: tuple(
-                NodeRef(peer_id=node.identity.peer_id, addrs=(node.addr,))
-                for node in nodes
-                if node.role == role
-            )
-            for key, role in (("seeds", "seed"), ("authorities", "authority"), ("trainers", "trainer"))
-        },
-    ).signed(operator)
+    listed = {
+        role: tuple(
+            NodeRef(peer_id=node.identity.peer_id, addrs=(node.addr,)) for node in nodes if node.role == role
+        )
+        for role in ("seed", "authority", "trainer")
+    }
+    manifest = _manifest(plan, operator, listed).signed(operator)
     operator.save(folder / "operator.key")
     manifest_path = folder / "run.toml"
     manifest_file.save(manifest, manifest_path)
@@ -151,8 +147,8 @@ def prepare(plan: Plan, folder: Path) -> Layout:
         if node.role == "worker":
             extra["worker"] = {"account": "demo", "secret_file": "../secret", "stage": node.stage}
         elif node.role == "trainer":
-            trainer = {"data": plan.data and str(plan.data.absolute()), "steps": plan.steps}
-            trainer["seconds"] = plan.seconds
+            data = None if plan.data is None else str(plan.data.absolute())
+            trainer = {"data": data, "steps": plan.steps, "seconds": plan.seconds}
             extra["trainer"] = {key: value for key, value in trainer.items() if value is not None}
         _write_toml(node.config, _node_table(plan, node_section, extra))
     return Layout(folder=folder, manifest_path=manifest_path, manifest=manifest, nodes=tuple(nodes))
@@ -170,7 +166,7 @@ def _node(name: str, role: str, stage: int | None, folder: Path) -> DemoNode:
 
 
 def _manifest(plan: Plan, operator: Identity, nodes: dict[str, tuple[NodeRef, ...]]) -> Manifest:
-    model, training = presets.demo(split_layers(presets.DEMO_LAYERS, plan.stages), plan.steps)
+    model, training = demo_preset(split_layers(DEMO_LAYERS, plan.stages), plan.steps)
     base = Manifest(
         run=RunInfo(
             name="demo",
@@ -178,10 +174,12 @@ def _manifest(plan: Plan, operator: Identity, nodes: dict[str, tuple[NodeRef, ..
             created=time.time(),
             operator=operator.peer_id,
         ),
+        seeds=nodes.get("seed", ()),
+        authorities=nodes.get("authority", ()),
+        trainers=nodes.get("trainer", ()),
         model=model,
         training=training,
-        admission=attrs.evolve(manifest_file.Admission(), max_nodes_per_account=plan.stages * plan.workers),
-        **nodes,
+        admission=manifest_file.Admission(max_nodes_per_account=plan.stages * plan.workers),
     )
     mine = [text for text in plan.assignments if text.partition(".")[0] in MANIFEST_SECTIONS]
     return manifest_file.from_table(override(Manifest, unstructure(base), mine))

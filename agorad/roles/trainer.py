@@ -16,7 +16,7 @@ from p2p.records import ClockRecord, clock_key
 from stage.clock import StepClock
 from stage.data import ByteSource
 from stage.nexthop import NextHop
-from stage.roster import Roster
+from stage.roster import Roster, StageView
 from stage.router import Router
 from stage.trainer import Journal, Trainer
 
@@ -97,14 +97,28 @@ async def run(node: Node) -> None:
     node.nursery.start_soon(end_on_stop)
     node.ready()
     node.status["phase"] = "joining"
-    while not all(view.serving() for view in stages) and not ending.is_set():
-        await trio.sleep(STATUS_S)  # a stage without replicas would only bounce microbatches
+    await _until_served(stages, ending)
     node.status["phase"] = "active"
     if settings.seconds is not None:
         node.nursery.start_soon(end_on_time, settings.seconds)
     await trainer.run()
     node.status.update(step=clock.step, loss=trainer.loss)
     await _store_clock(node, clock)
+
+
+async def _until_served(stages: list[StageView], ending: trio.Event) -> None:
+    """Until each stage has a replica that takes work: before that, microbatches would only bounce."""
+    async with trio.open_nursery() as nursery:
+
+        async def give_up() -> None:
+            await ending.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(give_up)
+        for view in stages:
+            while not view.serving():
+                await view.wait_changed()
+        nursery.cancel_scope.cancel()
 
 
 async def _publish_clock(node: Node, clock: StepClock, trainer: Trainer) -> None:

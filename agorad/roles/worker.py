@@ -12,10 +12,6 @@ from pathlib import Path
 
 import torch
 import trio
-from stage.donor import PROTOCOL as STATE_PROTOCOL
-from stage.donor import Donor, fetch
-from stage.reduce import KernelReducer
-from stage.snapshot import SnapshotStore, State
 
 from agorad.clockwatch import read_clock, watch_clock
 from agorad.joining import obtain_certificate
@@ -28,12 +24,16 @@ from stage import messages
 from stage.clock import StepClock
 from stage.compute import StageCompute, wire_shape
 from stage.device import STEP, Device
+from stage.donor import PROTOCOL as STATE_PROTOCOL
+from stage.donor import Donor, fetch
 from stage.events import Resumed, Saved, StateFetched
 from stage.microbatch import MicrobatchServer
 from stage.nexthop import NextHop
+from stage.reduce import KernelReducer
 from stage.replica import Replica
 from stage.roster import Declaration, Roster
 from stage.router import Router
+from stage.snapshot import SnapshotStore, State
 
 DRAIN_S = 10.0
 """How long microbatches in progress may still take once the node is to leave."""
@@ -77,6 +77,7 @@ class _Worker:
         self.peer_id: PeerId = node.identity.peer_id
         folder: Path = node.config.node.state / "snapshots"
         self.store = SnapshotStore(folder)
+        self.saving = trio.Lock()
         self.roster = Roster(node.dht, manifest.trust(), node.clock)
         self.mates = self.roster.view(stage)
         self.declaration = Declaration(node.dht, manifest.run.id, stage, self.peer_id, self.describe)
@@ -186,13 +187,14 @@ class _Worker:
         )
 
     async def take_snapshot(self, step: int) -> None:
-        """Write the state of ``step`` to disk while training goes on."""
-        held = await self.device.run(STEP, self.compute.hold, step)
-        try:
-            size = await trio.to_thread.run_sync(self.store.save, held)
-        finally:
-            with trio.CancelScope(shield=True):
-                await self.device.run(STEP, held.release)
+        """Write the state of ``step`` to disk while training goes on; one at a time."""
+        async with self.saving:
+            held = await self.device.run(STEP, self.compute.hold, step)
+            try:
+                size = await trio.to_thread.run_sync(self.store.save, held)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self.device.run(STEP, held.release)
         self.node.emit(Saved(step=step, bytes=size))
 
     async def donated(self) -> None:
@@ -218,9 +220,7 @@ class _Worker:
         state = State.of(manifest, fetched.data)
         await self.device.run(STEP, self.compute.load, state)
         seconds = trio.current_time() - began
-        self.node.emit(
-            StateFetched(donor=donor, step=manifest.step, bytes=manifest.size, seconds=seconds)
-        )
+        self.node.emit(StateFetched(donor=donor, step=manifest.step, bytes=manifest.size, seconds=seconds))
         return manifest.step
 
     async def keep_status(self) -> None:
