@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2p.errors import RemoteError
@@ -21,6 +22,7 @@ def made(target_batch: int = 10) -> StepClock:
     return StepClock("run", LISTED, target_batch)
 
 
+@cache
 def reading(who: int, samples: int, run: str = "run") -> Reading:
     return Reading.signed(TRAINERS[who], run, samples)
 
@@ -36,6 +38,7 @@ def test_the_step_is_the_sum_over_trainers_by_the_target_batch() -> None:
     assert clock.step == 4
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 60)), max_size=12), st.randoms())
 def test_order_and_repetition_do_not_matter_and_advances_are_told(
     heard: list[tuple[int, int]], random: Any
@@ -108,6 +111,7 @@ def test_bad_readings_are_remote_errors(value: Any) -> None:
         readings_from_wire(value)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.lists(st.none() | st.integers() | st.text(max_size=5) | st.binary(max_size=65), max_size=4)

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2p.errors import RemoteError
@@ -35,6 +35,7 @@ ANYTHING = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(KINDS),
     st.integers(0, 2**31 - 1),
@@ -101,12 +102,14 @@ def test_every_field_has_its_bounds(field: int, value: Any) -> None:
         Ticket.from_wire(wire)
 
 
+@settings(deadline=None)
 @given(ANYTHING)
 def test_nonsense_is_a_remote_error(value: Any) -> None:
     with pytest.raises(RemoteError):
         Ticket.from_wire(value)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 7), ANYTHING)
 def test_one_field_of_nonsense_is_a_remote_error_or_no_valid_signature(field: int, value: Any) -> None:
     wire = made().to_wire()
