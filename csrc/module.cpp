@@ -24,7 +24,9 @@ namespace {
 // Work below this is not worth waking a thread for (about 20 us of it).
 constexpr int64_t kGrainFloats = 32768;
 
-int64_t grain(int64_t floats_a_unit) { return floats_a_unit >= kGrainFloats ? 1 : kGrainFloats / floats_a_unit; }
+int64_t grain(int64_t floats_a_unit) {
+    return floats_a_unit >= kGrainFloats ? 1 : kGrainFloats / floats_a_unit;
+}
 
 void require(bool condition, const char* why) {
     if (!condition) throw py::value_error(why);
@@ -53,7 +55,8 @@ void normal(py::object out, int64_t n, uint64_t seed, uint64_t stream, float fac
                  [&](int64_t begin, int64_t end) { cpu().fill(task, begin, end); });
 }
 
-void token_rows(py::object out, py::object ids, int64_t rows, int64_t d, uint64_t seed, float factor, int threads) {
+void token_rows(py::object out, py::object ids, int64_t rows, int64_t d, uint64_t seed, float factor,
+                int threads) {
     check_dimension(rows, "rows must be positive");
     check_dimension(d, "d must be positive");
     Operand to(out, 4 * rows * d, true, 4, "out"), from(ids, 8 * rows, false, 8, "ids");
@@ -71,7 +74,8 @@ std::vector<float> laid_out(const From* basis, int64_t d, int64_t k, bool transp
     int64_t stride = padded(transpose ? d : k);
     std::vector<float> out(size_t((transpose ? k : d) * stride));
     for (int64_t i = 0; i < d; i++)
-        for (int64_t j = 0; j < k; j++) out[size_t(transpose ? j * stride + i : i * stride + j)] = load(basis[i * k + j]);
+        for (int64_t j = 0; j < k; j++)
+            out[size_t(transpose ? j * stride + i : i * stride + j)] = load(basis[i * k + j]);
     return out;
 }
 
@@ -86,8 +90,8 @@ void check_boundary(int64_t rows, int64_t d, int64_t k) {
     require(k > 0 && k <= 1024, "k must lie in [1, 1024]");
 }
 
-void expand(py::object c, int c_dtype, py::object basis, int basis_dtype, py::object ids, py::object h, int h_dtype,
-            int64_t rows, int64_t d, int64_t k, uint64_t seed, float factor, int threads) {
+void expand(py::object c, int c_dtype, py::object basis, int basis_dtype, py::object ids, py::object h,
+            int h_dtype, int64_t rows, int64_t d, int64_t k, uint64_t seed, float factor, int threads) {
     check_boundary(rows, d, k);
     int64_t cw = size_of(c_dtype), uw = size_of(basis_dtype), hw = size_of(h_dtype);
     Operand from(c, rows * k * cw, false, size_t(cw), "c"), u(basis, d * k * uw, false, size_t(uw), "U");
@@ -95,8 +99,18 @@ void expand(py::object c, int c_dtype, py::object basis, int basis_dtype, py::ob
     check_ids(tokens.as<int64_t>(), rows);
     py::gil_scoped_release unlocked;
     std::vector<float> transposed = laid_out(u, basis_dtype, d, k, true);
-    ExpandTask task{from.as<void>(), to.as<void>(), transposed.data(), tokens.as<int64_t>(), rows, d, k, padded(d),
-                    c_dtype,         h_dtype,       seed,              factor};
+    ExpandTask task{from.as<void>(),
+                    to.as<void>(),
+                    transposed.data(),
+                    tokens.as<int64_t>(),
+                    rows,
+                    d,
+                    k,
+                    padded(d),
+                    c_dtype,
+                    h_dtype,
+                    seed,
+                    factor};
     parallel_for(threads, (rows + kRowGroup - 1) / kRowGroup, grain(kRowGroup * d),
                  [&](int64_t begin, int64_t end) { cpu().expand(task, begin, end); });
 }
@@ -109,14 +123,16 @@ void project(py::object dh, int dh_dtype, py::object basis, int basis_dtype, py:
     Operand to(out, rows * k * ow, true, size_t(ow), "out");
     py::gil_scoped_release unlocked;
     std::vector<float> rows_of_u = laid_out(u, basis_dtype, d, k, false);
-    ProjectTask task{from.as<void>(), to.as<void>(), rows_of_u.data(), rows, d, k, padded(k), dh_dtype, out_dtype};
+    ProjectTask task{from.as<void>(), to.as<void>(), rows_of_u.data(), rows, d, k,
+                     padded(k),       dh_dtype,      out_dtype};
     parallel_for(threads, (rows + kRowGroup - 1) / kRowGroup, grain(kRowGroup * d),
                  [&](int64_t begin, int64_t end) { cpu().project(task, begin, end); });
 }
 
 void check_slice(int64_t blocks, int64_t first, int64_t count) {
     require(blocks > 0 && uint64_t(blocks) <= kMaxBlocks, "blocks must lie in [1, 2^31]");
-    require(first >= 0 && count >= 0 && count <= blocks && first <= blocks - count, "the slice must lie in [0, blocks)");
+    require(first >= 0 && count >= 0 && count <= blocks && first <= blocks - count,
+            "the slice must lie in [0, blocks)");
 }
 
 void slice_blocks(py::object out, int64_t blocks, int64_t first, int64_t count, uint64_t key) {
@@ -124,28 +140,38 @@ void slice_blocks(py::object out, int64_t blocks, int64_t first, int64_t count, 
     Operand to(out, 8 * count, true, 8, "out");
     Permutation permutation = make_permutation(uint64_t(blocks), key);
     py::gil_scoped_release unlocked;
-    for (int64_t i = 0; i < count; i++) to.as<int64_t>()[i] = int64_t(permute(permutation, uint64_t(first + i)));
+    for (int64_t i = 0; i < count; i++)
+        to.as<int64_t>()[i] = int64_t(permute(permutation, uint64_t(first + i)));
 }
 
-void slice_pack(py::object flat, py::object packed, int64_t blocks, int64_t first, int64_t count, uint64_t key,
-                int threads) {
+void slice_pack(py::object flat, py::object packed, int64_t blocks, int64_t first, int64_t count,
+                uint64_t key, int threads) {
     check_slice(blocks, first, count);
-    Operand from(flat, blocks * kBlock * 4, false, 4, "flat"), to(packed, count * kBlock * 4, true, 4, "packed");
+    Operand from(flat, blocks * kBlock * 4, false, 4, "flat"),
+        to(packed, count * kBlock * 4, true, 4, "packed");
     PackTask task{from.as<float>(), to.as<float>(), make_permutation(uint64_t(blocks), key), first};
     py::gil_scoped_release unlocked;
-    parallel_for(threads, count, grain(kBlock), [&](int64_t begin, int64_t end) { cpu().pack(task, begin, end); });
+    parallel_for(threads, count, grain(kBlock),
+                 [&](int64_t begin, int64_t end) { cpu().pack(task, begin, end); });
 }
 
-void slice_merge(py::object flat, py::object snapshot, py::object average, int64_t blocks, int64_t first, int64_t count,
-                 uint64_t key, int64_t start, int64_t stop, int mode, int threads) {
+void slice_merge(py::object flat, py::object snapshot, py::object average, int64_t blocks, int64_t first,
+                 int64_t count, uint64_t key, int64_t start, int64_t stop, int mode, int threads) {
     check_slice(blocks, first, count);
     require(mode == kDelta || mode == kOverwrite, "mode must be 0 (delta) or 1 (overwrite)");
-    require(0 <= start && start <= stop && stop <= count * kBlock, "the averaged range must lie within the slice");
+    require(0 <= start && start <= stop && stop <= count * kBlock,
+            "the averaged range must lie within the slice");
     int64_t bytes = count * kBlock * 4;
     Operand to(flat, blocks * kBlock * 4, true, 4, "flat"), mean(average, bytes, false, 4, "average");
     Operand before(snapshot, mode == kDelta ? bytes : 0, false, 4, "snapshot");
-    MergeTask task{to.as<float>(), before.as<float>(), mean.as<float>(), make_permutation(uint64_t(blocks), key), first,
-                   start,          stop,               mode};
+    MergeTask task{to.as<float>(),
+                   before.as<float>(),
+                   mean.as<float>(),
+                   make_permutation(uint64_t(blocks), key),
+                   first,
+                   start,
+                   stop,
+                   mode};
     py::gil_scoped_release unlocked;
     int64_t skip = start / kBlock, units = start < stop ? (stop + kBlock - 1) / kBlock - skip : 0;
     parallel_for(threads, units, grain(kBlock),
@@ -169,7 +195,8 @@ py::tuple reduce_add(py::object sum, py::object part, int64_t n, int part_dtype,
             usable = usable && !verdict.bad;
         }
         if (usable)
-            parallel_for(threads, n, kGrainFloats, [&](int64_t begin, int64_t end) { cpu().add(task, begin, end); });
+            parallel_for(threads, n, kGrainFloats,
+                         [&](int64_t begin, int64_t end) { cpu().add(task, begin, end); });
     }
     return py::make_tuple(usable, norm2);
 }
@@ -180,7 +207,8 @@ void reduce_finish(py::object sum, py::object out, int64_t n, float weight_sum, 
     Operand from(sum, 4 * n, false, 4, "sum"), to(out, 4 * n, true, 4, "out");
     FinishTask task{from.as<float>(), to.as<float>(), weight_sum};
     py::gil_scoped_release unlocked;
-    parallel_for(threads, n, kGrainFloats, [&](int64_t begin, int64_t end) { cpu().finish(task, begin, end); });
+    parallel_for(threads, n, kGrainFloats,
+                 [&](int64_t begin, int64_t end) { cpu().finish(task, begin, end); });
 }
 
 py::tuple philox_words(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint64_t key) {
@@ -196,20 +224,21 @@ PYBIND11_MODULE(agora_kernels, m) {
     using py::arg;
     m.doc() = "Kernels of the data path. Memory arguments are addresses (int) or contiguous buffers.";
     m.def("normal", &normal, arg("out"), arg("n"), arg("seed"), arg("stream"), arg("factor"), arg("threads"));
-    m.def("token_rows", &token_rows, arg("out"), arg("ids"), arg("rows"), arg("d"), arg("seed"), arg("factor"),
-          arg("threads"));
+    m.def("token_rows", &token_rows, arg("out"), arg("ids"), arg("rows"), arg("d"), arg("seed"),
+          arg("factor"), arg("threads"));
     m.def("expand", &expand, arg("c"), arg("c_dtype"), arg("basis"), arg("basis_dtype"), arg("ids"), arg("h"),
           arg("h_dtype"), arg("rows"), arg("d"), arg("k"), arg("seed"), arg("factor"), arg("threads"));
     m.def("project", &project, arg("dh"), arg("dh_dtype"), arg("basis"), arg("basis_dtype"), arg("out"),
           arg("out_dtype"), arg("rows"), arg("d"), arg("k"), arg("threads"));
     m.def("slice_blocks", &slice_blocks, arg("out"), arg("blocks"), arg("first"), arg("count"), arg("key"));
-    m.def("slice_pack", &slice_pack, arg("flat"), arg("packed"), arg("blocks"), arg("first"), arg("count"), arg("key"),
-          arg("threads"));
-    m.def("slice_merge", &slice_merge, arg("flat"), arg("snapshot"), arg("average"), arg("blocks"), arg("first"),
-          arg("count"), arg("key"), arg("start"), arg("stop"), arg("mode"), arg("threads"));
+    m.def("slice_pack", &slice_pack, arg("flat"), arg("packed"), arg("blocks"), arg("first"), arg("count"),
+          arg("key"), arg("threads"));
+    m.def("slice_merge", &slice_merge, arg("flat"), arg("snapshot"), arg("average"), arg("blocks"),
+          arg("first"), arg("count"), arg("key"), arg("start"), arg("stop"), arg("mode"), arg("threads"));
     m.def("reduce_add", &reduce_add, arg("sum"), arg("part"), arg("n"), arg("part_dtype"), arg("weight"),
           arg("threads"));
-    m.def("reduce_finish", &reduce_finish, arg("sum"), arg("out"), arg("n"), arg("weight_sum"), arg("threads"));
+    m.def("reduce_finish", &reduce_finish, arg("sum"), arg("out"), arg("n"), arg("weight_sum"),
+          arg("threads"));
     m.def("philox", &philox_words, arg("a"), arg("b"), arg("c"), arg("d"), arg("key"));
     m.def("instruction_sets", &instruction_sets, "Usable on this machine, slowest first.");
     m.def("instruction_set", [] { return std::string(cpu().name); });

@@ -23,7 +23,8 @@ class Operand {
             held_ = true;
             address_ = view_.buf;
             if (view_.len < bytes)
-                fail(name, "holds " + std::to_string(view_.len) + " bytes, " + std::to_string(bytes) + " are needed");
+                fail(name, "holds " + std::to_string(view_.len) + " bytes, " + std::to_string(bytes) +
+                               " are needed");
         }
         if (reinterpret_cast<uintptr_t>(address_) % align != 0)
             fail(name, "must be aligned to " + std::to_string(align) + " bytes");

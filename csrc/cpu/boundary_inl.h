@@ -9,7 +9,7 @@ namespace agora::AGORA_TARGET {
 
 constexpr int kVectors = 2;               // of the register tile's columns: 4 x 2 sums in flight
 constexpr int kTile = kVectors * kWidth;  // divides kPad and kSpan
-constexpr int64_t kSpan = 256;  // floats a row that stay in L1 between the two passes
+constexpr int64_t kSpan = 256;            // floats a row that stay in L1 between the two passes
 constexpr int kRows = int(kRowGroup);
 
 template <typename From>
@@ -18,19 +18,27 @@ static void load_row(float* to, const From* from, int64_t n) {
 }
 
 // sums[r][j] += over i < n of left[r][i] * right[i][j]; kRows rows of `left`, kTile columns of `right`.
-AGORA_FN void tile_product(float sums[kRows][kTile], const float* left, int64_t left_stride, const float* right,
-                           int64_t right_stride, int64_t n) {
-    Floats acc[kRows][kVectors] = {};
-    for (int64_t i = 0; i < n; i++) {
-        Floats row[kVectors];
-        for (int v = 0; v < kVectors; v++) row[v] = load_floats(right + i * right_stride + v * kWidth);
-        for (int r = 0; r < kRows; r++)
-            for (int v = 0; v < kVectors; v++) acc[r][v] = multiply_add(left[r * left_stride + i], row[v], acc[r][v]);
-    }
-    for (int r = 0; r < kRows; r++) {
-        for (int v = 0; v < kVectors; v++) {
-            float* to = sums[r] + v * kWidth;
-            store_floats(to, load_floats(to) + acc[r][v]);
+// Summed in runs of kRun products and then over the runs: one long chain would lose two to four times the
+// precision of a library's product.
+constexpr int64_t kRun = 64;
+
+AGORA_FN void tile_product(float sums[kRows][kTile], const float* left, int64_t left_stride,
+                           const float* right, int64_t right_stride, int64_t n) {
+    for (int64_t run = 0; run < n; run += kRun) {
+        int64_t end = run + kRun < n ? run + kRun : n;
+        Floats acc[kRows][kVectors] = {};
+        for (int64_t i = run; i < end; i++) {
+            Floats row[kVectors];
+            for (int v = 0; v < kVectors; v++) row[v] = load_floats(right + i * right_stride + v * kWidth);
+            for (int r = 0; r < kRows; r++)
+                for (int v = 0; v < kVectors; v++)
+                    acc[r][v] = multiply_add(left[r * left_stride + i], row[v], acc[r][v]);
+        }
+        for (int r = 0; r < kRows; r++) {
+            for (int v = 0; v < kVectors; v++) {
+                float* to = sums[r] + v * kWidth;
+                store_floats(to, load_floats(to) + acc[r][v]);
+            }
         }
     }
 }
@@ -53,8 +61,8 @@ static void expand_groups(const ExpandTask& t, int64_t begin, int64_t end) {
                 for (int r = 0; r < kRows; r++) memcpy(&product[r][j], sums[r], sizeof sums[r]);
             }
             for (int r = 0; r < count; r++) {
-                normal_row(table, t.seed, kTokenTableStream, uint32_t(t.ids[first + r]), uint32_t(column / 4), width,
-                           t.factor);
+                normal_row(table, t.seed, kTokenTableStream, uint32_t(t.ids[first + r]), uint32_t(column / 4),
+                           width, t.factor);
                 H* h = static_cast<H*>(t.h) + (first + r) * t.d + column;
                 for (int64_t j = 0; j < width; j++) store(&h[j], add_rounded(product[r][j], table[j]));
             }
@@ -74,9 +82,11 @@ static void project_groups(const ProjectTask& t, int64_t begin, int64_t end) {
         for (int64_t column = 0; column < t.d; column += kSpan) {
             int64_t width = t.d - column < kSpan ? t.d - column : kSpan;
             for (int r = 0; r < kRows; r++)
-                load_row(left[r], static_cast<const D*>(t.dh) + (first + (r < count ? r : 0)) * t.d + column, width);
+                load_row(left[r], static_cast<const D*>(t.dh) + (first + (r < count ? r : 0)) * t.d + column,
+                         width);
             for (int64_t tile = 0; tile < tiles; tile++)
-                tile_product(sums[tile], left[0], kSpan, t.basis + column * t.stride + tile * kTile, t.stride, width);
+                tile_product(sums[tile], left[0], kSpan, t.basis + column * t.stride + tile * kTile, t.stride,
+                             width);
         }
         for (int r = 0; r < count; r++)
             for (int64_t j = 0; j < t.k; j++)

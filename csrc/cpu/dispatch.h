@@ -9,6 +9,6 @@
 namespace agora {
 
 const CpuKernels& cpu();
-std::vector<std::string> instruction_sets();      // usable here, slowest first
+std::vector<std::string> instruction_sets();        // usable here, slowest first
 void use_instruction_set(const std::string& name);  // throws std::invalid_argument
 }  // namespace agora

@@ -78,10 +78,10 @@ struct FinishTask {
     float weight_sum;
 };
 
-constexpr int64_t kRowGroup = 4;       // rows that expand and project handle together
-constexpr int64_t kPad = 32;           // floats to which basis rows are padded
+constexpr int64_t kRowGroup = 4;        // rows that expand and project handle together
+constexpr int64_t kPad = 32;            // floats to which basis rows are padded
 constexpr int64_t kReduceChunk = 4096;  // elements of one verdict: fixed, so that norms are reproducible
-constexpr int64_t kFillChunk = 4096;   // elements of one unit of a flat fill
+constexpr int64_t kFillChunk = 4096;    // elements of one unit of a flat fill
 
 struct CpuKernels {
     const char* name;

@@ -21,8 +21,8 @@
 namespace agora {
 
 const CpuKernels AGORA_JOIN(AGORA_TARGET, _kernels) = {
-    AGORA_TEXT(AGORA_TARGET), AGORA_TARGET::fill,  AGORA_TARGET::rows,    AGORA_TARGET::expand,
-    AGORA_TARGET::project,    AGORA_TARGET::pack,  AGORA_TARGET::merge,   AGORA_TARGET::inspect,
+    AGORA_TEXT(AGORA_TARGET), AGORA_TARGET::fill,   AGORA_TARGET::rows,  AGORA_TARGET::expand,
+    AGORA_TARGET::project,    AGORA_TARGET::pack,   AGORA_TARGET::merge, AGORA_TARGET::inspect,
     AGORA_TARGET::add,        AGORA_TARGET::finish,
 };
 

@@ -5,13 +5,14 @@ namespace agora::AGORA_TARGET {
 // The groups that the lanes of a vector work on, in the order that makes pairs of words come out sorted.
 AGORA_FN Words lane_groups() {
     Words groups;
-    for (int lane = 0; lane < kWords; lane++) groups[lane] = uint64_t(lane % 2 ? kWords / 2 + lane / 2 : lane / 2);
+    for (int lane = 0; lane < kWords; lane++)
+        groups[lane] = uint64_t(lane % 2 ? kWords / 2 + lane / 2 : lane / 2);
     return groups;
 }
 
 // `columns` values of one table row, beginning at a group.
-static void normal_row(float* out, uint64_t seed, uint64_t stream, uint32_t row, uint32_t group, int64_t columns,
-                       float factor) {
+static void normal_row(float* out, uint64_t seed, uint64_t stream, uint32_t row, uint32_t group,
+                       int64_t columns, float factor) {
     int64_t done = 0;
     const Words lanes = lane_groups(), rows = Words{} + uint64_t(row);
     for (; done + 4 * kWords <= columns; done += 4 * kWords, group += uint32_t(kWords)) {

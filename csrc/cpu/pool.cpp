@@ -86,7 +86,8 @@ class Pool {
 
 }  // namespace
 
-void parallel_for(int threads, int64_t units, int64_t grain, const std::function<void(int64_t, int64_t)>& work) {
+void parallel_for(int threads, int64_t units, int64_t grain,
+                  const std::function<void(int64_t, int64_t)>& work) {
     if (units <= 0) return;
     if (threads <= 1 || units <= grain) return work(0, units);
     // Leaked on purpose: its threads may be waiting in it when the process exits.

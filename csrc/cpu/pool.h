@@ -14,6 +14,7 @@ namespace agora {
 
 constexpr int kMaxThreads = 64;
 
-void parallel_for(int threads, int64_t units, int64_t grain, const std::function<void(int64_t, int64_t)>& work);
+void parallel_for(int threads, int64_t units, int64_t grain,
+                  const std::function<void(int64_t, int64_t)>& work);
 
 }  // namespace agora

@@ -10,7 +10,8 @@ constexpr int kThreads = 256;
 constexpr int64_t kChunk = 4096;  // elements of one verdict, as on the CPU
 static_assert(kThreads == kBlock, "a thread moves one float of a block");
 
-__global__ void pack_kernel(const float* flat, float* packed, Permutation permutation, int64_t first, int64_t count) {
+__global__ void pack_kernel(const float* flat, float* packed, Permutation permutation, int64_t first,
+                            int64_t count) {
     __shared__ uint64_t block;
     for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
         if (threadIdx.x == 0) block = permute(permutation, uint64_t(first + i));
@@ -20,8 +21,8 @@ __global__ void pack_kernel(const float* flat, float* packed, Permutation permut
     }
 }
 
-__global__ void merge_kernel(float* flat, const float* snapshot, const float* average, Permutation permutation,
-                             int64_t first, int64_t start, int64_t stop, int mode) {
+__global__ void merge_kernel(float* flat, const float* snapshot, const float* average,
+                             Permutation permutation, int64_t first, int64_t start, int64_t stop, int mode) {
     __shared__ uint64_t block;
     int64_t last = (stop + kBlock - 1) / kBlock;
     for (int64_t i = start / kBlock + blockIdx.x; i < last; i += gridDim.x) {
@@ -75,14 +76,15 @@ unsigned at_most_65535(int64_t n) { return unsigned(n < 65535 ? n : 65535); }
 
 }  // namespace
 
-int pack(const float* flat, float* packed, int64_t blocks, int64_t first, int64_t count, uint64_t key, void* stream) {
+int pack(const float* flat, float* packed, int64_t blocks, int64_t first, int64_t count, uint64_t key,
+         void* stream) {
     pack_kernel<<<at_most_65535(count), kThreads, 0, cudaStream_t(stream)>>>(
         flat, packed, make_permutation(uint64_t(blocks), key), first, count);
     return int(cudaGetLastError());
 }
 
-int merge(float* flat, const float* snapshot, const float* average, int64_t blocks, int64_t first, uint64_t key,
-          int64_t start, int64_t stop, int mode, void* stream) {
+int merge(float* flat, const float* snapshot, const float* average, int64_t blocks, int64_t first,
+          uint64_t key, int64_t start, int64_t stop, int mode, void* stream) {
     int64_t touched = (stop + kBlock - 1) / kBlock - start / kBlock;
     merge_kernel<<<at_most_65535(touched), kThreads, 0, cudaStream_t(stream)>>>(
         flat, snapshot, average, make_permutation(uint64_t(blocks), key), first, start, stop, mode);
@@ -92,18 +94,22 @@ int merge(float* flat, const float* snapshot, const float* average, int64_t bloc
 int inspect(const void* part, int part_dtype, int64_t n, float weight, Verdict* verdicts, void* stream) {
     unsigned grid = grid_of(n, kChunk);
     if (part_dtype == kFloat32)
-        inspect_kernel<<<grid, kThreads, 0, cudaStream_t(stream)>>>(static_cast<const float*>(part), n, weight, verdicts);
+        inspect_kernel<<<grid, kThreads, 0, cudaStream_t(stream)>>>(static_cast<const float*>(part), n,
+                                                                    weight, verdicts);
     else
-        inspect_kernel<<<grid, kThreads, 0, cudaStream_t(stream)>>>(static_cast<const Bf16*>(part), n, weight, verdicts);
+        inspect_kernel<<<grid, kThreads, 0, cudaStream_t(stream)>>>(static_cast<const Bf16*>(part), n, weight,
+                                                                    verdicts);
     return int(cudaGetLastError());
 }
 
 int add(float* sum, const void* part, int part_dtype, int64_t n, float weight, void* stream) {
     unsigned grid = grid_of(n, kThreads);
     if (part_dtype == kFloat32)
-        add_kernel<<<grid, kThreads, 0, cudaStream_t(stream)>>>(sum, static_cast<const float*>(part), n, weight);
+        add_kernel<<<grid, kThreads, 0, cudaStream_t(stream)>>>(sum, static_cast<const float*>(part), n,
+                                                                weight);
     else
-        add_kernel<<<grid, kThreads, 0, cudaStream_t(stream)>>>(sum, static_cast<const Bf16*>(part), n, weight);
+        add_kernel<<<grid, kThreads, 0, cudaStream_t(stream)>>>(sum, static_cast<const Bf16*>(part), n,
+                                                                weight);
     return int(cudaGetLastError());
 }
 

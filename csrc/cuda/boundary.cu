@@ -17,8 +17,8 @@ constexpr int kDepth = 16;  // of the shared tiles
 // (expand: U is d x k and n runs over d), else basis[p][n] (project).
 template <typename Left, typename Basis, typename Out, bool kTransposed>
 __global__ void __launch_bounds__(kSide* kSide)
-    product_kernel(const Left* left, const Basis* basis, const int64_t* ids, Out* out, int64_t m, int64_t n, int64_t p,
-                   uint64_t seed, float factor) {
+    product_kernel(const Left* left, const Basis* basis, const int64_t* ids, Out* out, int64_t m, int64_t n,
+                   int64_t p, uint64_t seed, float factor) {
     __shared__ float a[kDepth][kTile + 1];
     __shared__ float b[kDepth][kTile + 1];
     int64_t row0 = int64_t(blockIdx.x) * kTile, column0 = int64_t(blockIdx.y) * kTile;
@@ -37,11 +37,15 @@ __global__ void __launch_bounds__(kSide* kSide)
             b[q][c] = inside ? load(basis[at]) : 0.0f;
         }
         __syncthreads();
+        // Summed in runs of kDepth, then over the runs: a chain over all of d would lose precision.
+        float run[kEach][kEach] = {};
 #pragma unroll
         for (int q = 0; q < kDepth; q++)
             for (int i = 0; i < kEach; i++)
                 for (int j = 0; j < kEach; j++)
-                    sums[i][j] = fmaf(a[q][ty * kEach + i], b[q][tx * kEach + j], sums[i][j]);
+                    run[i][j] = fmaf(a[q][ty * kEach + i], b[q][tx * kEach + j], run[i][j]);
+        for (int i = 0; i < kEach; i++)
+            for (int j = 0; j < kEach; j++) sums[i][j] += run[i][j];
         __syncthreads();
     }
     int64_t column = column0 + tx * kEach;
@@ -59,21 +63,22 @@ __global__ void __launch_bounds__(kSide* kSide)
 static_assert(kEach == 4, "a thread's columns are one group of the generator");
 
 template <typename Left, typename Basis, typename Out, bool kTransposed>
-int launch(const void* left, const void* basis, const int64_t* ids, void* out, int64_t m, int64_t n, int64_t p,
-           uint64_t seed, float factor, void* stream) {
+int launch(const void* left, const void* basis, const int64_t* ids, void* out, int64_t m, int64_t n,
+           int64_t p, uint64_t seed, float factor, void* stream) {
     dim3 grid(unsigned((m + kTile - 1) / kTile), unsigned((n + kTile - 1) / kTile));
     product_kernel<Left, Basis, Out, kTransposed><<<grid, kSide * kSide, 0, cudaStream_t(stream)>>>(
-        static_cast<const Left*>(left), static_cast<const Basis*>(basis), ids, static_cast<Out*>(out), m, n, p, seed,
-        factor);
+        static_cast<const Left*>(left), static_cast<const Basis*>(basis), ids, static_cast<Out*>(out), m, n,
+        p, seed, factor);
     return int(cudaGetLastError());
 }
 
 // One instance for each combination of dtypes.
 template <bool kTransposed>
-int choose(const void* left, int left_dtype, const void* basis, int basis_dtype, const int64_t* ids, void* out,
-           int out_dtype, int64_t m, int64_t n, int64_t p, uint64_t seed, float factor, void* stream) {
-    using Launch = int (*)(const void*, const void*, const int64_t*, void*, int64_t, int64_t, int64_t, uint64_t, float,
-                           void*);
+int choose(const void* left, int left_dtype, const void* basis, int basis_dtype, const int64_t* ids,
+           void* out, int out_dtype, int64_t m, int64_t n, int64_t p, uint64_t seed, float factor,
+           void* stream) {
+    using Launch = int (*)(const void*, const void*, const int64_t*, void*, int64_t, int64_t, int64_t,
+                           uint64_t, float, void*);
     static const Launch table[2][2][2] = {
         {{launch<float, float, float, kTransposed>, launch<float, float, Bf16, kTransposed>},
          {launch<float, Bf16, float, kTransposed>, launch<float, Bf16, Bf16, kTransposed>}},
@@ -84,13 +89,13 @@ int choose(const void* left, int left_dtype, const void* basis, int basis_dtype,
 
 }  // namespace
 
-int expand(const void* c, int c_dtype, const void* basis, int basis_dtype, const int64_t* ids, void* h, int h_dtype,
-           int64_t rows, int64_t d, int64_t k, uint64_t seed, float factor, void* stream) {
+int expand(const void* c, int c_dtype, const void* basis, int basis_dtype, const int64_t* ids, void* h,
+           int h_dtype, int64_t rows, int64_t d, int64_t k, uint64_t seed, float factor, void* stream) {
     return choose<true>(c, c_dtype, basis, basis_dtype, ids, h, h_dtype, rows, d, k, seed, factor, stream);
 }
 
-int project(const void* dh, int dh_dtype, const void* basis, int basis_dtype, void* out, int out_dtype, int64_t rows,
-            int64_t d, int64_t k, void* stream) {
+int project(const void* dh, int dh_dtype, const void* basis, int basis_dtype, void* out, int out_dtype,
+            int64_t rows, int64_t d, int64_t k, void* stream) {
     return choose<false>(dh, dh_dtype, basis, basis_dtype, nullptr, out, out_dtype, rows, k, d, 0, 0, stream);
 }
 

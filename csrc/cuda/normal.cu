@@ -15,7 +15,8 @@ __global__ void fill_kernel(float* out, int64_t n, uint64_t seed, uint64_t strea
 }
 
 // Grid: x over groups of a row, y strides over rows.
-__global__ void rows_kernel(float* out, const int64_t* ids, int64_t count, int64_t d, uint64_t seed, float factor) {
+__global__ void rows_kernel(float* out, const int64_t* ids, int64_t count, int64_t d, uint64_t seed,
+                            float factor) {
     int64_t group = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (group * 4 >= d) return;
     for (int64_t row = blockIdx.y; row < count; row += gridDim.y) {
@@ -33,7 +34,8 @@ int fill(float* out, int64_t n, uint64_t seed, uint64_t stream_number, float fac
     return int(cudaGetLastError());
 }
 
-int rows(float* out, const int64_t* ids, int64_t count, int64_t d, uint64_t seed, float factor, void* stream) {
+int rows(float* out, const int64_t* ids, int64_t count, int64_t d, uint64_t seed, float factor,
+         void* stream) {
     int64_t groups = (d + 3) / 4;
     dim3 grid(unsigned((groups + kThreads - 1) / kThreads), unsigned(count < 65535 ? count : 65535));
     rows_kernel<<<grid, kThreads, 0, cudaStream_t(stream)>>>(out, ids, count, d, seed, factor);

@@ -25,7 +25,9 @@ AGORA_FN Word sum_of_bytes(Word word) {
 
 constexpr int kCentre = 510;
 
-AGORA_FN float centred(uint32_t sum, float factor) { return mul_rounded(float(int32_t(sum) - kCentre), factor); }
+AGORA_FN float centred(uint32_t sum, float factor) {
+    return mul_rounded(float(int32_t(sum) - kCentre), factor);
+}
 
 template <typename Word>
 AGORA_FN Words4<Word> group_sums(uint64_t seed, uint64_t stream, Word row, Word group) {

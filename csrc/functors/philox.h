@@ -37,8 +37,8 @@ AGORA_FN Words4<Word> philox(Words4<Word> x, uint64_t key) {
     for (int round = 0; round < 10; round++) {
         auto p0 = Wide<Word>::product(0xD2511F53u, x.a);
         auto p1 = Wide<Word>::product(0xCD9E8D57u, x.c);
-        x = Words4<Word>{Wide<Word>::high(p1) ^ x.b ^ k0, Wide<Word>::low(p1), Wide<Word>::high(p0) ^ x.d ^ k1,
-                         Wide<Word>::low(p0)};
+        x = Words4<Word>{Wide<Word>::high(p1) ^ x.b ^ k0, Wide<Word>::low(p1),
+                         Wide<Word>::high(p0) ^ x.d ^ k1, Wide<Word>::low(p0)};
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
