@@ -52,10 +52,14 @@ def main(
 
 def _live(settings: Config) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    # Importing torch takes seconds; being asked to stop in that time is a clean end as well.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: sys.exit(ExitCode.CLEAN))
     role = importlib.import_module(f"agorad.roles.{settings.node.role}")
 
     async def live() -> None:
-        await run_node(settings, role.run, started_at=start_time())
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            await run_node(settings, role.run, started_at=start_time(), signals=signals)
 
     trio.run(live)
 

@@ -20,7 +20,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -151,8 +151,10 @@ class Node:
 Role = Callable[[Node], Awaitable[None]]
 
 
-async def run_node(settings: Config, role: Role, *, started_at: float) -> None:
-    """Live as one node until the role returns or a signal says so. Raises what went wrong."""
+async def run_node(
+    settings: Config, role: Role, *, started_at: float, signals: AsyncIterator[int] | None = None
+) -> None:
+    """Live as one node until the role returns or one of ``signals`` says so. Raises what went wrong."""
     listen = _addresses(settings.node.listen, "node.listen")
     announce = _addresses(settings.node.announce, "node.announce")
     manifest = run.load(settings.node.run)
@@ -174,7 +176,7 @@ async def run_node(settings: Config, role: Role, *, started_at: float) -> None:
         )
     )
     try:
-        await _live(settings, manifest, identity, bus, listen, announce, role, started_at)
+        await _live(settings, manifest, identity, bus, listen, announce, role, started_at, signals)
     except BaseException as error:
         code, why = verdict(error)
         bus.emit(Stopped(code=code, why=why or repr(error)[:200]))
@@ -196,6 +198,7 @@ async def _live(
     announce: list[Multiaddr],
     role: Role,
     started_at: float,
+    signals: AsyncIterator[int] | None,
 ) -> None:
     rng = random.Random()
     host = Host(identity, emit=bus.emit, rng=rng)
@@ -218,7 +221,8 @@ async def _live(
                 )
                 host.membership = Membership(manifest.trust(), lambda: _presented(node), node.clock)
                 host.announce = announce
-                services.start_soon(_obey_signals, node)
+                if signals is not None:
+                    services.start_soon(_obey, signals, node)
                 services.start_soon(node.notifier.watchdog)
                 services.start_soon(_report_traffic, node)
                 node.commands.update(_commands(node))
@@ -260,15 +264,14 @@ async def _report_traffic(node: Node) -> None:
         node.report_traffic()
 
 
-async def _obey_signals(node: Node) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        async for number in signals:
-            if number == signal.SIGHUP:
-                _reload(node)
-            elif node.stopping.is_set():
-                os._exit(128 + number)
-            else:
-                node.stop(f"asked to ({signal.Signals(number).name})")
+async def _obey(signals: AsyncIterator[int], node: Node) -> None:
+    async for number in signals:
+        if number == signal.SIGHUP:
+            _reload(node)
+        elif node.stopping.is_set():
+            os._exit(128 + number)
+        else:
+            node.stop(f"asked to ({signal.Signals(number).name})")
 
 
 def _reload(node: Node) -> None:

@@ -194,6 +194,32 @@ def test_bad_input_is_one_sentence_and_code_2(place: Path, damage: object, words
     assert words in sentence
 
 
+def test_being_stopped_while_it_loads_is_clean(place: Path) -> None:
+    """The worker's imports take seconds; here a role whose import lasts until the signal comes."""
+    slow = place / "slow.py"
+    slow.write_text(
+        "import sys, signal, agorad.roles\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'agorad.roles.seed':\n"
+        "            print('importing', flush=True)\n"
+        "            signal.pause()\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from agorad.main import main\nmain()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(slow), "--config", str(place / "seed" / "agorad.toml")], stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_a_second_sigterm_ends_it_at_once(place: Path) -> None:
     """A role that does not return is not waited for twice."""
     stuck = place / "stuck.py"
