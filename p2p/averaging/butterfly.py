@@ -294,7 +294,11 @@ class Exchange:
             raise LocalError("the reducer returned another length than it was given")
         self._hold(part, mean, contributors, None)
         self._unacked.add(part)
-        self._hand(part, self.roster.deputy(self.me))
+        deputy = self.roster.deputy(self.me)
+        if deputy in self._lost:
+            self._spread(part)
+        else:
+            self._hand(part, deputy)
 
     def _spread(self, part: int) -> None:
         if part in self._unacked:

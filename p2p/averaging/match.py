@@ -19,7 +19,7 @@ from p2p.averaging.outcome import RoundFailed
 from p2p.averaging.roster import Candidate, Roster, Sign
 from p2p.averaging.session import PROTOCOL
 from p2p.averaging.table import Table, announce_in, candidates_in
-from p2p.errors import Refused, RemoteError
+from p2p.errors import P2PError
 from p2p.identity import verify
 from p2p.multiaddr import Multiaddr
 
@@ -144,7 +144,7 @@ class Match:
                     check_mate(call, self._host, self._mine.key.stage)
                     await call.send(self._mine.header() | {"seconds": self._seconds_left()})
                     await carry(call, outbox, heard)
-            except (RemoteError, Refused):
+            except P2PError:
                 pass  # unreachable or not willing: the machine turns to the next one
         if self._leaders.get(peer, (None,))[0] is outbox:
             self._maker.leader_lost(peer, self._clock())
@@ -158,7 +158,7 @@ class Match:
                 async with await self._host.call(peer, PROTOCOL, deadline=wait) as call:
                     await call.send({"t": "where", "number": self._mine.key.number})
                     open_ = (await call.receive()).header.get("open") is True
-        except (RemoteError, Refused):
+        except P2PError:
             pass  # it cannot come either way
         if not open_:
             self._maker.passed(peer)

@@ -20,7 +20,7 @@ from p2p.averaging.butterfly import Exchange
 from p2p.averaging.line import Outbox, carry, check_mate
 from p2p.averaging.outcome import Outcome, RoundFailed
 from p2p.averaging.verdict import DIGEST
-from p2p.errors import Refused, RemoteError
+from p2p.errors import P2PError, Refused, RemoteError
 from p2p.multiaddr import Multiaddr
 from p2p.rpc import Call
 
@@ -100,7 +100,7 @@ class Session:
                 check_mate(call, self._host, roster.key.stage)
                 await call.send({"t": "link", "group": roster.group, "number": roster.key.number})
                 await self._carry(call)
-        except (RemoteError, Refused) as error:
+        except P2PError as error:
             self._lose(peer, str(error))
 
     async def _expect(self, peer: PeerId) -> None:

@@ -86,6 +86,7 @@ class Swarm:
         self.mute: set[int] = set()
         self.cut: set[tuple[int, int]] = set()
         self.delivered = 0
+        self.now = 0.0
 
     def run(self, faults: Sequence[Fault] = ()) -> None:
         waiting = sorted(faults, key=lambda fault: fault.after)
@@ -93,7 +94,6 @@ class Swarm:
             if i not in self.dead:
                 exchange.start()
                 self._drain(i)
-        now = 0.0
         while True:
             while waiting and waiting[0].after <= self.delivered:
                 self._strike(waiting.pop(0))
@@ -111,10 +111,10 @@ class Swarm:
             ]
             if not alive:
                 return
-            now = min(self.exchanges[i].wake_at() for i in alive)
-            assert now <= SECONDS + 1e-6
+            self.now = min(self.exchanges[i].wake_at() for i in alive)
+            assert self.now <= SECONDS + 1e-6
             for i in alive:
-                self.exchanges[i].tick(now)
+                self.exchanges[i].tick(self.now)
                 self._drain(i)
 
     def _deliver(self, pair: tuple[int, int]) -> None:
@@ -204,7 +204,7 @@ def test_without_faults_all_hold_the_weighted_mean(weights: list[float]) -> None
         assert struct.unpack("<1500f", outcome.vector) == pytest.approx(mean(swarm), rel=1e-6, abs=1e-7)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.integers(3, 6), st.integers(0, 5), st.integers(0, 200), st.integers(0, 1 << 30))
 @example(3, 0, 0, 0)
 def test_one_member_dies_at_any_moment_and_all_others_finish_alike(
@@ -214,6 +214,7 @@ def test_one_member_dies_at_any_moment_and_all_others_finish_alike(
     swarm.run([Fault("kill", (victim % n, 0), after)])
     swarm.check()
     assert len(swarm.finished) == n - 1, [exchange.failed for exchange in swarm.exchanges]
+    assert swarm.now == 0.0  # every loss is settled by the loss itself, nobody waits for a timer
     outcome = swarm.exchanges[swarm.finished[0]].outcome
     assert outcome is not None
     assert outcome.fraction >= 1 - 1 / n - 0.2  # the victim's share at most, by whole parts
@@ -230,7 +231,7 @@ FAULTS = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(2, 6), FAULTS, st.integers(0, 1 << 30), st.sampled_from([0.0, 1.0]))
 def test_whatever_happens_those_who_finish_agree(
     n: int, faults: list[Fault], seed: int, first: float
