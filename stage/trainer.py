@@ -131,6 +131,7 @@ class Trainer:
         self._in_flight = 0
         self._changed = trio.Event()
         self._evaluations = 0
+        self._evaluated_at = -1
         self._evaluating = False
         self._evaluated = 0
         """Evaluations due so far, by the clock."""
@@ -161,7 +162,7 @@ class Trainer:
                     if self._evaluate and self._journal.samples == 0:
                         work.start_soon(self._evaluation, 0)
                     await self._issue(work)
-                if self._evaluate and not self._stopping.is_set():
+                if self._evaluate and self._evaluated_at < self._clock.step:
                     await self._evaluation(self._clock.step)
                 nursery.cancel_scope.cancel()
         finally:
@@ -249,6 +250,7 @@ class Trainer:
     async def _evaluation(self, step: int) -> None:
         """Held-out rows, each on two paths (two tickets; the router interleaves replicas)."""
         self._evaluating = True
+        self._evaluated_at = step
         losses: list[float] = []
 
         async def one(row: Row) -> None:
