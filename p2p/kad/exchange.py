@@ -28,7 +28,7 @@ from p2p.kad.events import ClockSkewed, RecordRefused
 from p2p.kad.ids import key_id
 from p2p.kad.messages import PROTOCOL, Answer, FindNode, FindValue, Question, StoreRecords
 from p2p.kad.record import SAME_CLOCK_S, Record, Verifier, received, relayed
-from p2p.kad.store import Store
+from p2p.kad.store import MAX_SUBKEYS, Store
 from p2p.kad.table import MAX_ADDRS, Contact, Table
 from p2p.multiaddr import Multiaddr
 
@@ -99,6 +99,8 @@ class Exchange:
             last = found[-1].subkey if found else None
             if not answer.more or last is None or (after is not None and last <= after):
                 break  # an honest node's pages go forward
+            if len(found) > MAX_SUBKEYS:
+                raise RemoteError(f"more than {MAX_SUBKEYS} records of one key")
             after = last
         return nodes, found
 

@@ -104,6 +104,8 @@ class Dht:
         self._emit = emit
         self._limits = limits
         self._seq = 0
+        self._alone = True
+        self._nudge = trio.Event()
         self._seeds: dict[PeerId, Contact] = {}
         self._own: OrderedDict[tuple[str, str], _Own] = OrderedDict()
         self._own_changed = trio.Event()
@@ -226,35 +228,36 @@ class Dht:
 
     async def _stay_joined(self, *, task_status: trio.TaskStatus[None]) -> None:
         retry_s = RETRY_FIRST_S
-        attempted = False
+        first = True
         while True:
-            if len(self.table) == 0:
-                began = trio.current_time()
-                await self._join()
-                if len(self.table):
-                    retry_s = RETRY_FIRST_S
-                    self.joined.set()
-                    self._emit(DhtJoined(peers=len(self.table), seconds=trio.current_time() - began))
-                    self._send_all_again()
-            if not attempted:
-                attempted = True
+            self._nudge = trio.Event()
+            self._alone = self._alone or len(self.table) == 0
+            if self._alone and await self._join():
+                self._alone = False
+                retry_s = RETRY_FIRST_S
+            if first:
+                first = False
                 task_status.started()
-            if len(self.table):
-                await trio.sleep(REFRESH_S * self._rng.uniform(0.75, 1.25))
-                await self._refresh()
+            if not self._alone:
+                await self._nudged_within(REFRESH_S * self._rng.uniform(0.75, 1.25))
+                if len(self.table):
+                    await self._refresh()
             elif self._seeds or self.table.lost:
                 wait_s = retry_s * self._rng.uniform(0.5, 1.5)
                 self._emit(DhtIsolated(retry_in=wait_s))
-                await trio.sleep(wait_s)
+                await self._nudged_within(wait_s)
                 retry_s = min(RETRY_MOST_S, 2 * retry_s)
             else:
-                await trio.sleep(RETRY_FIRST_S)  # the first node: others come to us
+                await self._nudge.wait()  # the first node: others come to us
 
-    async def _join(self) -> None:
-        candidates = {contact.peer: contact for contact in [*self.table.lost, *self._seeds.values()]}
-        if not candidates:
-            return
-        lookup = self._lookup(self.table.own_id, need=self._limits.k, start=candidates.values())
+    async def _nudged_within(self, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await self._nudge.wait()
+
+    async def _join(self) -> bool:
+        """One attempt to be part of the table, by everybody that might still be there."""
+        began = trio.current_time()
+        lookup = self._lookup(self.table.own_id, need=self._limits.k, start=self._candidates())
 
         async def ask(contact: Contact) -> Sequence[Contact]:
             # The first call of a life dials, and seeds are few: give them more time than a hop.
@@ -262,6 +265,17 @@ class Dht:
             return await self._exchange.find_node(contact, self.table.own_id, hop_s=hop_s)
 
         await self._drive(lookup, ask)
+        if len(self.table) == 0:
+            return False
+        self.joined.set()
+        self._emit(DhtJoined(peers=len(self.table), seconds=trio.current_time() - began))
+        self._send_all_again()
+        return True
+
+    def _candidates(self) -> list[Contact]:
+        """Whom to ask when nobody is sure to be there."""
+        known = [*self.table, *self.table.lost, *self._seeds.values()]
+        return list({contact.peer: contact for contact in known}.values())
 
     async def _refresh(self) -> None:
         now = trio.current_time()
@@ -365,6 +379,8 @@ class Dht:
 
     def _newcomer(self, contact: Contact) -> None:
         """Routes that a contact new to the table would be part of are to be found again."""
+        if self._alone:
+            self._nudge.set()
         self._everybody = None
         for key, (_, route) in list(self._routes.items()):
             target = key_id(key)
@@ -375,7 +391,11 @@ class Dht:
 
     def _lookup(self, target: int, *, need: int, start: Iterable[Contact] | None = None) -> Lookup:
         if start is None:
-            start = self.table.nearest(target, self._limits.k) or self._seeds.values()
+            start = self.table.nearest(target, self._limits.k)
+            if not start:
+                start = self._candidates()
+                if not self._alone:
+                    self._nudge.set()  # everybody was lost at once: join again now, not at the next refresh
         return Lookup(
             target,
             start,

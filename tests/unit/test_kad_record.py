@@ -123,15 +123,16 @@ def test_an_empty_subkey_belongs_to_whom_the_key_names() -> None:
 
 
 def test_local_misuse_is_a_sentence() -> None:
-    for arguments, match in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"ttl": 0}, "lives"),
         ({"ttl": MAX_TTL_S + 1}, "lives"),
         ({"value": b"x" * VALUE_LIMIT}, "limit"),
         ({"value": object()}, "msgpack"),
         ({"key": ""}, "characters"),
-    ]:
+    ]
+    for arguments, match in cases:
         with pytest.raises(LocalError, match=match):
-            made(**{"value": 1, **arguments})
+            made(**arguments)
 
 
 def test_the_cache_is_bounded() -> None:

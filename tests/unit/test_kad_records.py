@@ -29,7 +29,12 @@ STAGE = StageRecord(
 )
 CLOCK = ClockRecord(samples=3, at=1.5, signature=bytes(64))
 CANDIDATE = CandidateRecord(addrs=(), bandwidth=1e6, weight=0.0, certificate=b"")
-ALL = [STAGE, attrs.evolve(STAGE, disagreement=None, snapshot_step=None), CLOCK, CANDIDATE]
+ALL: list[StageRecord | ClockRecord | CandidateRecord] = [
+    STAGE,
+    attrs.evolve(STAGE, disagreement=None, snapshot_step=None),
+    CLOCK,
+    CANDIDATE,
+]
 
 
 def through(value: Any, who: Identity = ALICE) -> Record:
@@ -42,7 +47,19 @@ def test_records_come_back(record: StageRecord | ClockRecord | CandidateRecord) 
     assert type(record).from_value({**record.to_value(), "later": 1}) == record
 
 
-NONSENSE = [None, True, -1, 1 << 60, float("nan"), float("inf"), "x" * 3000, b"x" * 3000, [1], ["a"] * 9, {}]
+NONSENSE: list[Any] = [
+    None,
+    True,
+    -1,
+    1 << 60,
+    float("nan"),
+    float("inf"),
+    "x" * 3000,
+    b"x" * 3000,
+    [1],
+    ["a"] * 9,
+    {},
+]
 FINE = {("disagreement", None), ("snapshot_step", None), ("at", -1)}
 
 
@@ -80,6 +97,9 @@ def test_anything_is_read_or_refused(value: Any) -> None:
 
 def test_one_hostile_writer_hides_nobody() -> None:
     events: list[Event] = []
-    found = {ALICE.peer_id: through(STAGE.to_value()), BOB.peer_id: through({"addrs": 1}, BOB)}
+    found: dict[str, Record] = {
+        ALICE.peer_id: through(STAGE.to_value()),
+        BOB.peer_id: through({"addrs": 1}, BOB),
+    }
     assert read_all(StageRecord, found, emit=events.append) == {ALICE.peer_id: STAGE}
     assert events == [RecordUnreadable(key=KEY, owner=BOB.peer_id)]
