@@ -9,6 +9,8 @@ from p2p.errors import LocalError, RemoteError
 from stage import boundary
 from stage.config import WireDtype
 
+torch.set_num_threads(1)  # OpenMP spins while it waits, and other tests need the cores
+
 DTYPES: tuple[WireDtype, ...] = ("fp32", "bf16", "int8")
 
 

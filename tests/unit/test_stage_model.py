@@ -15,6 +15,8 @@ from stage.config import ModelConfig
 from stage.model import Stage, TailLoss, basis, document_index, parameter_specs
 from stage.weights import Version, Weights
 
+torch.set_num_threads(1)  # OpenMP spins while it waits, and other tests need the cores
+
 SEED = 11
 CONFIG = ModelConfig(d=32, k=8, heads=4, kv_heads=2, head_dim=8, ffn=48, seq=24, layers=(3,), vocab=64)
 CUT = attrs.evolve(CONFIG, layers=(1, 1, 1))

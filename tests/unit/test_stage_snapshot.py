@@ -16,6 +16,8 @@ from stage.snapshot import SnapshotStore
 from stage.state import CHUNK, Assembly, SnapshotManifest, open_manifest
 from stage.weights import ParameterSpec, Weights
 
+torch.set_num_threads(1)  # OpenMP spins while it waits, and other tests need the cores
+
 FLOATS = 300_032
 """So that a chunk crosses the end of a vector and the last one is short."""
 

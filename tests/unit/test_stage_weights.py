@@ -18,6 +18,8 @@ from stage.optimizer import Optimizer
 from stage.schedule import learning_rate
 from stage.weights import BLOCK, Layout, ParameterSpec, Version, Weights
 
+torch.set_num_threads(1)  # OpenMP spins while it waits, and other tests need the cores
+
 MODEL = ModelConfig(d=16, k=4, heads=2, kv_heads=1, head_dim=8, ffn=24, seq=12, layers=(1,), vocab=32)
 TRAINING = TrainingConfig(seed=3, lr=1e-2, warmup_steps=2, total_steps=10, min_lr_ratio=0.1)
 
