@@ -215,6 +215,7 @@ class Host:
                     continue
                 with trio.move_on_after(self.limits.hello_s):
                     await connection.greeted.wait()
+                connection.greeted.set()  # a dialer that says no hello is waited for once
                 if hello.needed(connection, self.membership):
                     await self._greet(connection)
                 if connection.usable:
@@ -337,6 +338,8 @@ class Host:
             counters=self.counters,
             addr=addr,
         )
+        if self.membership is None:
+            connection.greeted.set()  # no run, nothing to say or to wait for
         self._settle(connection)
         return connection
 

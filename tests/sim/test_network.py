@@ -8,6 +8,7 @@ import trio.testing
 
 from p2p.errors import DialError, PeerGone
 from p2p.event import Event
+from p2p.host import Host
 from p2p.multiaddr import Multiaddr
 from p2p.rpc import Call
 from p2p.sim import Link, SimNetwork, SimStream, run
@@ -47,16 +48,21 @@ def exchange(seed: int) -> tuple[list[str], float]:
         hosts = [network.host(f"10.0.0.{number}", emit=emit) for number in (1, 2, 3)]
         for host in hosts:
             host.handle("/agora/echo/1", echo)
-        async with hosts[0].run(LISTEN), hosts[1].run(LISTEN), hosts[2].run(LISTEN):
-            async with trio.open_nursery() as nursery:
-                for caller in hosts:
-                    for callee in hosts:
-                        if caller is not callee:
-                            caller.learn(callee.peer_id, callee.addrs)
-                            nursery.start_soon(ask, caller, callee)
+        one, two, three = hosts
+        async with (
+            one.run(LISTEN),
+            two.run(LISTEN),
+            three.run(LISTEN),
+            trio.open_nursery() as nursery,
+        ):
+            for caller in hosts:
+                for callee in hosts:
+                    if caller is not callee:
+                        caller.learn(callee.peer_id, callee.addrs)
+                        nursery.start_soon(ask, caller, callee)
         return trio.current_time()
 
-    async def ask(caller, callee) -> None:  # type: ignore[no-untyped-def]
+    async def ask(caller: Host, callee: Host) -> None:
         async with await caller.call(callee.peer_id, "/agora/echo/1", deadline=10) as call:
             await call.send({"t": "hi"}, bytes(300_000))
             assert len((await call.receive(max_payload=300_000)).payload) == 300_000
@@ -85,12 +91,11 @@ def test_crashed_machine_is_noticed_by_silence_and_partition_heals() -> None:
                     await connection.ping(10)
             assert 3.0 <= trio.current_time() - began < 3.5
             network.crash("10.0.0.2")
-            with pytest.raises(PeerGone):
-                async with await one.call(two.peer_id, "/agora/echo/1", deadline=1) as call:
-                    async with connection.watched():
-                        began = trio.current_time()
-                        await call.send({})
-                        await call.receive()
+            began = trio.current_time()
+            async with await one.call(two.peer_id, "/agora/echo/1", deadline=1) as call, connection.watched():
+                await call.send({})
+                with pytest.raises(PeerGone):
+                    await call.receive()
             assert trio.current_time() - began < 3.0
             with pytest.raises(DialError):
                 await one.connect(two.peer_id, addrs=addr("10.0.0.2"), deadline=2)
