@@ -476,3 +476,39 @@ def test_a_seed_replays() -> None:
 
     assert simulate(30, scenario) == simulate(30, scenario)
     assert simulate(30, scenario) != simulate(31, scenario)
+
+
+def test_the_first_node_hears_of_others_when_they_come() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        swarm.add()
+        await swarm.start(0)
+        assert await put(swarm.nodes[0], "k", "before anybody") == 1
+        await trio.sleep(1000.0)
+        await put(swarm.nodes[0], "k", "before anybody", ttl=30.0)
+        swarm.add()
+        await swarm.start(1)
+        await trio.sleep(1.0)
+        assert [type(event) for event in swarm.events[0]] == [DhtJoined]
+        assert len(swarm.nodes[1].records) == 1  # it was sent as soon as there was somebody
+
+    simulate(14, scenario)
+
+
+def test_who_lost_everybody_at_once_is_back_with_the_first_question() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.grow(4)
+        swarm.kill(0)
+        await put(swarm.nodes[2], "k", 1, ttl=600.0)
+        await trio.sleep(100.0)
+        swarm.net.silent = False
+        swarm.hosts[1].alive = False
+        with pytest.raises(PeerGone):
+            await swarm.nodes[1].get("k", deadline=2.0)
+        assert len(swarm.nodes[1].table) == 0
+        swarm.hosts[1].alive = True
+        assert len(await swarm.nodes[1].get("k", deadline=2.0)) == 1
+        await trio.sleep(1.0)
+        assert len(swarm.nodes[1].table) == 2
+        assert sum(isinstance(event, DhtJoined) for event in swarm.events[1]) == 2
+
+    simulate(15, scenario)
