@@ -83,7 +83,7 @@ def init(
     if folder.exists() and any(folder.iterdir()):
         raise LocalError(f"the folder {folder} is not empty; name another with --dir")
     for offset, (role, key) in enumerate(keys.items()):
-        _write_node(folder / role, role, key, port + offset)
+        _write_node(folder / role, role, key, port + offset, refs[role].addrs)
     operator.save(folder / "operator.key")
     manifests.save(manifest, folder / "run.toml")
     (folder / "authority" / "accounts.toml").touch(mode=0o600)
@@ -140,13 +140,12 @@ def account(name: str, folder: Path, as_json: bool) -> None:
     click.echo(json.dumps({"account": name, "secret": secret}) if as_json else secret)
 
 
-def _write_node(folder: Path, role: str, key: Identity, port: int) -> None:
+def _write_node(folder: Path, role: str, key: Identity, port: int, announce: tuple[str, ...]) -> None:
     import tomli_w
 
     key.save(folder / "identity.key")
-    table: dict[str, Any] = {
-        "node": {"role": role, "run": "../run.toml", "state": ".", "listen": [f"/ip4/0.0.0.0/tcp/{port}"]}
-    }
+    node = {"role": role, "run": "../run.toml", "state": ".", "announce": list(announce)}
+    table: dict[str, Any] = {"node": {**node, "listen": [f"/ip4/0.0.0.0/tcp/{port}"]}}
     if role == "authority":
         table["authority"] = {"accounts": "accounts.toml"}
     (folder / "agorad.toml").write_text(tomli_w.dumps(table))

@@ -26,7 +26,7 @@ from p2p.membership import Certificate, issue
 from p2p.rpc import Call
 from stage.config import ModelConfig, TrainingConfig
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 MODEL = ModelConfig(d=64, k=8, heads=4, kv_heads=2, head_dim=16, ffn=128, seq=32, layers=(1, 1, 1))
 PRIVATE = "/agora/test-members-only/1"
 

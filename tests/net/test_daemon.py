@@ -24,7 +24,7 @@ from agorad.run import Manifest, NodeRef, RunInfo
 from p2p.identity import Identity
 from stage.config import ModelConfig, TrainingConfig
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 ROLES = ("seed", "authority")
 
 
