@@ -41,6 +41,7 @@ from p2p.identity import Identity
 from p2p.kad import Dht
 from p2p.membership import Certificate, Membership
 from p2p.multiaddr import Multiaddr
+from p2p.transport import TcpTransport
 from stage.events import Traffic
 from stage.traffic import BoundaryCount
 
@@ -159,7 +160,8 @@ async def run_node(
     announce = _addresses(settings.node.announce, "node.announce")
     manifest = run.load(settings.node.run)
     if settings.identity.exists():
-        Identity.load(settings.identity)  # a damaged key is known before anything is made
+        Identity.load(settings.identity)  # what is wrong is known before anything is made
+    await _check_free(listen)
     state_dirs.prepare(settings.node.state)
     locks = [state_dirs.claim(settings.node.state)]
     identity = Identity.load_or_create(settings.identity)
@@ -187,6 +189,13 @@ async def run_node(
         bus.close()
         for lock in locks:
             os.close(lock)
+
+
+async def _check_free(listen: list[Multiaddr]) -> None:
+    """``LocalError`` for an address that cannot be bound, found before a state folder is made for it."""
+    for addr in listen:
+        listener = await TcpTransport().listen(addr)
+        await listener.aclose()
 
 
 async def _live(

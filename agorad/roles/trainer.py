@@ -12,6 +12,7 @@ import trio
 
 from agorad.clockwatch import watch_clock
 from agorad.node import Node
+from p2p.errors import LocalError
 from p2p.records import ClockRecord, clock_key
 from stage.clock import StepClock
 from stage.data import ByteSource
@@ -32,6 +33,11 @@ async def run(node: Node) -> None:
     """Train until the goal, the time, or a stop."""
     manifest, settings = node.manifest, node.config.trainer
     trainers = [ref.peer_id for ref in manifest.trainers]
+    if node.identity.peer_id not in trainers:
+        raise LocalError(
+            f"this node's key {node.identity.peer_id} is not among the trainers of run {manifest.run.id!r}; "
+            "its operator has to list it in the manifest"
+        )
     shard = trainers.index(node.identity.peer_id)
     source = await trio.to_thread.run_sync(
         lambda: ByteSource(settings.data, manifest.model.seq, manifest.training.seed, shards=len(trainers))
