@@ -26,7 +26,7 @@ import trio
 
 from p2p.averaging import fields
 from p2p.averaging.butterfly import Exchange
-from p2p.averaging.line import Outbox, carry, check_mate
+from p2p.averaging.line import HEARD, Outbox, carry, check_mate
 from p2p.averaging.lobby import Announcement, Lobby, RoundConfig
 from p2p.averaging.match import Match
 from p2p.averaging.outcome import Outcome, RoundFailed
@@ -253,6 +253,7 @@ class Averager:
 
     async def _serve_announce(self, call: Call, first: Mapping[str, Any]) -> None:
         theirs = Announcement.read(first, call.peer)
+        await call.send({"t": HEARD})
         number, peer = theirs.key.number, call.peer
         if (theirs.key.run, theirs.key.stage) != (self._run, self._stage):
             raise Refused("wrong_stage", f"rounds here are of run {self._run!r}, stage {self._stage}")
@@ -294,4 +295,5 @@ class Averager:
         session = self._sessions.get(group)
         if session is None:
             raise Refused("no_such_round", "this member is not in that group")
+        await call.send({"t": HEARD})
         await session.serve(call)

@@ -183,6 +183,9 @@ class Exchange:
         if self.done or member in self._lost or member == self.me:
             return
         self._lost[member] = why
+        if len(self._lost) == self._n - 1:
+            self.failed = "every other member was lost"
+            return
         self._reduce_own()
         if member == self.roster.deputy(self.me):
             for part in sorted(self._unacked):

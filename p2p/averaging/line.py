@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from p2p.host import Host
 
 QUEUE_LIMIT: Final = 16384
+HEARD: Final = "heard"
 
 Heard = Callable[[Mapping[str, Any], memoryview], None]
 
@@ -77,7 +78,9 @@ class Outbox:
 async def carry(call: Call, outbox: Outbox, heard: Heard, *, max_payload: int = 0) -> None:
     """Both directions until the outbox is closed and sent; raises what ended it earlier, RemoteError or so.
 
-    While carried, the connection is watched: two seconds of silence end it.
+    The callee has said ``HEARD`` before: the echo that negotiation still owes leaves with the first message,
+    and must not be left to a reader that would then send while the writer does. While carried, the
+    connection is watched: two seconds of silence end it.
     """
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(call.connection.watched())
@@ -90,7 +93,8 @@ async def carry(call: Call, outbox: Outbox, heard: Heard, *, max_payload: int = 
                     while True:
                         message = await call.receive(max_payload=max_payload)
                         outbox.payload_in += len(message.payload)
-                        heard(message.header, message.payload)
+                        if message.header.get("t") != HEARD:
+                            heard(message.header, message.payload)
                 except Exception as error:
                     failure = error
                     nursery.cancel_scope.cancel()

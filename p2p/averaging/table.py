@@ -28,7 +28,7 @@ async def announce_in(table: Table, host: Host, mine: Announcement, seconds: flo
     """Say that this host wants to take part, for as long as the round can last."""
     membership = host.membership
     record = CandidateRecord(
-        addrs=mine.candidate.addrs,  # type: ignore[arg-type]  # mypy cannot see through the converter
+        addrs=mine.candidate.addrs,
         bandwidth=mine.candidate.bandwidth,
         weight=mine.candidate.weight,
         certificate=(membership.own_certificate() if membership is not None else None) or b"",

@@ -25,7 +25,7 @@ from p2p.averaging import (
 )
 from p2p.errors import PeerGone, Refused
 from p2p.event import Event
-from p2p.host import Host
+from p2p.host import HandlerFailed, Host
 from p2p.identity import Identity, PeerId
 from p2p.kad.record import Record, seal
 from p2p.membership import Membership, Trust, issue
@@ -103,11 +103,14 @@ async def members(
     """``count`` hosts that run until the block ends; each dies when its scope is cancelled."""
     table = table or FakeTable()
     made: list[Member] = []
+    bugs: list[Event] = []
 
     async def live(seed: int, task_status: trio.TaskStatus[Member]) -> None:
         identity = Identity.generate(bytes([seed]) * 32)
         events: list[Event] = []
-        host = Host(identity)
+        host = Host(
+            identity, emit=lambda event: bugs.append(event) if isinstance(event, HandlerFailed) else None
+        )
         admit(host, 1)
         averager = Averager(
             host,
@@ -134,6 +137,7 @@ async def members(
                     one.host.learn(other.host.peer_id, other.host.addrs)
         yield made
         nursery.cancel_scope.cancel()
+    assert not bugs, bugs
 
 
 def numbers(count: int, seed: int) -> array.array[float]:
