@@ -449,6 +449,7 @@ class Host:
                 # Behind a proposal that we do not speak comes its sender's first message, which is no
                 # proposal. The "na" has to reach the sender before the reset does.
                 await stream.send_all(reply)
+                await stream.flush()
                 raise
         assert listener.protocol is not None
         return listener.protocol, reply

@@ -19,6 +19,8 @@ from p2p.errors import RemoteError, UnsupportedProtocol
 
 VERSION = "/multistream/1.0.0"
 NOT_AVAILABLE = "na"
+MIN_MESSAGE = 3
+"""Length, one character, newline."""
 MAX_MESSAGE = 256
 MAX_PROPOSALS = 8
 
@@ -40,12 +42,13 @@ class _Lines:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self._least = len(encode(VERSION))  # the first message can be no other
 
     @property
     def missing(self) -> int:
         """How many bytes are certainly part of the current message; 0 when it is complete."""
         if not self._buffer:
-            return 1
+            return self._least
         if self._buffer[-1] & 0x80 and len(self._buffer) < 2:
             return 1
         length, offset = protobuf.decode_varint(bytes(self._buffer[:2]))
@@ -61,6 +64,7 @@ class _Lines:
         _length, offset = protobuf.decode_varint(bytes(self._buffer[:2]))
         line = bytes(self._buffer[offset:])
         self._buffer.clear()
+        self._least = MIN_MESSAGE
         if not line.endswith(b"\n"):
             raise RemoteError("a multistream-select message does not end its line")
         try:

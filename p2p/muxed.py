@@ -18,6 +18,10 @@ from p2p.errors import PeerGone
 from p2p.yamux import Session, Stream
 
 DEFAULT_RECEIVE = 65_536
+SMALL_SEND = 16_384
+"""Sends up to this size are copied and return at once, so that they share a record with what follows."""
+QUEUED_SMALL = 65_536
+"""Copied bytes that may wait in one stream."""
 _T = TypeVar("_T")
 
 
@@ -61,6 +65,7 @@ class MuxedStream(trio.abc.HalfCloseableStream):
         """The connection ended."""
         self._lost = why
         self._stream.pending.clear()
+        self._stream.pending_bytes = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -82,7 +87,8 @@ class MuxedStream(trio.abc.HalfCloseableStream):
         return self._stream.fin_received or self._stream.reset or self._lost is not None
 
     def _check_sending(self) -> None:
-        if self._closed or (self._stream.fin_sent and not self._stream.reset):
+        ended = self._stream.fin_sent or self._stream.fin_pending
+        if self._closed or (ended and not self._stream.reset):
             raise trio.ClosedResourceError
         if self._lost is not None or self._stream.reset:
             raise trio.BrokenResourceError(self._why())
@@ -101,28 +107,47 @@ class MuxedStream(trio.abc.HalfCloseableStream):
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
             self._check_sending()
-            self._session.send(self._stream, buffers)
-            if not self._stream.pending_bytes:
+            buffers = tuple(buffers)
+            size = sum(buffer.nbytes for buffer in buffers)
+            if size <= SMALL_SEND and self._stream.pending_bytes + size <= QUEUED_SMALL:
+                self._session.send(self._stream, (memoryview(b"".join(buffers)),))
+                if size:
+                    self._wake_writer()
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return
+            self._session.send(self._stream, buffers)
             self._wake_writer()
             try:
-                while self._stream.pending_bytes:
-                    self._send_event = trio.Event()
-                    await self._send_event.wait()
-                    if self._lost is not None:
-                        break
+                await self._drain()
+            except trio.BrokenResourceError:
+                raise  # what the peer said before stays readable
             except BaseException:
                 self.reset()
                 raise
-            finally:
-                self._send_event = None
-            if self._closed:
-                raise trio.ClosedResourceError
-            if self._lost is not None or self._stream.reset:
-                raise trio.BrokenResourceError(self._why())
         finally:
             self._sending = False
+
+    async def flush(self) -> None:
+        """Wait until all that was sent has left this host's queue."""
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._sending = True
+        try:
+            await self._drain()
+        finally:
+            self._sending = False
+
+    async def _drain(self) -> None:
+        try:
+            while self._stream.pending_bytes and self._lost is None:
+                self._send_event = trio.Event()
+                await self._send_event.wait()
+        finally:
+            self._send_event = None
+        if self._closed:
+            raise trio.ClosedResourceError
+        if self._lost is not None or self._stream.reset:
+            raise trio.BrokenResourceError(self._why())
 
     async def wait_send_all_might_not_block(self) -> None:
         if self._sending:
@@ -137,7 +162,7 @@ class MuxedStream(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
         if self._closed:
             raise trio.ClosedResourceError
-        if self._stream.fin_sent:
+        if self._stream.fin_sent or self._stream.fin_pending:
             return
         self._check_sending()
         self._session.close_sending(self._stream)
@@ -231,7 +256,7 @@ class MuxedStream(trio.abc.HalfCloseableStream):
         """End our direction and stop reading; a send under way in another task makes it a reset."""
         if not self._closed:
             if self._lost is None:
-                if self._stream.pending_bytes:
+                if self._sending:
                     self._session.reset(self._stream)
                 else:
                     self._session.abandon(self._stream)

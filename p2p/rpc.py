@@ -140,6 +140,9 @@ class Call:
         }
         try:
             await self.send(header)
+            await self._stream.flush()
+        except trio.BrokenResourceError as error:
+            raise PeerGone(f"{short(self.peer)} ended the call: {error}") from error
         finally:
             if not self._stream.remote_closed:
                 self._stream.reset()  # stop a peer that is still sending; what we sent stays readable

@@ -51,6 +51,7 @@ class Stream:
     __slots__ = (
         "consumed",
         "discarding",
+        "fin_pending",
         "fin_received",
         "fin_sent",
         "first_flags",
@@ -81,6 +82,7 @@ class Stream:
         self.pending_bytes = 0
         self.queued = False  # in the session's ring of streams that can send
         self.fin_sent = False
+        self.fin_pending = False  # the end goes with the last of the pending data
         self.fin_received = False
         self.discarding = False  # our user is gone; data of the peer is answered by a reset
         self.reset = False
@@ -131,7 +133,7 @@ class Session:
         self._remote_parity = 0 if dialer else 1
         self._inbound = 0
         self._control: deque[bytes] = deque()
-        self._unhurried: list[bytes] = []  # goes with the next frame of any kind, wakes nobody
+        self._unhurried: deque[bytes] = deque()  # goes with the next frame of any kind, wakes nobody
         self._ready: deque[Stream] = deque()
         self._extra_credit = 0
         self._promised = INITIAL_WINDOW
@@ -179,7 +181,7 @@ class Session:
 
     def send(self, stream: Stream, buffers: Iterable[memoryview]) -> None:
         """Queue bytes; they must not change until the stream shows up in ``drained``."""
-        if stream.fin_sent:
+        if stream.fin_sent or stream.fin_pending:
             raise LocalError("data after the end of a stream")
         for buffer in buffers:
             if buffer.nbytes:
@@ -188,13 +190,18 @@ class Session:
         self._enqueue(stream)
 
     def close_sending(self, stream: Stream) -> None:
-        """End our direction; nothing may be pending."""
+        """End our direction, behind what is pending."""
         if stream.fin_sent or stream.reset:
             return
-        if stream.pending:
-            raise LocalError("the end of a stream before its data was sent")
+        if stream.pending_bytes:
+            stream.fin_pending = True
+            return
         stream.fin_sent = True
-        self._push(HEADER.pack(0, WINDOW_UPDATE, self._flags(stream) | FIN, stream.id, 0))
+        frame = HEADER.pack(0, WINDOW_UPDATE, self._flags(stream) | FIN, stream.id, 0)
+        if stream.fin_received and not stream.inbound:
+            self._unhurried.append(frame)  # the peer has answered and ended: it waits for nothing
+        else:
+            self._push(frame)
         if stream.fin_received:
             self._forget(stream)
 
@@ -269,7 +276,7 @@ class Session:
         size = HEADER.size
         capacity = len(record)
         while self._unhurried and used + size <= capacity:
-            record[used : used + size] = self._unhurried.pop(0)
+            record[used : used + size] = self._unhurried.popleft()
             used += size
         while self._control and used + size <= capacity:
             record[used : used + size] = self._control.popleft()
@@ -285,10 +292,16 @@ class Session:
                 amount = room
             ready.popleft()
             stream.queued = False
-            HEADER.pack_into(record, used, 0, DATA, self._flags(stream), stream.id, amount)
-            used += size
             stream.send_window -= amount
             stream.pending_bytes -= amount
+            flags = self._flags(stream)
+            if stream.fin_pending and not stream.pending_bytes:
+                flags |= FIN
+                stream.fin_sent = True
+                if stream.fin_received:
+                    self._forget(stream)
+            HEADER.pack_into(record, used, 0, DATA, flags, stream.id, amount)
+            used += size
             while amount:
                 piece = stream.pending[0]
                 if len(piece) <= amount:
