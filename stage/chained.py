@@ -16,7 +16,7 @@ from torch import Tensor
 from stage.config import ModelConfig, TrainingConfig
 from stage.data import ByteSource, Row
 from stage.genesis import genesis
-from stage.model import Stage, TailLoss
+from stage.model import Stage, TailLoss, document_index
 from stage.optimizer import Optimizer
 from stage.weights import Version
 
@@ -47,13 +47,13 @@ class Chain:
 
     def microbatch(self, row: Row) -> float:
         """Forward and backward through all stages; the loss."""
-        ids = torch.frombuffer(bytearray(row.text), dtype=torch.uint8).long().unsqueeze(0)
+        ids, docs = _tensors(row)
         held: list[_InFlight] = []
         c: Tensor | None = None
         for stage, weights in zip(self.stages, self.weights, strict=True):
             version = weights.begin()
             c_in = None if c is None else c.detach().requires_grad_()
-            out = stage.forward(version.leaves, ids, c_in)
+            out = stage.forward(version.leaves, ids, c_in, docs=docs)
             held.append(_InFlight(version, c_in, out))
             c = out if isinstance(out, Tensor) else None
         dc: Tensor | None = None
@@ -77,13 +77,21 @@ class Chain:
 
     def evaluate(self, row: Row) -> float:
         """Loss of a held-out row."""
-        ids = torch.frombuffer(bytearray(row.text), dtype=torch.uint8).long().unsqueeze(0)
+        ids, docs = _tensors(row)
         out: Tensor | TailLoss | None = None
         with torch.no_grad():
             for stage, weights in zip(self.stages, self.weights, strict=True):
-                out = stage.forward(weights.named(), ids, out if isinstance(out, Tensor) else None)
+                c = out if isinstance(out, Tensor) else None
+                out = stage.forward(weights.named(), ids, c, docs=docs)
         assert isinstance(out, TailLoss)
         return float(out.losses[0])
+
+
+def _tensors(row: Row) -> tuple[Tensor, Tensor | None]:
+    """Ids [1, T+1] and document numbers [1, T] of a row, None where it is one document."""
+    ids = torch.frombuffer(bytearray(row.text), dtype=torch.uint8).long()
+    docs = document_index(row.starts, len(row.text) - 1).unsqueeze(0) if row.starts else None
+    return ids.unsqueeze(0), docs
 
 
 def chained_tokens_per_second(
