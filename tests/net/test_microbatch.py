@@ -760,9 +760,9 @@ def test_a_payload_that_never_comes_gives_its_slot_back(monkeypatch: pytest.Monk
     @with_swarm()
     async def run(swarm: Swarm) -> None:
         head, tail = swarm.heads[0], swarm.tails[0]
-        async with asking(head, tail, swarm.request(inline=False), b"") as call:
+        async with asking(head, tail, swarm.request(inline=False, deadline_s=600.0), b"") as call:
             assert isinstance(await reply(call), Accepted)
-            with pytest.raises(PeerGone):
+            with pytest.raises(PeerGone), trio.fail_after(PATIENCE_S / 2):
                 await call.receive()
         await tail.settled()
 
@@ -993,6 +993,7 @@ async def test_an_empty_stage_is_said_at_once_and_changes_nothing(swarm: Swarm) 
     assert later.value.stage == 1
     await head.settled()
     assert head.added == []
+    assert swarm.trainer.router._replicas[head.peer].virtual == 0, "it is not charged for that"
     swarm.show()
     with pytest.raises(NoReplicaError) as first:
         await swarm.train()
@@ -1063,6 +1064,36 @@ def test_an_answer_that_cannot_be_true_is_asked_for_elsewhere(
             swarm.show(head, honest)
         assert len(honest.added) == 1
         assert [(event.from_, event.to) for event in head.of(Rerouted)] == [(liar.peer, honest.peer)]
+
+    run()
+
+
+def test_who_does_not_accept_in_time_is_told_at_once_that_it_was_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It answers pings, so its lease would last: the reset must not wait for the lease to run out."""
+    monkeypatch.setattr(stage.nexthop, "ACCEPT_S", 0.1)
+
+    @with_swarm(tails=2)
+    async def run(swarm: Swarm) -> None:
+        head, (slow, honest) = swarm.heads[0], swarm.tails
+        told_s: list[float] = []
+
+        async def handle(call: Call) -> None:
+            await call.receive(max_payload=100)
+            try:
+                await call.receive()
+            finally:
+                told_s.append(time.time())
+
+        slow.host._handlers[PROTOCOL] = attrs.evolve(slow.host._handlers[PROTOCOL], handler=handle)
+        swarm.show(head, slow)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send_on, head, swarm.request(path=[TRAINER.peer_id, head.peer]))
+            await until(lambda: told_s)
+            swarm.show(head, honest)
+        assert honest.compute.forwards[0][0] - told_s[0] > LEASE_S / 2
+        assert [event.why for event in head.of(Rerouted)] == ["timeout"]
 
     run()
 
