@@ -46,9 +46,11 @@ class NodeLog:
                 continue
             for line in file.read_bytes().splitlines():
                 try:
-                    events.append(json.loads(line))
+                    event = json.loads(line)
                 except ValueError:
                     continue
+                if isinstance(event, dict) and "event" in event:
+                    events.append(event)
         return cls(name, role, stage, peer_id, events)
 
     def of(self, kind: str) -> list[Entry]:
@@ -79,7 +81,7 @@ def build(
     trainers = [log for log in logs if log.role == "trainer"]
     workers = [log for log in logs if log.role == "worker"]
     issued = {e["ticket"] for log in trainers for e in log.of("microbatch_issued")}
-    done = sorted((e for log in trainers for e in log.of("microbatch_completed")), key=lambda e: e["at"])
+    done = _first_of_each(e for log in trainers for e in log.of("microbatch_completed"))
     completed = {e["ticket"] for e in done}
     failed = {e["ticket"] for log in trainers for e in log.of("microbatch_failed")} - completed
     begins = [e["at"] for log in trainers for e in log.of("microbatch_issued")]
@@ -134,6 +136,14 @@ def build(
     }
 
 
+def _first_of_each(completions: Iterable[Entry]) -> list[Entry]:
+    """In order of time; a restarted trainer may hear again of what was completed just before."""
+    first: dict[str, Entry] = {}
+    for event in sorted(completions, key=lambda e: float(e["at"])):
+        first.setdefault(event["ticket"], event)
+    return list(first.values())
+
+
 def _mean(values: list[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
@@ -151,8 +161,8 @@ def _gone(session: list[Entry]) -> int:
     for event in session:
         if event["event"] == "microbatch_added":
             pending += 1
-        elif event["event"] == "step" and event["samples"]:
-            pending = 0
+        elif (event["event"] == "step" and event["samples"]) or event["event"] == "bad_gradient":
+            pending = 0  # used, or thrown away for another reason than the kill
     return pending
 
 
