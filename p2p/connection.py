@@ -26,7 +26,7 @@ from p2p.limits import KIB, Limits
 from p2p.membership import Member
 from p2p.muxed import MuxedStream
 from p2p.secure import Upgraded
-from p2p.yamux import Changed, Opened, PingAnswered, Session, Stream
+from p2p.yamux import Changed, Credit, Opened, PingAnswered, Session, Stream
 
 BATCH = 4
 """Records encrypted for one send: 256 KiB, 10 ms at 200 Mbit/s."""
@@ -34,6 +34,8 @@ READ_SIZE = 256 * KIB
 RECORD = 2 + noise.MAX_RECORD
 SMALL = 8 * KIB
 OUTSTANDING_PINGS = 64
+STALL_S = 0.25
+"""Waking up this much too late means that we were the ones who were silent."""
 
 
 @final
@@ -108,6 +110,7 @@ class Connection:
         scratch: Scratch,
         serve: Callable[[Connection, MuxedStream], Awaitable[None]],
         counters: Counters,
+        credit: Credit,
         addr: str,
     ) -> None:
         self.peer: PeerId = upgraded.secured.peer_id
@@ -132,6 +135,7 @@ class Connection:
         self.presented: bytes | None = None
         """The certificate of ours that the peer has seen."""
         self.identifying = trio.Lock()
+        self.greeting = trio.Lock()
         self.running: dict[str, int] = {}
         """Handlers at work, by protocol."""
         self._counters = counters
@@ -145,7 +149,7 @@ class Connection:
         self._first = upgraded.plaintext
         self._scratch = scratch
         self._serve = serve
-        self._session = Session(dialer=dialer, limits=limits)
+        self._session = Session(dialer=dialer, limits=limits, credit=credit)
         self._streams: dict[Stream, MuxedStream] = {}
         self._output = trio.Event()
         self._emptied = trio.Event()
@@ -241,6 +245,7 @@ class Connection:
         finally:
             self.why_closed = self.why_closed or "cancelled"
             self.closed.set()
+            self._session.close()
             for stream in list(self._streams.values()):
                 stream.lost(self.why_closed)
             for waiter in self._ping_waiters.values():
@@ -277,6 +282,8 @@ class Connection:
             self.close(str(error))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self.close("the transport broke")
+        except Exception as error:  # a bug of ours must cost one connection, not the host
+            self.close(f"internal error: {error!r}")
 
     # the three tasks
 
@@ -382,18 +389,25 @@ class Connection:
 
     async def _keep(self, _nursery: trio.Nursery) -> None:
         limits = self.limits
-        watching_since = trio.current_time()
+        since = trio.current_time()  # silence counts from here at the earliest
         was_watched = False
         while True:
             watched = self._watchers > 0
+            now = trio.current_time()
             if watched and not was_watched:
-                watching_since = trio.current_time()
+                since = now
             was_watched = watched
             self._send_ping()
-            with trio.move_on_after(limits.watched_ping_s if watched else limits.ping_s):
+            wake_at = now + (limits.watched_ping_s if watched else limits.ping_s)
+            with trio.move_on_at(wake_at):
                 self._watch_changed = trio.Event()
                 await self._watch_changed.wait()
-            silence = trio.current_time() - max(self._heard, watching_since if watched else 0.0)
+            now = trio.current_time()
+            if now - wake_at > STALL_S:
+                # This process stood still (a long computation, a stopped machine): what the peer said
+                # meanwhile is not read yet, so its silence proves nothing.
+                since = now
+            silence = now - max(self._heard, since)
             if silence > (limits.watched_silence_s if watched else limits.silence_s):
                 raise PeerGone(f"the peer was silent for {silence:.1f} s")
 

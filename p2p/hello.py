@@ -105,12 +105,14 @@ def needed(connection: Connection, admission: Admission | None) -> bool:
 async def greet(call: Call, admission: Admission) -> None:
     """The dialer's side, on a call of ``PROTOCOL`` just opened."""
     async with call:
-        await call.send(_own(call.connection, admission).to_wire())
+        own = _own(call.connection, admission)
+        await call.send(own.to_wire())
         try:
             reply = await call.receive()
         except UnsupportedProtocol:
             return  # not an agora peer: a guest
         _judge(call.connection, Hello.from_wire(reply.header), admission)
+        call.connection.presented = own.certificate
 
 
 async def answer(call: Call, admission: Admission) -> None:
@@ -118,7 +120,9 @@ async def answer(call: Call, admission: Admission) -> None:
     hello = Hello.from_wire((await call.receive()).header)
     _judge(call.connection, hello, admission)
     verdict = call.connection.refusal.code if call.connection.refusal is not None else ""
-    await call.send({**_own(call.connection, admission).to_wire(), "verdict": verdict})
+    own = _own(call.connection, admission)
+    await call.send({**own.to_wire(), "verdict": verdict})
+    call.connection.presented = own.certificate
 
 
 def check_gate(connection: Connection, admission: Admission) -> None:
@@ -134,7 +138,6 @@ def check_gate(connection: Connection, admission: Admission) -> None:
 
 def _own(connection: Connection, admission: Admission) -> Hello:
     certificate = admission.own_certificate()
-    connection.presented = certificate
     connection.promise_window(connection.limits.window)
     return Hello(
         run=admission.trust.run,

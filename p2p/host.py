@@ -20,7 +20,7 @@ import os
 import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import final
 
@@ -39,6 +39,7 @@ from p2p.muxed import MuxedStream
 from p2p.rpc import Call
 from p2p.secure import Entropy, Upgraded, upgrade
 from p2p.transport import Listener, TcpTransport, Transport
+from p2p.yamux import Credit
 
 Handler = Callable[[Call], Awaitable[None]]
 RawHandler = Callable[[Connection, MuxedStream], Awaitable[None]]
@@ -134,6 +135,7 @@ class Host:
         self._book: OrderedDict[PeerId, tuple[Multiaddr, ...]] = OrderedDict()
         self._bound: list[Multiaddr] = []
         self._scratch = Scratch()
+        self._credit = Credit(limits.host_window_budget)
         self._nursery: trio.Nursery | None = None
         self._all: dict[Connection, None] = {}  # ordered, so that simulations replay
         self._handshaking = 0
@@ -217,7 +219,9 @@ class Host:
                     await connection.greeted.wait()
                 connection.greeted.set()  # a dialer that says no hello is waited for once
                 if hello.needed(connection, self.membership):
-                    await self._greet(connection)
+                    async with connection.greeting:
+                        if hello.needed(connection, self.membership):
+                            await self._greet(connection)
                 if connection.usable:
                     return connection
         raise DialError(f"{short(peer_id)} could not be reached within {deadline:g} s")
@@ -336,6 +340,7 @@ class Host:
             scratch=self._scratch,
             serve=self._serve,
             counters=self.counters,
+            credit=self._credit,
             addr=addr,
         )
         if self.membership is None:
@@ -386,7 +391,7 @@ class Host:
             if self.membership is not None:
                 with trio.move_on_after(self.limits.hello_s):
                     await hello.greet(self._call_on(connection, hello.PROTOCOL), self.membership)
-        except (RemoteError, Refused):
+        except P2PError:
             pass  # it stays a guest; what is wrong with the connection shows by itself
         finally:
             connection.greeted.set()
@@ -434,6 +439,13 @@ class Host:
         except Exception as error:
             stream.reset()
             self._emit(HandlerFailed(peer=connection.peer, protocol=protocol, error=repr(error)))
+        except BaseExceptionGroup as group:  # cancelled, and something else failed on the way
+            stream.reset()
+            failures, others = group.split(Exception)
+            if failures is not None and not all(isinstance(leaf, P2PError) for leaf in _leaves(failures)):
+                self._emit(HandlerFailed(peer=connection.peer, protocol=protocol, error=repr(failures)))
+            if others is not None:
+                raise others from None
 
     async def _negotiate(self, stream: MuxedStream) -> tuple[str, bytes]:
         """The protocol, and the echo that is still to be sent."""
@@ -466,10 +478,31 @@ class Host:
                 raise Refused("busy", f"{running} calls of {protocol} are running already", 1.0)
             if not entry.open_to_all:
                 self.gate(connection, protocol)
-            await entry.handler(call)
+            try:
+                await entry.handler(call)
+            except BaseExceptionGroup as group:
+                raise _plain(group) from None
             await call.aclose()
         except Refused as refusal:
             self._emit(PeerRefused(peer=connection.peer, protocol=protocol, why=refusal.code))
             await call.refuse(refusal)
         finally:
             connection.running[protocol] -= 1
+
+
+def _plain(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What a handler's nurseries have wrapped: one exception, or one of several remote faults."""
+    leaves = list(_leaves(group))
+    if len(leaves) == 1:
+        return leaves[0]
+    if all(isinstance(leaf, P2PError) for leaf in leaves):
+        return next((leaf for leaf in leaves if isinstance(leaf, Refused)), leaves[0])
+    return group
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from _leaves(part)
+    else:
+        yield error

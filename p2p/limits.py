@@ -36,12 +36,16 @@ class Limits:
     calls_per_protocol: int = 128
     """Handlers of one protocol running at once for one connection."""
     negotiation_s: float = 10.0
+    first_message_s: float = 30.0
+    """How long a handler waits for its caller's first message to begin."""
     window: int = MIB
     """What a stream between agora peers starts with, agreed in hello (others: 256 KiB)."""
     big_window: int = 4 * MIB
     """What a stream may grow to while a large payload is awaited."""
     window_budget: int = 64 * MIB
     """Credit above 256 KiB a stream that one connection may have out."""
+    host_window_budget: int = 512 * MIB
+    """The same for all connections of a host together."""
     queued_frames: int = 4096
     """Control frames waiting because a peer does not read; more end the connection."""
 

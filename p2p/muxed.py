@@ -223,6 +223,17 @@ class MuxedStream(trio.abc.HalfCloseableStream):
         await self.receive_into(memoryview(data))
         return data
 
+    async def wait_available(self, size: int) -> None:
+        """Until ``size`` bytes (few) can be read without waiting, or the stream's end."""
+        self._begin_receiving()
+        try:
+            while self._stream.inbox_bytes < size and not self.remote_closed and not self._closed:
+                self._receive_event = trio.Event()
+                await self._receive_event.wait()
+        finally:
+            self._receive_event = None
+            self._receiving = False
+
     def expect(self, size: int) -> None:
         """A message of ``size`` bytes is under way: let more of it come at once."""
         missing = size - self._stream.inbox_bytes

@@ -72,6 +72,7 @@ class Call:
         self._max_payload = max_payload
         self._prefix = prefix
         self._confirmation = confirmation
+        self._begun = confirmation is not None  # whether the first message may take any time
 
     def __repr__(self) -> str:
         return f"<Call of {self.protocol} with {short(self.peer)}>"
@@ -112,6 +113,9 @@ class Call:
             while missing := self._confirmation.missing:
                 self._confirmation.feed(bytes(await stream.receive_exactly(missing)))
             self._confirmation = None
+        if not self._begun and stream.available < LENGTHS.size:
+            await self._wait_for_first()
+        self._begun = True
         header_size, payload_size = LENGTHS.unpack(await stream.receive_exactly(LENGTHS.size))
         if header_size > self.connection.limits.header:
             raise RemoteError(f"{self.protocol}: a header of {header_size} bytes")
@@ -171,6 +175,12 @@ class Call:
             await self.aclose()
         else:
             self.reset()
+
+    async def _wait_for_first(self) -> None:
+        with trio.move_on_after(self.connection.limits.first_message_s):
+            await self._stream.wait_available(LENGTHS.size)
+            return
+        raise PeerGone(f"{short(self.peer)} opened a call and said nothing")
 
     async def _flush(self) -> None:
         prefix, self._prefix = self._prefix, b""

@@ -120,10 +120,18 @@ YamuxEvent = Opened | Changed | PingAnswered | WentAway
 
 
 @final
+class Credit:
+    """Window above the initial one that all connections of a host may have out together."""
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+
+
+@final
 class Session:
     """Both ends of all streams of one connection, seen from one side."""
 
-    def __init__(self, *, dialer: bool, limits: Limits) -> None:
+    def __init__(self, *, dialer: bool, limits: Limits, credit: Credit | None = None) -> None:
         self.streams: dict[int, Stream] = {}
         self.drained: list[Stream] = []
         """Streams whose pending data ``fill`` finished; the caller empties this."""
@@ -136,6 +144,7 @@ class Session:
         self._unhurried: deque[bytes] = deque()  # goes with the next frame of any kind, wakes nobody
         self._ready: deque[Stream] = deque()
         self._extra_credit = 0
+        self._host_credit = credit or Credit(limits.host_window_budget)
         self._promised = INITIAL_WINDOW
         self._agreed = INITIAL_WINDOW
         # parser state: a header cut in two, or a data frame of which `_body` bytes are to come
@@ -171,7 +180,9 @@ class Session:
         self.streams[stream.id] = stream
         extra = self._agreed - INITIAL_WINDOW
         # Half the budget is for streams that the peer opens with the same rule.
-        if extra and self._extra_credit + extra <= self._limits.window_budget // 2:
+        if extra and extra <= min(
+            self._limits.window_budget // 2 - self._extra_credit, self._host_credit.left
+        ):
             self._lift(stream, extra)
             stream.send_window += extra
             self._unhurried.append(HEADER.pack(0, WINDOW_UPDATE, SYN, stream.id, extra))
@@ -257,7 +268,7 @@ class Session:
     def grow(self, stream: Stream, window: int) -> None:
         """Let the peer have up to ``window`` under way, as far as the budget allows."""
         extra = min(window, self._limits.big_window) - stream.window_size
-        extra = min(extra, self._limits.window_budget - self._extra_credit)
+        extra = min(extra, self._limits.window_budget - self._extra_credit, self._host_credit.left)
         if extra > 0 and not stream.fin_received and not stream.reset:
             self._lift(stream, extra)
             self._push(HEADER.pack(0, WINDOW_UPDATE, self._flags(stream), stream.id, extra))
@@ -269,6 +280,12 @@ class Session:
     def go_away(self, code: int = 0) -> None:
         """Tell the peer that no more streams are accepted."""
         self._push(HEADER.pack(0, GO_AWAY, 0, 0, code))
+
+    def close(self) -> None:
+        """The connection ended: its credit is free for others."""
+        self._host_credit.left += self._extra_credit
+        self._extra_credit = 0
+        self.streams.clear()
 
     def fill(self, record: memoryview) -> int:
         """Write the next frames into ``record``; how many bytes of it were used."""
@@ -379,7 +396,7 @@ class Session:
         self.streams[stream_id] = stream
         extra = min(delta, self._promised - INITIAL_WINDOW)
         if extra > 0:
-            if self._extra_credit + extra > self._limits.window_budget:
+            if extra > min(self._limits.window_budget - self._extra_credit, self._host_credit.left):
                 self.reset(stream)
                 return None
             self._lift(stream, extra)
@@ -460,6 +477,7 @@ class Session:
         stream.receive_window += extra
         stream.window_size += extra
         self._extra_credit += extra
+        self._host_credit.left -= extra
 
     def _drop(self, stream: Stream) -> None:
         stream.reset = True
@@ -473,4 +491,6 @@ class Session:
     def _forget(self, stream: Stream) -> None:
         if self.streams.pop(stream.id, None) is stream:
             self._inbound -= stream.inbound
-            self._extra_credit -= stream.window_size - INITIAL_WINDOW
+            extra = stream.window_size - INITIAL_WINDOW
+            self._extra_credit -= extra
+            self._host_credit.left += extra

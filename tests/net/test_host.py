@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -372,5 +373,62 @@ def test_many_streams_beyond_the_limit_fail_typed() -> None:
                 await call.aclose()
             assert failed == 2
             assert await ask(one, two, "/agora/echo/1", b"room again") == b"room again"
+
+    run(main)
+
+
+def test_nurseries_of_handlers_hide_nothing_and_break_nothing() -> None:
+    async def main() -> None:
+        async with two_hosts() as (one, two, events):
+
+            async def refuse() -> None:
+                raise Refused("inner", "from a nursery")
+
+            async def nested(call: Call) -> None:
+                await call.receive()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(refuse)
+
+            async def dies_badly(call: Call) -> None:
+                await call.receive()
+
+                async def cleanup() -> None:
+                    try:
+                        await trio.sleep_forever()
+                    finally:
+                        raise RuntimeError("while it was cancelled")
+
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(cleanup)
+                    nursery.start_soon(trio.sleep_forever)
+
+            two.handle("/agora/nested/1", nested)
+            two.handle("/agora/dies/1", dies_badly)
+            two.handle("/agora/echo/1", echo)
+            with pytest.raises(Refused, match="inner"):
+                await ask(one, two, "/agora/nested/1")
+            async with await one.call(two.peer_id, "/agora/dies/1", deadline=5) as call:
+                await call.send({})
+                assert await ask(one, two, "/agora/echo/1", b"x") == b"x"
+                connection = call.connection
+                connection.close("by the test")
+                await connection.closed.wait()
+            assert await ask(one, two, "/agora/echo/1", b"host lives") == b"host lives"
+            assert any(isinstance(event, HandlerFailed) for event in events)
+
+    run(main)
+
+
+def test_process_that_stood_still_does_not_blame_the_peer() -> None:
+    async def main() -> None:
+        limits = attrs.evolve(Limits(), watched_ping_s=0.05, watched_silence_s=0.4)
+        one, two = Host(Identity.generate(), limits=limits), Host(Identity.generate())
+        async with one.run(), two.run([LOCAL]):
+            connection = await one.connect(two.peer_id, addrs=two.addrs, deadline=5)
+            async with connection.watched():
+                await connection.ping(5)
+                time.sleep(0.8)  # noqa: ASYNC251 (the stall is what is tested)
+                await connection.ping(5)
+                assert not connection.closed.is_set()
 
     run(main)

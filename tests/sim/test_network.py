@@ -121,3 +121,58 @@ def test_bandwidth_is_shared_and_respected() -> None:
             assert 4.0 < trio.current_time() - began < 4.6
 
     run(1, main)
+
+
+def test_caller_that_says_nothing_is_dropped() -> None:
+    async def main() -> None:
+        network = SimNetwork(1)
+        one, two = network.host("10.0.0.1"), network.host("10.0.0.2")
+        two.handle("/agora/echo/1", echo)
+        async with (
+            one.run(),
+            two.run(LISTEN),
+            await one.call(two.peer_id, "/agora/echo/1", addrs=addr("10.0.0.2"), deadline=5) as call,
+        ):
+            began = trio.current_time()
+            await call._flush()
+            with pytest.raises(PeerGone):
+                await call.receive()
+            assert 29 < trio.current_time() - began < 31
+
+    run(1, main)
+
+
+def test_idle_connection_lives_and_a_vanished_peer_is_noticed_in_time() -> None:
+    async def main() -> None:
+        network = SimNetwork(1)
+        one, two = network.host("10.0.0.1"), network.host("10.0.0.2")
+        async with one.run(), two.run(LISTEN):
+            connection = await one.connect(two.peer_id, addrs=addr("10.0.0.2"), deadline=5)
+            await trio.sleep(3600)
+            assert one.connections[two.peer_id] is connection
+            network.crash("10.0.0.2")
+            began = trio.current_time()
+            await connection.closed.wait()
+            assert 10 < trio.current_time() - began <= 40
+
+    run(1, main)
+
+
+def test_lease_ends_soon_after_the_peer_fell_silent() -> None:
+    async def main() -> None:
+        network = SimNetwork(1)
+        one, two = network.host("10.0.0.1"), network.host("10.0.0.2")
+        async with one.run(), two.run(LISTEN):
+            connection = await one.connect(two.peer_id, addrs=addr("10.0.0.2"), deadline=5)
+            async with connection.watched():
+                await trio.sleep(10)
+                assert connection.lease.fresh()
+                network.crash("10.0.0.2")
+                silent_since = connection.last_answer
+                await trio.sleep_until(trio.current_time() + 1.6)
+                assert not connection.lease.fresh()
+                assert not connection.closed.is_set()
+                await connection.closed.wait()
+                assert network.clock() - silent_since < 3.0
+
+    run(1, main)
