@@ -1,0 +1,255 @@
+"""The trainer against a next hop that answers as told, in virtual time; its journal; damaged journals."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from p2p.errors import LocalError
+from p2p.event import Event
+from p2p.identity import Identity, PeerId
+from stage.clock import Reading, StepClock
+from stage.config import ModelConfig, TrainingConfig
+from stage.data import ByteSource, Row
+from stage.events import Evaluated, MicrobatchCompleted, MicrobatchFailed, MicrobatchIssued
+from stage.messages import Answer, Request
+from stage.nexthop import NextHop, NoReplicaError, Passed
+from stage.trainer import EVAL_ROWS, Journal, Trainer
+
+TRAINER = Identity.generate(bytes([1]) * 32)
+MATE = Identity.generate(bytes([2]) * 32)
+LISTED = frozenset({TRAINER.peer_id, MATE.peer_id})
+MODEL = ModelConfig(
+    d=16, k=4, layers=(1, 1), heads=2, kv_heads=1, head_dim=8, ffn=16, seq=4
+)  # fmt: skip
+BATCH = 4
+
+
+class Pipeline:
+    """Stands for ``NextHop``: checks what it is given, and answers in ``seconds`` unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.1
+        self.asked: list[str] = []
+        self.at_work = self.most_at_work = 0
+        self.trouble: Callable[[Request], Exception | None] = lambda _request: None
+        self.hangs: Callable[[Request], bool] = lambda _request: False
+
+    async def send(self, request: Request, payload: list[bytes], *, back_bytes: int) -> Passed:
+        request.ticket.check("run", LISTED, payload[0])
+        assert (request.path, back_bytes, len(payload)) == ([TRAINER.peer_id], 0, 1)
+        self.asked.append(request.ticket.id)
+        train = request.ticket.kind == "train"
+        self.at_work += train
+        self.most_at_work = max(self.most_at_work, self.at_work)
+        try:
+            await trio.sleep(math.inf if self.hangs(request) else self.seconds)
+        finally:
+            self.at_work -= train
+        trouble = self.trouble(request)
+        if trouble is not None:
+            raise trouble
+        answer = Answer(loss=2.0, c_hash=b"", path=[*request.path, PeerId("w")], slots=1, stale=False)
+        return Passed(answer, memoryview(b""), PeerId("w"))
+
+
+class Rows:
+    """Stands for ``ByteSource``."""
+
+    eval_rows = EVAL_ROWS
+
+    def row(self, shard: int, position: int) -> Row:
+        return Row(shard, position, position.to_bytes(5, "little"), ())
+
+    def eval_row(self, number: int) -> Row:
+        return Row(0, number, bytes([255] * 4 + [number]), ())
+
+
+@attrs.define
+class Bench:
+    """A trainer and what surrounds it."""
+
+    folder: Path
+    goal: int | None = None
+    credits: int = 3
+    evaluate: bool = False
+    eval_every: int = 2
+    events: list[Event] = attrs.field(factory=list)
+    pipeline: Pipeline = attrs.field(factory=Pipeline)
+    clock: StepClock = attrs.field(factory=lambda: StepClock("run", LISTED, BATCH))
+    stopping: trio.Event = attrs.field(factory=trio.Event)
+
+    def trainer(self) -> Trainer:
+        return Trainer(
+            identity=TRAINER,
+            run="run",
+            model=MODEL,
+            training=TrainingConfig(seed=1, target_batch=BATCH, eval_every=self.eval_every),
+            clock=self.clock,
+            source=cast(ByteSource, Rows()),
+            shard=0,
+            goal_samples=self.goal,
+            next_hop=cast(NextHop, self.pipeline),
+            credits=lambda: self.credits,
+            journal=Journal.load(self.folder / "journal.json"),
+            emit=self.events.append,
+            stopping=self.stopping,
+            evaluate=self.evaluate,
+        )
+
+    def run(self, meanwhile: Callable[[Trainer], Any] | None = None) -> Trainer:
+        """To its end, in virtual time."""
+        trainer = self.trainer()
+
+        async def main() -> None:
+            with trio.fail_after(10_000):
+                async with trio.open_nursery() as nursery:
+                    if meanwhile is not None:
+                        nursery.start_soon(meanwhile, trainer)
+                    await trainer.run()
+                    nursery.cancel_scope.cancel()
+
+        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.01))
+        return trainer
+
+    def tickets(self, kind: type[Any]) -> list[str]:
+        return [event.ticket for event in self.events if isinstance(event, kind)]
+
+    def saved(self) -> dict[str, Any]:
+        read: dict[str, Any] = json.loads((self.folder / "journal.json").read_text())
+        return read
+
+
+def test_it_ends_at_its_goal_with_every_microbatch_completed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, goal=10)
+    trainer = bench.run()
+    expected = [f"train:0:{position}" for position in range(10)]
+    assert sorted(bench.tickets(MicrobatchIssued)) == sorted(bench.tickets(MicrobatchCompleted)) == expected
+    assert bench.tickets(MicrobatchFailed) == []
+    assert bench.pipeline.most_at_work == 3
+    assert (trainer.completed, trainer.in_flight, bench.clock.samples) == (10, 0, 10)
+    assert bench.saved() == {"next_position": 10, "open": [], "samples": 10}
+
+
+def test_what_nobody_takes_is_kept_and_tried_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, goal=6)
+    times = dict.fromkeys((f"train:0:{position}" for position in range(6)), 0)
+
+    def trouble(request: Request) -> Exception | None:
+        times[request.ticket.id] += 1
+        return [NoReplicaError(1), trio.TooSlowError(), None][min(times[request.ticket.id], 3) - 1]
+
+    bench.pipeline.trouble = trouble
+    bench.run()
+    assert set(times.values()) == {3}
+    assert len(bench.tickets(MicrobatchIssued)) == len(bench.tickets(MicrobatchCompleted)) == 6
+
+
+def test_told_to_stop_it_drains_gives_up_the_rest_and_a_restart_takes_it_up(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, credits=4)
+    stuck = {"train:0:5", "train:0:6"}
+    bench.pipeline.hangs = lambda request: request.ticket.id in stuck
+
+    async def stop_later(_trainer: Trainer) -> None:
+        await trio.sleep(2.05)
+        bench.stopping.set()
+        await trio.sleep_forever()
+
+    bench.run(stop_later)
+    assert set(bench.tickets(MicrobatchFailed)) == stuck
+    issued = bench.tickets(MicrobatchIssued)
+    assert len(issued) == len(set(issued))
+    assert set(issued) == set(bench.tickets(MicrobatchCompleted)) | stuck
+    saved = bench.saved()
+    assert (saved["open"], saved["samples"]) == ([5, 6], len(issued) - 2)
+    again = Bench(tmp_path, goal=saved["samples"] + 4)
+    again.run()
+    assert stuck <= set(again.tickets(MicrobatchIssued)[: again.credits])
+    assert set(again.tickets(MicrobatchIssued)) & set(issued) == stuck
+    assert again.saved()["open"] == []
+
+
+def test_evaluation_takes_each_row_on_two_paths_and_counts_nowhere(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, goal=5 * BATCH, evaluate=True)
+    bench.run()
+    evaluated = [event for event in bench.events if isinstance(event, Evaluated)]
+    steps = [event.step for event in evaluated]
+    assert (steps[0], steps[-1], steps) == (0, 5, sorted(set(steps)))
+    assert all((event.loss, event.rows) == (2.0, EVAL_ROWS) for event in evaluated)
+    evaluations = [ticket for ticket in bench.pipeline.asked if ticket.startswith("eval")]
+    assert len(evaluations) == len(set(evaluations)) == 2 * EVAL_ROWS * len(evaluated)
+    assert len(bench.tickets(MicrobatchCompleted)) == bench.clock.samples == 5 * BATCH
+
+
+def test_evaluation_is_due_even_if_another_trainer_moved_the_clock_past_its_step(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, goal=4 * BATCH, evaluate=True, eval_every=10, credits=1)
+
+    async def mate(_trainer: Trainer) -> None:
+        await trio.sleep(1.05)  # ten completions: the first evaluation is over, the clock stands at 2
+        bench.clock.observe([Reading.signed(MATE, "run", 14 * BATCH)])
+        await trio.sleep_forever()
+
+    bench.run(mate)
+    steps = [event.step for event in bench.events if isinstance(event, Evaluated)]
+    assert steps == [0, 16, 18]
+
+
+def test_a_stop_does_not_wait_for_an_evaluation_that_nobody_answers(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, evaluate=True)
+    bench.pipeline.hangs = lambda request: request.ticket.kind == "eval"
+    took: list[float] = []
+
+    async def stop_later(_trainer: Trainer) -> None:
+        await trio.sleep(1.05)
+        took.append(trio.current_time())
+        bench.stopping.set()
+        try:
+            await trio.sleep_forever()
+        finally:
+            took.append(trio.current_time())
+
+    bench.run(stop_later)
+    assert took[1] - took[0] < 1.0
+    assert not [event for event in bench.events if isinstance(event, Evaluated)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "3", "[]", "{}", '{"next_position": 1, "open": []}',
+        '{"next_position": "1", "open": [], "samples": 0}', '{"next_position": 1, "open": 3, "samples": 0}',
+        '{"next_position": 1, "open": "0", "samples": 0}', '{"next_position": 1, "open": [1], "samples": 0}',
+        '{"next_position": 1, "open": [-1], "samples": 0}', '{"next_position": 1, "open": [], "samples": -1}',
+        '{"next_position": 1, "open": [[0]], "samples": 0}',
+        '{"next_position": true, "open": [], "samples": 0}',
+        "\udcff",
+    ],
+)  # fmt: skip
+def test_a_damaged_journal_is_one_clear_sentence(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "journal.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(LocalError, match="remove it"):
+        Journal.load(path)
+
+
+def test_an_unreadable_journal_is_one_too(tmp_path: Path) -> None:
+    with pytest.raises(LocalError, match="cannot read"):
+        Journal.load(tmp_path)
+
+
+def test_a_journal_is_written_whole_and_read_back(tmp_path: Path) -> None:
+    journal = Journal.load(tmp_path / "journal.json")
+    assert [journal.take() for _ in range(3)] == [0, 1, 2]
+    journal.open.discard(1)
+    journal.samples = 1
+    journal.write(journal.text())
+    assert Journal.load(journal.path) == journal
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.json"]
