@@ -5,10 +5,7 @@ The *writer* sleeps until yamux has something, encrypts up to ``BATCH`` records 
 call; batches stay small so that a ping waits behind little. The *keeper* pings: every 10 s normally
 (silent for 20 s is gone), every 0.5 s while somebody holds ``watched()`` (silent for 2 s is gone).
 
-The lease (commit point of a microbatch) is sound because a ping counts with the time it was *asked
-for*, which is no later than the time the peer can have heard it: a late answer renews nothing.
-Times of the lease are kept on the host's clock and on trio's; both must agree that it is fresh, so
-that a wall clock set back cannot lengthen it.
+Pings also renew the connection's lease, see ``p2p.lease``.
 """
 
 from __future__ import annotations
@@ -20,8 +17,10 @@ from typing import Any, final
 import trio
 
 from p2p import noise
+from p2p.counters import Counters
 from p2p.errors import PeerGone, Refused, RemoteError
 from p2p.identity import PeerId, short
+from p2p.lease import Lease
 from p2p.limits import KIB, Limits
 from p2p.membership import Member
 from p2p.muxed import MuxedStream
@@ -39,22 +38,6 @@ STALL_S = 0.25
 
 
 @final
-class Counters:
-    """Bytes of one host, since its start."""
-
-    def __init__(self) -> None:
-        self.bytes_out = 0
-        """Written to transports: handshakes aside, everything with its framing."""
-        self.bytes_in = 0
-        self.protocols: dict[str, tuple[int, int]] = {}
-        """Payload bytes (out, in) by protocol, headers and framing aside."""
-
-    def count(self, protocol: str, payload_out: int, payload_in: int) -> None:
-        out, into = self.protocols.get(protocol, (0, 0))
-        self.protocols[protocol] = (out + payload_out, into + payload_in)
-
-
-@final
 class Scratch:
     """Buffers shared by the connections of one host: an idle connection holds none."""
 
@@ -68,32 +51,6 @@ class Scratch:
     def give(self, buffer: memoryview) -> None:
         if len(self._free) < 4:
             self._free.append(buffer)
-
-
-@final
-class Lease:
-    """Proof that the peer was alive a moment ago: when we asked for the last ping that it answered."""
-
-    __slots__ = ("_asked", "_clock", "_steady", "_valid_s")
-
-    def __init__(self, clock: Callable[[], float], valid_s: float) -> None:
-        self._clock = clock
-        self._steady = trio.lowlevel.current_clock()
-        self._valid_s = valid_s
-        self._asked = (float("-inf"), float("-inf"))
-
-    def renew(self, asked: tuple[float, float]) -> None:
-        """A ping asked for at that time (trio's clock, host's clock) was answered."""
-        self._asked = max(self._asked, asked)
-
-    def fresh(self, now: float | None = None) -> bool:
-        """Whether a ping that we sent less than 1.5 s ago was answered; callable from any thread.
-
-        ``now`` is on the host's clock, and read from it where it is not given.
-        """
-        steady, wall = self._asked
-        age = (self._clock() if now is None else now) - wall
-        return 0 <= age < self._valid_s and self._steady.current_time() - steady < self._valid_s
 
 
 @final

@@ -20,7 +20,7 @@ import os
 import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import final
 
@@ -28,10 +28,13 @@ import attrs
 import trio
 
 from p2p import hello, identify, multistream
-from p2p.connection import Connection, Counters, Scratch
+from p2p.connection import Connection, Scratch
+from p2p.counters import Counters
 from p2p.dial import Dialer
 from p2p.errors import DialError, LocalError, P2PError, PeerGone, Refused, RemoteError
-from p2p.event import Emit, Event, ignore
+from p2p.event import Emit, ignore
+from p2p.groups import leaves, plain
+from p2p.host_events import Connected, Disconnected, HandlerFailed, HandshakeFailed, PeerRefused
 from p2p.identity import Identity, PeerId, short
 from p2p.limits import Limits
 from p2p.multiaddr import Multiaddr
@@ -48,49 +51,6 @@ Gate = Callable[[Connection, str], None]
 SIMULTANEOUS_S = 3.0
 """Two connections that began within this time come from dialling each other at once."""
 DRAIN_S = 10.0
-
-
-@attrs.frozen(kw_only=True)
-class Connected(Event):
-    """A connection is up and the peer proven."""
-
-    peer: str
-    addr: str
-    dialed: bool
-
-
-@attrs.frozen(kw_only=True)
-class Disconnected(Event):
-    """A connection ended."""
-
-    peer: str
-    why: str
-
-
-@attrs.frozen(kw_only=True)
-class HandshakeFailed(Event):
-    """Somebody connected and did not get through the handshakes."""
-
-    addr: str
-    why: str
-
-
-@attrs.frozen(kw_only=True)
-class PeerRefused(Event):
-    """A peer asked for a protocol and was told no."""
-
-    peer: str
-    protocol: str
-    why: str
-
-
-@attrs.frozen(kw_only=True)
-class HandlerFailed(Event):
-    """A bug: a handler raised what it must not raise."""
-
-    peer: str
-    protocol: str
-    error: str
 
 
 @attrs.frozen
@@ -442,7 +402,7 @@ class Host:
         except BaseExceptionGroup as group:  # cancelled, and something else failed on the way
             stream.reset()
             failures, others = group.split(Exception)
-            if failures is not None and not all(isinstance(leaf, P2PError) for leaf in _leaves(failures)):
+            if failures is not None and not all(isinstance(leaf, P2PError) for leaf in leaves(failures)):
                 self._emit(HandlerFailed(peer=connection.peer, protocol=protocol, error=repr(failures)))
             if others is not None:
                 raise others from None
@@ -481,28 +441,10 @@ class Host:
             try:
                 await entry.handler(call)
             except BaseExceptionGroup as group:
-                raise _plain(group) from None
+                raise plain(group) from None
             await call.aclose()
         except Refused as refusal:
             self._emit(PeerRefused(peer=connection.peer, protocol=protocol, why=refusal.code))
             await call.refuse(refusal)
         finally:
             connection.running[protocol] -= 1
-
-
-def _plain(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What a handler's nurseries have wrapped: one exception, or one of several remote faults."""
-    leaves = list(_leaves(group))
-    if len(leaves) == 1:
-        return leaves[0]
-    if all(isinstance(leaf, P2PError) for leaf in leaves):
-        return next((leaf for leaf in leaves if isinstance(leaf, Refused)), leaves[0])
-    return group
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for part in error.exceptions:
-            yield from _leaves(part)
-    else:
-        yield error

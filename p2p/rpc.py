@@ -23,7 +23,8 @@ import msgpack
 import trio
 
 from p2p import multistream
-from p2p.connection import Connection, Counters
+from p2p.connection import Connection
+from p2p.counters import Counters
 from p2p.errors import LocalError, PeerGone, Refused, RemoteError
 from p2p.identity import PeerId, short
 from p2p.membership import Member

@@ -14,7 +14,8 @@ import trio
 from p2p.errors import Refused, RemoteError
 from p2p.event import Event
 from p2p.hello import Hello
-from p2p.host import Host, PeerRefused
+from p2p.host import Host
+from p2p.host_events import PeerRefused
 from p2p.identity import Identity, PeerId
 from p2p.membership import Member, Membership, Trust, issue
 from p2p.multiaddr import Multiaddr

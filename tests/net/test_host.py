@@ -15,7 +15,8 @@ import trio.testing
 
 from p2p.errors import DialError, LocalError, P2PError, PeerGone, Refused, RemoteError, UnsupportedProtocol
 from p2p.event import Event
-from p2p.host import Connected, Disconnected, HandlerFailed, HandshakeFailed, Host
+from p2p.host import Host
+from p2p.host_events import Connected, Disconnected, HandlerFailed, HandshakeFailed
 from p2p.identify import identify, ping
 from p2p.identity import Identity
 from p2p.limits import Limits
