@@ -176,3 +176,30 @@ def test_lease_ends_soon_after_the_peer_fell_silent() -> None:
                 assert network.clock() - silent_since < 3.0
 
     run(1, main)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_dialling_each_other_at_once_leaves_one_connection(seed: int) -> None:
+    async def main() -> None:
+        network = SimNetwork(seed, Link(latency_s=0.03, jitter_s=0.02))
+        one, two = network.host("10.0.0.1"), network.host("10.0.0.2")
+        for host in (one, two):
+            host.handle("/agora/echo/1", echo)
+
+        async def ask(caller: Host, callee: Host) -> None:
+            for _ in range(20):
+                async with await caller.call(callee.peer_id, "/agora/echo/1", deadline=5) as call:
+                    await call.send({}, bytes(1000))
+                    await call.receive(max_payload=1000)
+
+        async with one.run(LISTEN), two.run(LISTEN):
+            one.learn(two.peer_id, two.addrs)
+            two.learn(one.peer_id, one.addrs)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, one, two)
+                nursery.start_soon(ask, two, one)
+            await trio.sleep(12)
+            assert len(one._all) == len(two._all) == 1
+            assert one.connections[two.peer_id].dialer == (one.peer_id < two.peer_id)
+
+    run(seed, main)
