@@ -25,7 +25,8 @@ import stage.microbatch
 import stage.nexthop
 from p2p.errors import PeerGone, Refused, RemoteError
 from p2p.event import Event
-from p2p.host import HandlerFailed, Host
+from p2p.host import Host
+from p2p.host_events import HandlerFailed
 from p2p.identity import Identity, PeerId
 from p2p.limits import Limits
 from p2p.membership import Membership, Trust, issue
