@@ -44,6 +44,10 @@ CLOSE_RATIO = 1.5
 CLOSE_FLOOR = 0.05
 """A disagreement below this is close whatever the median: with one ACTIVE mate the median is 0."""
 SYNC_RETRY_S = 2.0
+AHEAD = 2
+"""A mate's round may be this far ahead of our own clock to be joined."""
+AHEAD_SYNCING = 64
+"""The same while SYNCING, when the clock comes from the hash table only."""
 
 
 class PackedSlice(Protocol):
@@ -129,6 +133,10 @@ class Replica:
         self._warm_from = 0
         self._samples_since_round = 0.0
         self._last_round_number = 0
+        self._mates_round = 0
+        """Newest round that a mate is known to be at."""
+        self._round_wanted = trio.Event()
+        averager.later_round = self._mate_is_at
 
     def resumed(self, step: int) -> None:
         """Before ``run``: the weights are those of an own snapshot of ``step``."""
@@ -167,6 +175,7 @@ class Replica:
         self._last_round_number = self._clock.step // self._training.average_every
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_clock, nursery)
+            nursery.start_soon(self._run_rounds)
             nursery.start_soon(self._synchronise)
 
     # Steps
@@ -187,7 +196,7 @@ class Replica:
                 self.step = target
             else:
                 await self._update(target, nursery)
-            self._launch_round(nursery)
+            self._round_wanted.set()
 
     async def _update(self, target: int, nursery: trio.Nursery) -> None:
         samples = await self._device.run(STEP, self._compute.step, target)
@@ -201,11 +210,30 @@ class Replica:
 
     # Rounds
 
-    def _launch_round(self, nursery: trio.Nursery) -> None:
-        number = self.step // self._training.average_every
-        if number > self._last_round_number and not self.rounds_in_flight:
-            self._last_round_number = number
-            nursery.start_soon(self._round, number)
+    async def _run_rounds(self) -> None:
+        """One round after the other: that of our own step, or a later one that a mate is at."""
+        while True:
+            number = max(self.step // self._training.average_every, self._mates_round)
+            if number > self._last_round_number:
+                self._last_round_number = number
+                await self._round(number)
+            else:
+                self._round_wanted = trio.Event()
+                await self._round_wanted.wait()
+
+    def _mate_is_at(self, number: int) -> bool:
+        """A mate has opened a round that we have not reached; whether we join it there.
+
+        Replicas learn of a step at different moments, and one that takes no microbatches learns last. If
+        each insisted on the round of its own step they could miss each other for ever, so the highest number
+        wins, within what the clock can plausibly have advanced.
+        """
+        ahead = number - self._clock.step // self._training.average_every
+        if ahead > (AHEAD_SYNCING if self.phase == "syncing" else AHEAD):
+            return False
+        self._mates_round = max(self._mates_round, number)
+        self._round_wanted.set()
+        return True
 
     async def _round(self, number: int) -> None:
         mates = set(self._mates.in_phase(*MATES)) - {self.peer_id}

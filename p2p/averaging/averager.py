@@ -93,6 +93,9 @@ class Averager:
         self._run = run
         self._stage = stage
         self._make_reducer = reducer
+        self.later_round: Callable[[int], bool] = lambda number: False
+        """Told of the number when a mate is at a later round than any that began here. True: this member
+        is going there too, so a search for an earlier round is not worth going on with."""
         self._emit = emit
         self._clock = clock
         self._rng = rng or random.Random()
@@ -244,6 +247,7 @@ class Averager:
             await self._serve_link(call, first)
         elif kind == "where":
             number = fields.integer(first, "number", 0, MAX_NUMBER)
+            self._hear_of(number)
             await call.send({"t": "at", "open": self._open(number)})
         else:
             raise RemoteError(f"no such message: {kind}")
@@ -251,12 +255,18 @@ class Averager:
     def _open(self, number: int) -> bool:
         return number > self._newest or number in self._matches
 
+    def _hear_of(self, number: int) -> None:
+        if number > self._newest and self.later_round(number):
+            for match in list(self._matches.values()):
+                match.abandon(f"a stage-mate is at round {number} already")
+
     async def _serve_announce(self, call: Call, first: Mapping[str, Any]) -> None:
         theirs = Announcement.read(first, call.peer)
         await call.send({"t": HEARD})
         number, peer = theirs.key.number, call.peer
         if (theirs.key.run, theirs.key.stage) != (self._run, self._stage):
             raise Refused("wrong_stage", f"rounds here are of run {self._run!r}, stage {self._stage}")
+        self._hear_of(number)
         outbox = self._followers[number, peer] = Outbox()
         gave_up = False
 

@@ -89,6 +89,11 @@ class Match:
             raise RoundFailed(self._maker.failed or "no roster")
         return self._maker.roster
 
+    def abandon(self, why: str) -> None:
+        """End the search with ``RoundFailed``, unless a roster is committed."""
+        self._maker.abandon(why)
+        self._pump()
+
     # -- what followers say
 
     def announced(self, theirs: Announcement, at: float) -> None:
@@ -161,7 +166,7 @@ class Match:
         except P2PError:
             pass  # it cannot come either way
         if not open_:
-            self._maker.passed(peer)
+            self._maker.passed(peer, self._clock())
             self._pump()
 
     async def _ask_table(self, scope: trio.CancelScope) -> None:

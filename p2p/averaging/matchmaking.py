@@ -14,8 +14,9 @@ round; the lowest leads. A follower opens one stream to its leader, and the whol
     leave ->               I turn to another leader; ``gave_up`` if because of you
 
 A leader proposes when all whom it expects have announced, or ``gather_s`` after it began to lead with at
-least one follower; a round of one is not a round, so alone it waits, and asks the mates it expects every
-``gather_s`` whether the round is still open to them: if it is to none, it fails at once (they went on to a
+least one follower; a round of one is not a round, so alone it waits. At once, and then every ``gather_s``, it
+asks those it still expects whether the round is open to them: that tells them that it is open here; who says
+no or cannot be reached is waited for no longer, and if that is everybody, it fails at once (they went on to a
 later round, and so shall it, instead of everybody waiting alone in a round of its own). Replicas start a
 round seconds apart, hence: announcements to a leader that has not begun are kept by it and answered
 ``hold``; a follower waits ``patience_s`` for it, then gives it up, tells it so, and the next hash leads. A
@@ -93,7 +94,8 @@ class Matchmaker:
         self._proposed: list[Roster] = []
         self._accepted: set[PeerId] = set()
         self._passed: set[PeerId] = set()
-        self._probe_at = now + config.gather_s
+        self._probe_at = now
+        """At once: asking also tells mates that the round is open here."""
         for peer in self._expected:
             self._learn(peer, ())
         for one in given_up_by:
@@ -185,12 +187,20 @@ class Matchmaker:
         else:
             raise RemoteError(f"no such message: {kind}")
 
-    def passed(self, peer: PeerId) -> None:
+    def passed(self, peer: PeerId, now: float) -> None:
         """The round is over for this mate, or it cannot be reached: it will not come."""
         self._passed.add(peer)
-        alone = self.leading and not self._followers
-        if alone and not self.done and self._expected and self._expected <= self._passed:
+        if self.done or not self.leading:
+            return
+        if not self._followers and self._expected and self._expected <= self._passed:
             self._fail("no mate has this round open")
+        else:
+            self._maybe_propose(now)
+
+    def abandon(self, why: str) -> None:
+        """Leave the search: a mate is at a later round, where this member is going as well."""
+        if not self.done:
+            self._fail(why)
 
     def leader_lost(self, peer: PeerId, now: float) -> None:
         """The leader could not be reached, or our stream to it ended."""
@@ -206,10 +216,10 @@ class Matchmaker:
         elif self.leading:
             self._maybe_propose(now)
             self._maybe_commit(now)
-            if not self._followers and now >= self._probe_at and not self.done:
+            if now >= self._probe_at and not self.done and not self._proposed:
                 self._probe_at = now + self._config.gather_s
                 self._passed.clear()
-                self.out += [Probe(peer) for peer in sorted(self._expected)]
+                self.out += [Probe(peer) for peer in sorted(self._expected - set(self._followers))]
         elif self._target is not None and now >= self._patience_ends():
             self._give_up(self._target, now)
 
@@ -220,7 +230,7 @@ class Matchmaker:
         if self._proposed:
             return min(self._deadline, self._since + self._config.accept_s)
         if self._followers:
-            return min(self._deadline, self._since + self._config.gather_s)
+            return min(self._deadline, self._since + self._config.gather_s, self._probe_at)
         return min(self._deadline, self._probe_at)
 
     # -- choice of the leader
@@ -283,7 +293,7 @@ class Matchmaker:
     def _maybe_propose(self, now: float) -> None:
         if not self.leading or self._proposed or self.done or not self._followers:
             return
-        complete = self._expected and self._expected <= set(self._followers)
+        complete = self._expected and self._expected <= set(self._followers) | self._passed
         if not complete and now < self._since + self._config.gather_s:
             return
         for peer, (theirs, at) in list(self._followers.items()):

@@ -22,12 +22,19 @@ class Demo:
 
     process: subprocess.Popen[str]
     folder: Path
+    pids: dict[str, int] = attrs.field(factory=dict)
+    """Of nodes that were started again."""
 
     def swarm(self, timeout: float = 120.0) -> dict[str, Any]:
         """``swarm.json`` once the swarm is up."""
         path = self.folder / "swarm.json"
-        self.wait_for(lambda: path.exists() and path.read_text().endswith("}\n"), timeout, "swarm.json")
+        if not path.exists():
+            self.wait_for(lambda: path.exists() and path.read_text().endswith("}\n"), timeout, "swarm.json")
         return json.loads(path.read_text())
+
+    @property
+    def nodes(self) -> list[dict[str, Any]]:
+        return self.swarm()["nodes"]
 
     def node(self, name: str) -> dict[str, Any]:
         return next(node for node in self.swarm()["nodes"] if node["name"] == name)
@@ -49,17 +56,19 @@ class Demo:
             time.sleep(0.05)
 
     def kill(self, name: str) -> float:
-        """SIGKILL the node; returns the unix time."""
-        os.kill(self.node(name)["pid"], signal.SIGKILL)
+        """SIGKILL the node's present process; returns the unix time."""
+        os.kill(self.pids.get(name, self.node(name)["pid"]), signal.SIGKILL)
         return time.time()
 
     def restart(self, name: str) -> subprocess.Popen[bytes]:
         """Start the node again from its config, as a user would."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "agorad.main", "--config", self.node(name)["config"]],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        self.pids[name] = process.pid
+        return process
 
     def finish(self, timeout: float = 300.0) -> dict[str, Any]:
         """Wait for the end; the report. Asserts exit code 0."""

@@ -109,7 +109,7 @@ class Member:
             return
         if kind == "at":
             if maker is not None and not value:
-                maker.passed(sender)  # type: ignore[arg-type]
+                maker.passed(sender, now)  # type: ignore[arg-type]
                 self.drain()
             return
         if maker is None:
