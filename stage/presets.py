@@ -16,12 +16,13 @@ DEMO_OPEN_END: Final = 400
 def demo(layers: tuple[int, ...], steps: int | None) -> tuple[ModelConfig, TrainingConfig]:
     """A byte-level model that learns something within minutes on two cores. See docs/benchmarks.md."""
     model = ModelConfig(
-        vocab=256, d=128, k=16, heads=4, kv_heads=2, head_dim=32, ffn=384, seq=128, layers=layers
-    )
+        vocab=256, d=128, k=16, heads=2, kv_heads=1, head_dim=64, ffn=256, seq=128,
+        layers=layers, rope_theta=100.0, f_scale=3.0,
+    )  # fmt: skip
     total = steps or DEMO_OPEN_END
     training = TrainingConfig(
         seed=secrets.randbits(32),
-        target_batch=32,
+        target_batch=48,
         average_every=2,
         slice_fraction=0.2,
         lr=1e-2,
