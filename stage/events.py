@@ -145,6 +145,14 @@ class StateFetched(Event):
 
 
 @attrs.frozen(kw_only=True)
+class FetchFailed(Event):
+    """A stage-mate did not give its state; another is asked."""
+
+    donor: str
+    why: str
+
+
+@attrs.frozen(kw_only=True)
 class Evaluated(Event):
     """Mean loss over the held-out rows, each on two paths."""
 

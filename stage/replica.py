@@ -27,14 +27,14 @@ from typing import Any, Protocol
 import attrs
 import trio
 
-from p2p.averaging import Averager, Outcome, RoundFailed
+from p2p.averaging import Averager, NobodyCame, Outcome
 from p2p.errors import P2PError
 from p2p.event import Emit
 from p2p.identity import PeerId
 from stage.clock import StepClock
 from stage.config import TrainingConfig
 from stage.device import STEP, Device
-from stage.events import Phase, RoundAbandoned, RoundFinished, Step
+from stage.events import FetchFailed, Phase, RoundAbandoned, RoundFinished, Step
 from stage.roster import MATES, Entry, StageView
 
 ROUND_S = 30.0
@@ -42,7 +42,7 @@ ROUND_S = 30.0
 PROMOTE_S = 30.0
 CLOSE_RATIO = 1.5
 CLOSE_FLOOR = 0.05
-"""A disagreement below this is close whatever the median: with one ACTIVE mate the median is 0."""
+"""A disagreement below this is close, whatever the median of mates that happen to agree very well."""
 SYNC_RETRY_S = 2.0
 AHEAD = 2
 """A mate's round may be this far ahead of our own clock to be joined."""
@@ -128,8 +128,9 @@ class Replica:
         self._advanced = trio.Event()
         self._fresh = False
         """While SYNCING: the state is recent enough, closeness is not yet shown."""
-        self._rounds_done = 0
-        self._fetched_at_round = 0
+        self._failed_fetches = 0
+        self._sync_news = trio.Event()
+        """Something that ends or begins SYNCING may have happened: a phase, a round."""
         self._warm_from = 0
         self._samples_since_round = 0.0
         self._last_round_number = 0
@@ -150,6 +151,7 @@ class Replica:
             return
         before, self.phase = self.phase, to
         self._emit(Phase(from_=before, to=to, why=why))
+        self._sync_news.set()
         self._phase_changed()
 
     @property
@@ -247,14 +249,16 @@ class Replica:
                 number, packed.index, packed.buffer(), weight, expected=mates, deadline=ROUND_S
             )
             distance = await self._device.run(STEP, self._compute.merge, packed, outcome)
-        except (RoundFailed, P2PError, trio.TooSlowError) as error:
+        except NobodyCame:
+            return  # a round of one is not a round
+        except (P2PError, trio.TooSlowError) as error:
             self._emit(RoundAbandoned(round=number, stage=self.stage, why=str(error) or "timeout"))
             return
         finally:
             self.rounds_in_flight -= 1
         self._samples_since_round = max(0.0, self._samples_since_round - weight)
         self.disagreement = distance
-        self._rounds_done += 1
+        self._sync_news.set()
         self.last_round = LastRound(number, outcome.fraction, len(outcome.members), self._now())
         self._emit(
             RoundFinished(
@@ -276,9 +280,9 @@ class Replica:
         alone_since: float | None = None
         while True:
             if self.phase != "syncing":
+                self._sync_news = trio.Event()
+                await self._sync_news.wait()
                 alone_since = None
-                await trio.sleep(SYNC_RETRY_S)
-                continue
             await self._refresh_mates()
             donors = self._mates.in_phase("active")
             donors.pop(self.peer_id, None)
@@ -290,7 +294,10 @@ class Replica:
             else:
                 alone_since = None
                 await self._catch_up(donors)
-            await trio.sleep(SYNC_RETRY_S)
+            if self.phase == "syncing":
+                self._sync_news = trio.Event()
+                with trio.move_on_after(SYNC_RETRY_S):
+                    await self._sync_news.wait()
 
     def _freshest(self) -> bool:
         """Whether nobody in the stage who is SYNCING too has a better claim."""
@@ -304,19 +311,36 @@ class Replica:
         return all(mine < claim(peer, e.record.snapshot_step or 0) for peer, e in others.items())
 
     async def _catch_up(self, donors: dict[PeerId, Entry]) -> None:
+        """Get the state, or look whether the round since then shows that it is close to the mates'."""
         if not self._fresh:
-            donor = max(donors, key=lambda peer: donors[peer].record.step)
-            self.state_step = await self._fetch_state(donor)
-            self._fresh = self.lag <= self._training.max_stale_steps
+            freshest_first = sorted(donors, key=lambda peer: -donors[peer].record.step)
+            donor = freshest_first[self._failed_fetches % len(donors)]
+            try:
+                self.state_step = await self._fetch_state(donor)
+            except (P2PError, trio.TooSlowError) as error:
+                self._emit(FetchFailed(donor=donor, why=str(error) or "too slow"))
+                self._failed_fetches += 1  # the next attempt asks another donor
+                return
             self.step = max(self.step, self.state_step)
-            self._fetched_at_round = self._rounds_done
+            self._fresh = self.lag <= self._training.max_stale_steps
+            self.disagreement = None  # that of older weights
             return
-        if self._rounds_done == self._fetched_at_round:
+        if self.disagreement is None:
             return  # closeness is measured by a round that began after the state was installed
-        known = [e.record.disagreement for e in donors.values() if e.record.disagreement is not None]
-        limit = max(CLOSE_FLOOR, CLOSE_RATIO * statistics.median(known)) if known else CLOSE_FLOOR
-        if self.disagreement is not None and self.disagreement <= limit:
+        close, limit = self._closeness([entry.record.disagreement for entry in donors.values()])
+        if close:
             self._warm_from = self.step
-            self.set_phase("warming", f"disagreement {self.disagreement:.3f} of at most {limit:.3f}")
+            self.set_phase("warming", f"disagreement {self.disagreement:.3f}, limit {limit}")
         else:
             self._fresh = False  # drifted away: take the state again
+
+    def _closeness(self, mates: list[float | None]) -> tuple[bool, str]:
+        """Whether we are as near to the average as ACTIVE mates are, and the limit for people.
+
+        A lone ACTIVE mate is the average, at distance 0 of itself: having shared one round with it is enough.
+        """
+        known = [value for value in mates if value is not None]
+        if len(mates) < 2 or not known or self.disagreement is None:
+            return self.disagreement is not None, "none with one active mate"
+        limit = max(CLOSE_FLOOR, CLOSE_RATIO * statistics.median(known))
+        return self.disagreement <= limit, f"{limit:.3f}"

@@ -7,13 +7,14 @@ Reading order: ``shares`` and ``roster`` (what members agree on), ``lobby`` and 
 
 from p2p.averaging.averager import Averager, MemberDropped, RosterCommitted
 from p2p.averaging.lobby import RoundConfig
-from p2p.averaging.outcome import Outcome, RoundFailed
+from p2p.averaging.outcome import NobodyCame, Outcome, RoundFailed
 from p2p.averaging.reducer import MakeReducer, PlainReducer, Reducer
 
 __all__ = [
     "Averager",
     "MakeReducer",
     "MemberDropped",
+    "NobodyCame",
     "Outcome",
     "PlainReducer",
     "Reducer",

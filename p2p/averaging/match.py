@@ -15,7 +15,7 @@ import trio
 from p2p.averaging.line import Outbox, carry, check_mate
 from p2p.averaging.lobby import Announce, Announcement, Answer, Leave, Probe, RoundConfig, Tell
 from p2p.averaging.matchmaking import Matchmaker
-from p2p.averaging.outcome import RoundFailed
+from p2p.averaging.outcome import NobodyCame, RoundFailed
 from p2p.averaging.roster import Candidate, Roster, Sign
 from p2p.averaging.session import PROTOCOL
 from p2p.averaging.table import Table, announce_in, candidates_in
@@ -86,7 +86,8 @@ class Match:
                 outbox.close()
                 following.deadline = trio.current_time() + 1.0  # for last words, not for a dial
         if self._maker.roster is None:
-            raise RoundFailed(self._maker.failed or "no roster")
+            failure = NobodyCame if self._maker.alone else RoundFailed
+            raise failure(self._maker.failed or "no roster")
         return self._maker.roster
 
     def abandon(self, why: str) -> None:

@@ -83,6 +83,8 @@ class Matchmaker:
         self._verify = verify
         self._deadline = now + mine.seconds
         self._known: dict[PeerId, tuple[str, ...]] = {self._me: ()}
+        self.alone = False
+        """Failed because no mate came or will come."""
         self._given_up: set[PeerId] = set()
         self._successors = {one.peer for one in given_up_by}
         self._target: PeerId | None = None
@@ -193,6 +195,7 @@ class Matchmaker:
         if self.done or not self.leading:
             return
         if not self._followers and self._expected and self._expected <= self._passed:
+            self.alone = True
             self._fail("no mate has this round open")
         else:
             self._maybe_propose(now)

@@ -24,6 +24,10 @@ class RoundFailed(P2PError):  # noqa: N818 - like its siblings in p2p.errors
     """This member averaged nothing in this round; its numbers are as they were. Says why in one sentence."""
 
 
+class NobodyCame(RoundFailed):
+    """No stage-mate had this round open: there was no round to fail."""
+
+
 @attrs.frozen(kw_only=True)
 class Outcome:
     """The end of one member's round."""
