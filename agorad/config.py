@@ -47,7 +47,8 @@ class NodeSection:
     """JSON lines go here too; always to stderr."""
     threads: int = 1
     """Threads that computing may use."""
-    device: str = "cpu"
+    device: Literal["cpu"] = "cpu"
+    """What computes; accelerators come with a later version."""
 
 
 @attrs.frozen(kw_only=True)

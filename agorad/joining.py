@@ -162,8 +162,10 @@ def _secret(node: Node) -> str | None:
         return None
     try:
         return path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LocalError(f"cannot read the account's secret from {path}: {error}") from error
+    except OSError as error:
+        raise LocalError(f"cannot read the account's secret from {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LocalError(f"the account's secret in {path} is not text; ask the run's operator") from error
 
 
 def _path(node: Node) -> Path:

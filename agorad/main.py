@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import click
 import trio
@@ -19,15 +20,26 @@ from agorad import __version__, run
 from agorad.config import ROLES, Config, default_path, load
 from agorad.exitcodes import ExitCode, verdict
 from agorad.node import run_node, start_time
+from agorad.usage import NamedPath, complain
 from p2p.errors import LocalError
 from p2p.identity import Identity
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Settings, TOML.")
+class _Command(click.Command):
+    """Its errors of usage are one sentence too."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            return super().main(*args, **{**extra, "prog_name": "agorad", "standalone_mode": False})
+        except click.ClickException as error:
+            sys.exit(complain(error, "agorad"))
+
+
+@click.command(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", "config_path", type=NamedPath(), help="Settings, TOML.")
 @click.option("--role", type=click.Choice(ROLES), help="Instead of node.role.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Overrides one setting.")
-@click.option("--log-file", type=click.Path(path_type=Path), help="Instead of node.log.")
+@click.option("--log-file", type=NamedPath(), help="Instead of node.log.")
 @click.option("--check-config", is_flag=True, help="Check settings, manifest and key; start nothing.")
 @click.version_option(__version__, prog_name="agorad")
 def main(

@@ -180,7 +180,7 @@ def split_layers(total: int, stages: int) -> tuple[int, ...]:
     The middle, since head and tail also carry the embedding and the output matrix.
     """
     if stages < 1 or stages > total:
-        raise LocalError(f"{total} layers cannot be cut in {stages} stages; every stage needs one layer")
+        raise LocalError(f"{total} layers cannot be cut in {stages} stages; name at most {total}")
     base, spare = divmod(total, stages)
     first = (stages - spare) // 2
     return tuple(base + (first <= stage < first + spare) for stage in range(stages))

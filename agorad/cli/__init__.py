@@ -15,6 +15,7 @@ import click
 
 from agorad import __version__
 from agorad.settings import nearest
+from agorad.usage import complain
 
 COMMANDS: Final = {
     "demo": ("demo", "A whole swarm on this machine, trained on real text."),
@@ -63,10 +64,9 @@ def main() -> None:
     from p2p.errors import LocalError
 
     try:
-        agoractl(standalone_mode=False)
+        agoractl(prog_name="agoractl", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        sys.exit(complain(error, "agoractl"))
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output closed it: nothing left to say

@@ -16,6 +16,7 @@ from agorad.demo import layout, report
 from agorad.demo.layout import Layout, Plan
 from agorad.demo.swarm import STALL_S, TICK_S, DemoFailed, Swarm
 from agorad.demo.view import View
+from agorad.usage import NamedPath
 from p2p.errors import LocalError
 from stage.data import ByteSource
 
@@ -28,12 +29,8 @@ DEFAULT_STEPS = 60
 @click.option("--trainers", default=1, show_default=True, help="Trainers, each with its share of the data.")
 @click.option("--steps", type=int, help=f"Steps of the run's clock.  [default: {DEFAULT_STEPS}]")
 @click.option("--seconds", type=float, help="Train for this long instead.")
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="Text file or folder; else Python's own source."
-)
-@click.option(
-    "--dir", "folder", type=click.Path(path_type=Path), help="Folder for everything; else temporary."
-)
+@click.option("--data", type=NamedPath(), help="Text file or folder; else Python's own source.")
+@click.option("--dir", "folder", type=NamedPath(), help="Folder for everything; else temporary.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Override one setting.")
 @click.option("--keep", is_flag=True, help="Keep a temporary folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -89,6 +86,8 @@ def _folder(folder: Path | None) -> tuple[Path, bool]:
         return Path(tempfile.mkdtemp(prefix="agora-demo-")), True
     folder = folder.absolute()
     created = not folder.exists()
+    if not created and not folder.is_dir():
+        raise LocalError(f"--dir {folder}: is not a folder; name a new or an empty one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):

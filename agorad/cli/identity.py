@@ -8,13 +8,14 @@ from pathlib import Path
 import click
 
 from agorad.config import default_path, load
+from agorad.usage import NamedPath
 from p2p.errors import LocalError
 from p2p.identity import Identity
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path), required=False)
-@click.option("--config", type=click.Path(path_type=Path), help="The node's settings, which name the key.")
+@click.argument("path", type=NamedPath(), required=False)
+@click.option("--config", type=NamedPath(), help="The node's settings, which name the key.")
 @click.option("--create", is_flag=True, help="Make the key if there is none.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def identity(path: Path | None, config: Path | None, create: bool, as_json: bool) -> None:

@@ -20,6 +20,7 @@ from agorad import run as manifests
 from agorad.authority import accounts
 from agorad.run import Manifest, NodeRef, RunInfo
 from agorad.settings import override, unstructure
+from agorad.usage import NamedPath
 from p2p.errors import LocalError
 from p2p.identity import Identity
 from stage.config import split_layers
@@ -34,9 +35,7 @@ def run() -> None:
 
 @run.command()
 @click.argument("name")
-@click.option(
-    "--dir", "folder", type=click.Path(path_type=Path), help="Where to put it; the name by default."
-)
+@click.option("--dir", "folder", type=NamedPath(), help="Where to put it; the name by default.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address that peers reach the nodes at.")
 @click.option(
     "--port", type=click.IntRange(1, 65533), default=49200, show_default=True, help="First of three."
@@ -95,8 +94,8 @@ def init(
 
 
 @run.command()
-@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--key", type=click.Path(path_type=Path), required=True, help="The operator's key file.")
+@click.argument("path", metavar="RUN", type=NamedPath())
+@click.option("--key", type=NamedPath(), required=True, help="The operator's key file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def sign(path: Path, key: Path, as_json: bool) -> None:
     """Check an edited manifest, raise its version and sign it again.
@@ -114,7 +113,7 @@ def sign(path: Path, key: Path, as_json: bool) -> None:
 
 
 @run.command()
-@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("path", metavar="RUN", type=NamedPath())
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def show(path: Path, as_json: bool) -> None:
     """Check a manifest and its signature, and say what it describes.
@@ -126,7 +125,7 @@ def show(path: Path, as_json: bool) -> None:
 
 @run.command()
 @click.argument("name")
-@click.option("--dir", "folder", type=click.Path(path_type=Path), default=Path(), help="The run's folder.")
+@click.option("--dir", "folder", type=NamedPath(), default=Path(), help="The run's folder.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def account(name: str, folder: Path, as_json: bool) -> None:
     """Add an account to the authority's file and print its secret, which is kept nowhere else.

@@ -16,6 +16,7 @@ import click
 
 from agorad.ask import Unreachable
 from agorad.config import default_path, load
+from agorad.usage import NamedPath
 from p2p.errors import LocalError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,7 +32,7 @@ class Target:
 
 def target_options(command: F) -> F:
     """Adds the three options to a click command."""
-    path = click.Path(path_type=Path)
+    path = NamedPath()
     for option in (
         click.option("--socket", type=path, help="The control socket of one node."),
         click.option("--config", type=path, help="The settings of one node."),

@@ -31,6 +31,15 @@ from stage.presets import demo as demo_preset
 MANIFEST_SECTIONS: Final = ("model", "training", "admission", "data")
 NODE_SECTIONS: Final = ("node", "worker", "trainer", "authority")
 MOST: Final = {"stages": 32, "workers": 64, "trainers": 8}
+MOST_STEPS: Final = 10**9
+MOST_SECONDS: Final = 1e9
+DECIDED: Final = {
+    "node.role": "", "node.name": "", "node.run": "", "node.state": "", "node.identity": "",
+    "node.listen": "", "node.announce": "", "node.control": "", "node.log": "",
+    "worker.account": "", "worker.secret_file": "", "worker.stage": "", "authority.accounts": "",
+    "trainer.data": "--data", "trainer.steps": "--steps", "trainer.seconds": "--seconds",
+}  # fmt: skip
+"""Settings of the nodes that a demo itself gives each node, and the option that means the same."""
 
 
 @attrs.frozen(kw_only=True)
@@ -94,15 +103,12 @@ def check(plan: Plan) -> Manifest:
         value = getattr(plan, name)
         if not 1 <= value <= most:
             raise LocalError(f"--{name} {value}: between 1 and {most} are possible")
-    if plan.steps is not None and plan.steps < 1:
-        raise LocalError(f"--steps {plan.steps}: at least 1")
-    if plan.seconds is not None and plan.seconds <= 0:
-        raise LocalError(f"--seconds {plan.seconds}: more than 0")
-    known = MANIFEST_SECTIONS + NODE_SECTIONS
+    if plan.steps is not None and not 1 <= plan.steps <= MOST_STEPS:
+        raise LocalError(f"--steps {plan.steps}: between 1 and {MOST_STEPS} are possible")
+    if plan.seconds is not None and not 0 < plan.seconds <= MOST_SECONDS:
+        raise LocalError(f"--seconds {plan.seconds:g}: more than 0 and at most {MOST_SECONDS:g} are possible")
     for assignment in plan.assignments:
-        section = assignment.partition(".")[0].partition("=")[0]
-        if section not in known:
-            raise LocalError(f"unknown setting in --set {assignment!r}; {nearest(section, known)}")
+        _check_name(assignment)
     operator = Identity.generate()
     manifest = _manifest(plan, operator, {})
     if manifest.model.stages != plan.stages:
@@ -154,6 +160,20 @@ def prepare(plan: Plan, folder: Path) -> Layout:
     return Layout(folder=folder, manifest_path=manifest_path, manifest=manifest, nodes=tuple(nodes))
 
 
+def _check_name(assignment: str) -> None:
+    """Of a ``--set``: its section is one that a demo has, and the setting is not the demo's own."""
+    name = assignment.partition("=")[0].strip()
+    section, dot, _rest = name.partition(".")
+    known = MANIFEST_SECTIONS + NODE_SECTIONS
+    if section not in known:
+        raise LocalError(f"unknown setting in --set {assignment!r}; {nearest(section, known)}")
+    if not dot or "=" not in assignment:
+        raise LocalError(f"--set {assignment!r} is not of the form section.key=value")
+    if name in DECIDED:
+        instead = f"use {DECIDED[name]}" if DECIDED[name] else "it is different for each node"
+        raise LocalError(f"--set {name} is not possible, since the demo decides it; {instead}")
+
+
 def _node(name: str, role: str, stage: int | None, folder: Path) -> DemoNode:
     reserved = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -181,13 +201,13 @@ def _manifest(plan: Plan, operator: Identity, nodes: dict[str, tuple[NodeRef, ..
         training=training,
         admission=manifest_file.Admission(max_nodes_per_account=plan.stages * plan.workers),
     )
-    mine = [text for text in plan.assignments if text.partition(".")[0] in MANIFEST_SECTIONS]
+    mine = [text for text in plan.assignments if text.partition(".")[0].strip() in MANIFEST_SECTIONS]
     return manifest_file.from_table(override(Manifest, unstructure(base), mine))
 
 
 def _node_table(plan: Plan, node: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     """A node's config table, ``--set`` laid over it and checked."""
-    mine = [text for text in plan.assignments if text.partition(".")[0] in NODE_SECTIONS]
+    mine = [text for text in plan.assignments if text.partition(".")[0].strip() in NODE_SECTIONS]
     table = override(node_config.Config, {"node": node, **extra}, mine)
     node_config.from_table(table, Path("/"))
     return table

@@ -1,0 +1,38 @@
+"""What people did wrong on a command line, as one sentence, and paths that are none.
+
+click prints a usage block of several lines; here every error is one line: what is wrong, and where help
+is. ``NamedPath`` is click's path with the empty one refused: ``--data "$UNSET"`` would otherwise mean the
+working directory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class NamedPath(click.Path):
+    """A path as ``pathlib.Path``, never empty."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def complain(error: click.ClickException, program: str) -> int:
+    """Print the sentence to stderr; the exit code."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # newer versions of click have it; not an error of words
+        error.show()
+    elif isinstance(error, click.UsageError):
+        command = program if error.ctx is None else error.ctx.command_path
+        text = error.format_message().rstrip(".?").replace(". Did you mean", ", did you mean")
+        click.echo(f"{program}: {text[:1].lower()}{text[1:]} (see {command} --help)", err=True)
+    else:
+        click.echo(f"{program}: {error.format_message()}", err=True)
+    return error.exit_code
