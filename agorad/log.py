@@ -9,6 +9,7 @@ event file says the same.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -51,7 +52,10 @@ def level(name: str) -> str:
 
 
 class Log:
-    """Subscribe an instance to the bus: ``bus.subscribe(Log(sys.stderr, None))``."""
+    """Subscribe an instance to the bus: ``bus.subscribe(Log(sys.stderr, None))``.
+
+    Where the stream is the log file itself (a manager redirected it there), lines are written once.
+    """
 
     def __init__(self, stream: TextIO, path: Path | None) -> None:
         self._stream: TextIO | None = stream
@@ -61,6 +65,8 @@ class Log:
             self._file = path.open("a", buffering=1) if path is not None else None
         except OSError as error:
             raise LocalError(f"cannot write the log file {path}: {error.strerror}") from error
+        if self._file is not None and _same_file(stream, self._file):
+            self._stream = None
 
     def __call__(self, entry: Entry) -> None:
         rank = level(entry["event"])
@@ -80,3 +86,10 @@ class Log:
                 print(text, file=self._stream, flush=True)
             except OSError:
                 self._stream = None
+
+
+def _same_file(stream: TextIO, file: TextIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.fstat(file.fileno()))
+    except (OSError, ValueError):  # a stream without a descriptor is no file
+        return False

@@ -67,7 +67,7 @@ class Swarm:
                     [sys.executable, "-m", "agorad.main", "--config", str(node.config)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
-                    stderr=subprocess.DEVNULL,  # the node writes its log file itself
+                    stderr=log,  # a failure before or beside the log is kept too
                     start_new_session=True,  # Ctrl-C is for the demo, which stops nodes in order
                     preexec_fn=_die_with_parent,
                 )
@@ -208,7 +208,11 @@ def last_words(node: DemoNode) -> str:
                 return str(event["why"])
     except (OSError, ValueError, KeyError):
         pass
-    return f"see {node.log}"
+    try:
+        last = node.log.read_text(errors="replace").strip().splitlines()[-1]
+    except (OSError, IndexError):
+        return f"see {node.log}"
+    return last.removeprefix("agorad: ")
 
 
 def _die_with_parent() -> None:
