@@ -437,6 +437,9 @@ class Host:
             if running >= self.limits.calls_per_protocol:
                 raise Refused("busy", f"{running} calls of {protocol} are running already", 1.0)
             if not entry.open_to_all:
+                if connection.dialer:  # its answer to our hello may be read after its first call
+                    with trio.move_on_after(self.limits.hello_s):
+                        await connection.greeted.wait()
                 self.gate(connection, protocol)
             try:
                 await entry.handler(call)
