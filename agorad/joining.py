@@ -18,6 +18,7 @@ from agorad.authority.issue import PROTOCOL, JoinRequest
 from agorad.events import CertificateGranted, JoinDelayed
 from agorad.exitcodes import DaemonExit, ExitCode
 from agorad.node import Node
+from agorad.preflight import read_secret
 from p2p.errors import LocalError, P2PError, Refused, RemoteError
 from p2p.identity import PeerId
 from p2p.membership import CERTIFICATE_LIMIT, Certificate
@@ -158,14 +159,7 @@ def _read(node: Node) -> Certificate | None:
 
 def _secret(node: Node) -> str | None:
     path = node.config.worker.secret_file
-    if path is None:
-        return None
-    try:
-        return path.read_text().strip()
-    except OSError as error:
-        raise LocalError(f"cannot read the account's secret from {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise LocalError(f"the account's secret in {path} is not text; ask the run's operator") from error
+    return None if path is None else read_secret(path)
 
 
 def _path(node: Node) -> Path:

@@ -16,13 +16,11 @@ from typing import Any
 import click
 import trio
 
-from agorad import __version__, run
+from agorad import __version__, preflight
 from agorad.config import ROLES, Config, default_path, load
 from agorad.exitcodes import ExitCode, verdict
 from agorad.node import run_node, start_time
 from agorad.usage import NamedPath, complain
-from p2p.errors import LocalError
-from p2p.identity import Identity
 
 
 class _Command(click.Command):
@@ -55,7 +53,8 @@ def main(
     try:
         settings = load(config_path or default_path(), role=role, assignments=assignments)
         if check_config:
-            _check(settings)
+            preflight.check(settings)
+            click.echo(f"{settings.path}: fine")
             return
         _live(settings)
     except BaseException as error:
@@ -74,17 +73,6 @@ def _live(settings: Config) -> None:
             await run_node(settings, role.run, started_at=start_time(), signals=signals)
 
     trio.run(live)
-
-
-def _check(settings: Config) -> None:
-    """All that can be known to be wrong before a start."""
-    run.load(settings.node.run)
-    if settings.identity.exists():
-        Identity.load(settings.identity)
-    for file in (settings.worker.secret_file, settings.trainer.data):
-        if file is not None and not file.exists():
-            raise LocalError(f"{file} does not exist")
-    click.echo(f"{settings.path}: fine")
 
 
 def _explain(error: BaseException) -> int:

@@ -27,7 +27,7 @@ from typing import Any, Final
 import attrs
 import trio
 
-from agorad import __version__, config, control, control_server, run, state_dirs
+from agorad import __version__, config, control, control_server, preflight, state_dirs
 from agorad.config import Config
 from agorad.events import Bus, Ready, Reloaded, Started, Stopped, Stopping
 from agorad.exitcodes import ExitCode, verdict
@@ -158,10 +158,9 @@ async def run_node(
     """Live as one node until the role returns or one of ``signals`` says so. Raises what went wrong."""
     listen = _addresses(settings.node.listen, "node.listen")
     announce = _addresses(settings.node.announce, "node.announce")
-    manifest = run.load(settings.node.run)
-    if settings.identity.exists():
-        Identity.load(settings.identity)  # what is wrong is known before anything is made
+    manifest = preflight.check(settings)
     await _check_free(listen)
+    fresh = not settings.events.exists()
     state_dirs.prepare(settings.node.state)
     locks = [state_dirs.claim(settings.node.state)]
     identity = Identity.load_or_create(settings.identity)
@@ -182,6 +181,8 @@ async def run_node(
     except BaseException as error:
         code, why = verdict(error)
         bus.emit(Stopped(code=code, why=why or repr(error)[:200]))
+        if fresh and code == ExitCode.USAGE:
+            _forget(settings)  # it never took part, so there is nothing to remember
         raise
     else:
         bus.emit(Stopped(code=ExitCode.CLEAN, why="done"))
@@ -191,10 +192,22 @@ async def run_node(
             os.close(lock)
 
 
+def _forget(settings: Config) -> None:
+    """Remove the event file of a node that could not start, and the folder if nothing else is in it."""
+    settings.events.unlink(missing_ok=True)
+    try:
+        settings.node.state.rmdir()
+    except OSError:
+        return  # it holds a key, or somebody else's files
+
+
 async def _check_free(listen: list[Multiaddr]) -> None:
     """``LocalError`` for an address that cannot be bound, found before a state folder is made for it."""
     for addr in listen:
-        listener = await TcpTransport().listen(addr)
+        try:
+            listener = await TcpTransport().listen(addr)
+        except LocalError as error:
+            raise LocalError(f"{error}; name another address in node.listen") from error
         await listener.aclose()
 
 

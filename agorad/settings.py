@@ -42,7 +42,9 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         raise LocalError(f"the {what} {path} is larger than {FILE_LIMIT} bytes")
     try:
         return tomllib.loads(data.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        raise LocalError(f"the {what} {path} is damaged: it is not text") from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise LocalError(f"the {what} {path} is not valid TOML: {error}") from error
 
 

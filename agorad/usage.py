@@ -31,7 +31,10 @@ def complain(error: click.ClickException, program: str) -> int:
         error.show()
     elif isinstance(error, click.UsageError):
         command = program if error.ctx is None else error.ctx.command_path
-        text = error.format_message().rstrip(".?").replace(". Did you mean", ", did you mean")
+        text = error.format_message().rstrip(".")
+        what, _, hint = text.partition("Did you mean")  # "x. Did you mean y?" or "x. (Did you mean z?)"
+        if hint:
+            text = f"{what.rstrip('. (')}; did you mean{hint.rstrip('?)')}"
         click.echo(f"{program}: {text[:1].lower()}{text[1:]} (see {command} --help)", err=True)
     else:
         click.echo(f"{program}: {error.format_message()}", err=True)

@@ -175,6 +175,21 @@ class ByteSource:
         return True
 
 
+def require_text(path: Path) -> None:
+    """``LocalError`` unless ``path`` is a text file or a folder; cheap, unlike reading all of it."""
+    if path.is_dir():
+        return
+    head = b""
+    try:
+        if path.is_file() or not path.exists():  # a pipe or device could block for ever
+            with path.open("rb") as stream:
+                head = stream.read(_SNIFF)
+    except OSError as error:
+        raise LocalError(f"data: cannot read {path}: {error.strerror or error}") from None
+    if not head or b"\0" in head:
+        raise LocalError(f"data: {path} is empty or not text")
+
+
 class _Permutation:
     """A keyed bijection of range(n): four Feistel rounds on the next even power of two, walked into range."""
 

@@ -299,7 +299,7 @@ def test_an_authority_that_is_not_listed_does_not_start(tmp_path: Path) -> None:
         within(main)
     code, sentence = verdict(end.value)
     assert code == ExitCode.USAGE
-    assert "is not an authority of run" in str(sentence)
+    assert "a run's authority needs one that the manifest lists" in str(sentence)
 
 
 def test_two_daemons_do_not_share_a_state_folder(tmp_path: Path) -> None:
