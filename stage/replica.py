@@ -283,6 +283,7 @@ class Replica:
                 self._sync_news = trio.Event()
                 await self._sync_news.wait()
                 alone_since = None
+                continue
             await self._refresh_mates()
             donors = self._mates.in_phase("active")
             donors.pop(self.peer_id, None)

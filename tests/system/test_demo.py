@@ -47,6 +47,9 @@ def test_a_swarm_trains_and_ends_cleanly(tmp_path: Path) -> None:
     k = tomllib.loads((folder / "run.toml").read_text())["model"]["k"]
     assert report["hops"]["backward_hops"] == 2 * work["completed"]
     assert report["bytes"]["boundary"] == boundary_bytes(report, 64, k)
+    for name in names:
+        if name.startswith("worker"):  # genesis makes everybody ACTIVE, and nothing disturbs that
+            assert [e["to"] for e in swarm.events(name) if e["event"] == "phase"] == ["active"]
     checksums: dict[tuple[int, int], set[str]] = {}
     for name in names:
         for event in swarm.events(name):
