@@ -193,10 +193,18 @@ class Swarm:
         except (Unreachable, NoAnswer, CommandFailed):
             return
         deadline = time.monotonic() + STOP_S
-        while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
+        while time.monotonic() < deadline and _alive(pid):
             time.sleep(TICK_S)
-        if Path(f"/proc/{pid}").exists():
+        if _alive(pid):
             os.kill(pid, signal.SIGKILL)
+
+
+def _alive(pid: int) -> bool:
+    """Whether the process runs; one that ended and whose parent has not looked yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return False
 
 
 def last_words(node: DemoNode) -> str:
