@@ -53,8 +53,8 @@ class Donor:
         """Serve one newcomer."""
         with trio.fail_after(CHUNK_S):
             wanted = (await call.receive()).header
-        member = call.member
-        if wanted != {"t": "want", "stage": self._stage} or member is None or member.stage != self._stage:
+        mate = call.member is not None and (call.member.role, call.member.stage) == ("worker", self._stage)
+        if wanted != {"t": "want", "stage": self._stage} or not mate:
             raise Refused("wrong_stage", f"this replica has the state of stage {self._stage} only")
         if self._newcomers >= NEWCOMERS:
             raise Refused("busy", f"{NEWCOMERS} newcomers are being served already", 5.0)

@@ -30,7 +30,8 @@ Heard = Callable[[Mapping[str, Any], memoryview], None]
 
 def check_mate(call: Call, host: Host, stage: int) -> None:
     """Refuse a peer whose certificate is not for this stage; a host without membership trusts everybody."""
-    if host.membership is not None and (call.member is None or call.member.stage != stage):
+    member = call.member
+    if host.membership is not None and (member is None or (member.role, member.stage) != ("worker", stage)):
         raise Refused("wrong_stage", f"rounds of stage {stage} are for its own replicas")
 
 
