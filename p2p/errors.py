@@ -23,7 +23,7 @@ class RemoteError(P2PError):
     """The peer violated a protocol; the connection or stream it came on is to be dropped."""
 
 
-class PeerGone(RemoteError):
+class PeerGone(RemoteError):  # noqa: N818, a word of the protocol
     """The connection or stream ended before the answer came (closed, reset, or silent too long)."""
 
 
@@ -31,11 +31,11 @@ class DialError(RemoteError):
     """No address of the peer could be reached, or another peer answered there."""
 
 
-class UnsupportedProtocol(RemoteError):
+class UnsupportedProtocol(RemoteError):  # noqa: N818, a word of the protocol
     """The peer does not speak the protocol that was asked for."""
 
 
-class Refused(P2PError):
+class Refused(P2PError):  # noqa: N818, a word of the protocol
     """A typed refusal. ``code`` is one of the words listed in ``docs/protocols.md``.
 
     Raised by a handler, it travels to the caller, where it is raised again.
