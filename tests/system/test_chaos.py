@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.ledger import check_ledger
 from tests.system.swarms import Demo, demo, processes_under
 
 SMALL = ("--set", "model.seq=64", "--set", "training.target_batch=8", "--set", "worker.snapshot_every=4")
@@ -29,24 +30,6 @@ def is_active(swarm: Demo, name: str, sessions: int) -> bool:
         return False
     phases = [event["to"] for event in events[began[-1] :] if event["event"] == "phase"]
     return bool(phases) and phases[-1] == "active"
-
-
-def check_ledger(swarm: Demo, stages: int) -> None:
-    """Every completed microbatch was added at every stage by the replica that the path names."""
-    done = {
-        event["ticket"]: event["path"]
-        for event in swarm.events("trainer-0")
-        if event["event"] == "microbatch_completed"
-    }
-    added: dict[tuple[int, str], set[str]] = {}
-    for node in swarm.nodes:
-        for event in swarm.events(node["name"]):
-            if event["event"] == "microbatch_added":
-                added.setdefault((event["stage"], event["ticket"]), set()).add(event["replica"])
-    for ticket, path in done.items():
-        assert len(path) == stages + 1
-        for stage in range(stages):
-            assert path[stage + 1] in added.get((stage, ticket), set()), (ticket, stage)
 
 
 @pytest.mark.long
