@@ -197,7 +197,7 @@ def node(tmp_path: Path) -> NodePlace:
     ("text", "words"),
     [
         (b"[node\n", "the configuration agorad.toml is not valid TOML"),
-        (b"\xff\xfe\0", "the configuration agorad.toml is damaged: it is not text"),
+        (b"\xff\xfe\0", "the configuration agorad.toml is not valid TOML: it is not text"),
         (b"", "agorad.toml: the setting 'node' is missing"),
         (b"[node]\nrole = 'seed'\n", "the setting 'node.run' is missing"),
         (b"[node]\nrole = 'king'\n", "node.role = 'king' is none of 'seed'"),

@@ -369,7 +369,7 @@ def test_a_certificate_that_runs_out_is_noticed_at_the_next_stream(place: Place)
         async with stranger(place) as peer:
             me = peer.identity.peer_id
             worker = place.swarm.node("worker-0-0")
-            expires = time.time() + 3.0
+            expires = time.time() + 5.0
             for node in place.nodes:
                 assert await peer.say_hello(node, place.certificate(me, expires=expires).encode()) == ""
                 assert await peer.ask(node, kad.PROTOCOL, *peer.question(node, kad.PROTOCOL)) == "ok"
