@@ -70,6 +70,8 @@ class Node:
     """Control commands by name; roles add theirs."""
     status: dict[str, Any] = attrs.field(factory=dict)
     """The role's part of ``agoractl status``; see ``status_document``. Written by the role."""
+    update_status: Callable[[], None] = lambda: None
+    """The role's: brings ``status`` up to date, called whenever somebody asks."""
     certificate: Certificate | None = None
     """What this node presents in hello; set by ``joining``."""
     stopping: trio.Event = attrs.field(factory=trio.Event)
@@ -124,6 +126,7 @@ class Node:
 
     def status_document(self) -> dict[str, Any]:
         """This node as ``agoractl status --json`` shows it."""
+        self.update_status()
         warnings = list(self.warnings.values())
         if self.bus.unwritten:
             warnings.append(f"{self.bus.unwritten} events could not be written to {self.config.events}")

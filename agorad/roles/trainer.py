@@ -26,7 +26,6 @@ PUBLISH_S = 0.5
 """Least pause between two clock records."""
 CLOCK_TTL_S = 600.0
 STORE_S = 5.0
-STATUS_S = 0.5
 
 
 async def run(node: Node) -> None:
@@ -86,20 +85,18 @@ async def run(node: Node) -> None:
         await trio.sleep(seconds)
         ending.set()
 
-    async def keep_status() -> None:
-        while True:
-            node.status.update(
-                step=clock.step,
-                loss=trainer.loss,
-                microbatches={"completed": trainer.completed, "in_flight": trainer.in_flight},
-                data=source.describe(),
-            )
-            await trio.sleep(STATUS_S)
+    def update_status() -> None:
+        node.status.update(
+            step=clock.step,
+            loss=trainer.loss,
+            microbatches={"completed": trainer.completed, "in_flight": trainer.in_flight},
+            data=source.describe(),
+        )
 
+    node.update_status = update_status
     node.nursery.start_soon(roster.run)
     node.nursery.start_soon(_publish_clock, node, clock, trainer)
     node.nursery.start_soon(watch_clock, node, clock, lambda: None)
-    node.nursery.start_soon(keep_status)
     node.nursery.start_soon(end_on_stop)
     node.ready()
     node.status["phase"] = "joining"
@@ -108,7 +105,6 @@ async def run(node: Node) -> None:
     if settings.seconds is not None:
         node.nursery.start_soon(end_on_time, settings.seconds)
     await trainer.run()
-    node.status.update(step=clock.step, loss=trainer.loss)
     await _store_clock(node, clock)
 
 

@@ -38,7 +38,6 @@ from stage.snapshot import SnapshotStore, State
 DRAIN_S = 10.0
 """How long microbatches in progress may still take once the node is to leave."""
 CLOCK_RETRY_S = 0.5
-STATUS_S = 0.5
 
 
 async def run(node: Node) -> None:
@@ -145,7 +144,7 @@ class _Worker:
             nursery.start_soon(self.roster.run)
             nursery.start_soon(watch_clock, node, self.clock, self.replica.clock_advanced)
             nursery.start_soon(self.replica.run)
-            nursery.start_soon(self.keep_status)
+            node.update_status = self.update_status
             await trio.lowlevel.checkpoint()
             nursery.start_soon(self.declaration.run)
             node.ready()
@@ -223,11 +222,6 @@ class _Worker:
         self.node.emit(StateFetched(donor=donor, step=manifest.step, bytes=manifest.size, seconds=seconds))
         return manifest.step
 
-    async def keep_status(self) -> None:
-        while True:
-            self.update_status()
-            await trio.sleep(STATUS_S)
-
     def update_status(self) -> None:
         last = self.replica.last_round
         self.node.status.update(
@@ -254,4 +248,3 @@ class _Worker:
             await self.server.wait_idle()
         if self.replica.phase in ("active", "warming"):
             await self.take_snapshot(self.replica.step)
-        self.update_status()

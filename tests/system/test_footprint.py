@@ -136,6 +136,10 @@ def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     with demo(tmp_path_factory.mktemp("footprint") / "swarm", *OPTIONS) as running:
         running.swarm()
         running.wait_for(lambda: running.count("worker-0-0", "round_finished") > 0, 100, "round")
+        workers = [node["name"] for node in running.nodes if node["role"] == "worker"]
+        running.wait_for(
+            lambda: all(running.count(name, "step") for name in workers), 30, "step of everybody"
+        )
         yield running
 
 
