@@ -43,9 +43,14 @@ def _joined(e: Mapping[str, Any]) -> str:
     return f"{short(e['peer'])} ({e['account']}): {e['outcome']}{stage}"
 
 
+def _ready(e: Mapping[str, Any]) -> str:
+    places = ", ".join(addr.partition("/p2p/")[0] for addr in e["addrs"])
+    return f"ready after {e['seconds']:.1f} s on {places}"
+
+
 _LINES: Final[dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]]] = {
-    "started": ("NODE", lambda e: f"{e['name']} ({e['role']}) of run {e['run']}, {e['peer_id']}"),
-    "ready": ("NODE", lambda e: f"ready after {e['seconds']:.1f} s on {', '.join(e['addrs'])}"),
+    "started": ("NODE", lambda e: f"{e['name']} ({e['role']}) of run {e['run']}, id …{short(e['peer_id'])}"),
+    "ready": ("NODE", _ready),
     "stopping": ("NODE", lambda e: f"leaving: {e['why']}"),
     "stopped": ("NODE", lambda e: f"ended with {e['code']}: {e['why']}"),
     "reloaded": ("NODE", lambda e: "settings read again" if e["ok"] else f"settings kept: {e['why']}"),

@@ -84,7 +84,7 @@ class ByteSource:
     def describe(self) -> str:
         """One line for people: how much text from where."""
         left = f", {self._left_out} left out" if self._left_out else ""
-        return f"{len(self._data) / 1e6:.1f} MB of text in {self._files} files{left} from {self._where}"
+        return f"{len(self._data) / 1e6:.1f} MB of text from {self._where}: {self._files} files{left}"
 
     def shard_rows(self, shard: int) -> int:
         """Rows of one epoch of a shard."""

@@ -73,7 +73,7 @@ def demo(
     if as_json:
         click.echo(json.dumps(document))
     else:
-        click.echo(_summary(document), err=True)
+        click.echo(summary(document), err=True)
     if not temporary or keep or fault:
         click.echo(f"everything is in {folder}", err=True)
     if fault is not None:
@@ -112,10 +112,11 @@ def _run(laid: Layout, source: str, steps: int | None) -> tuple[dict[str, Any], 
     fault: str | None = None
     try:
         with View(swarm, f"/{steps}" if steps else "") as view:
-            view.say(f"run {laid.manifest.run.id}: {len(laid.nodes)} processes in {laid.folder}; {source}")
+            view.say(f"run {laid.manifest.run.id}: {len(laid.nodes)} processes in {laid.folder}")
+            view.say(f"data: {source}")
             try:
                 swarm.start()
-                swarm.wait_up()
+                swarm.wait_up(view.show)
                 (laid.folder / "swarm.json").write_text(json.dumps(swarm.describe(), indent=1) + "\n")
                 fault = _watch(swarm, view, steps)
             except DemoFailed as error:
@@ -196,7 +197,8 @@ def _disagreement(laid: Layout, states: dict[str, dict[str, Any]]) -> float | No
     return mean_distance([folders for folders in stages.values() if len(folders) > 1])
 
 
-def _summary(document: dict[str, Any]) -> str:
+def summary(document: dict[str, Any]) -> str:
+    """The report for people, in lines of at most 80 columns."""
     loss, work, rounds = document["loss"], document["microbatches"], document["rounds"]
     if loss["last"] is None:
         return "no microbatch was completed"
@@ -205,12 +207,14 @@ def _summary(document: dict[str, Any]) -> str:
         f"({document['tokens_per_second']:.0f} tokens/s)",
         f"loss {loss['first']:.3f} -> {loss['last']:.3f} nats a token (guessing: {loss['uniform']:.3f})",
         f"microbatches: {work['completed']} of {work['issued']} completed, {work['failed']} failed, "
-        f"{work['lost']} lost, {work['rerouted']} rerouted, {work['twice']} counted twice",
+        f"{work['lost']} lost",
+        f"faults: {work['rerouted']} rerouted, {work['twice']} counted twice, "
+        f"{work['reused_stale']} reused, {work['gone_with_replica']} gone with a replica",
         f"rounds: {rounds['completed']} completed, {rounds['partial']} partial, {rounds['failed']} failed",
     ]
     if document["eval_loss"]:
-        trail = ", ".join(f"{value:.3f} at step {step}" for step, value in document["eval_loss"])
-        lines.append(f"evaluation loss: {trail}")
+        ends = document["eval_loss"][:: max(1, len(document["eval_loss"]) - 1)]
+        lines.append("evaluation loss: " + " -> ".join(f"{loss:.3f} at step {step}" for step, loss in ends))
     if document["disagreement"] is not None:
         lines.append(f"replicas are {document['disagreement']:.2%} from their stage's mean")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ from agorad.cli.targets import Target, find, target_options
 ANSWER_S: Final = 3.0
 WATCH_S: Final = 1.0
 _COLUMNS: Final = ("node", "role", "phase", "stage", "step", "loss", "batches", "last round", "peers", "up")
+_DISPENSABLE: Final = ("role", "up", "peers")
+"""What a narrow terminal does without, in this order."""
 
 
 @click.command()
@@ -35,7 +38,8 @@ def status(folder: Path | None, config: Path | None, socket: Path | None, as_jso
         else:
             if watch and sys.stdout.isatty():
                 click.clear()
-            click.echo("\n".join(table(nodes)))
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+            click.echo("\n".join(table(nodes, width)))
         for sentence in silent:
             click.echo(sentence, err=True)
         if not watch:
@@ -62,12 +66,17 @@ def gather(targets: list[Target]) -> tuple[list[dict[str, Any]], list[str]]:
     return nodes, silent
 
 
-def table(nodes: list[dict[str, Any]]) -> list[str]:
-    """Lines for people; "-" is what there is not."""
+def table(nodes: list[dict[str, Any]], width: int | None = None) -> list[str]:
+    """Lines for people; "-" is what there is not. Columns are left out where ``width`` is too small."""
     rows = [_COLUMNS, *(_row(node) for node in nodes)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    widths = {name: max(len(row[at]) for row in rows) for at, name in enumerate(_COLUMNS)}
+    for name in _DISPENSABLE:
+        if width is None or sum(widths.values()) + 2 * (len(widths) - 1) <= width:
+            break
+        del widths[name]
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        "  ".join(row[at].ljust(widths[name]) for at, name in enumerate(_COLUMNS) if name in widths).rstrip()
+        for row in rows
     ]
     warnings = [f"! {node['name']}: {warning}" for node in nodes for warning in node.get("warnings", ())]
     runs = sorted({str(node["run"]) for node in nodes})

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,11 +74,12 @@ class Swarm:
                 )
             self.nodes.append(Running(node, process))
 
-    def wait_up(self) -> None:
-        """Until every node is ready to take part. Raises DemoFailed."""
+    def wait_up(self, polled: Callable[[], None] = lambda: None) -> None:
+        """Until every node is ready to take part; ``polled`` after each look. Raises DemoFailed."""
         deadline = time.monotonic() + UP_S
         while True:
             self.poll()
+            polled()
             waiting = [running for running in self.nodes if not running.answers]
             for running in waiting:
                 code = running.process.poll()
@@ -139,7 +141,8 @@ class Swarm:
 
     @property
     def step(self) -> int:
-        return max((running.status.get("step", 0) for running in self.of_role("trainer")), default=0)
+        """The furthest that anybody who spoke has followed the clock: trainers end before their last word."""
+        return max((running.status.get("step", 0) for running in self.nodes), default=0)
 
     def final_step(self) -> int:
         """Where the trainers left the clock, from their journals: they may end between two polls."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from agorad.demo.swarm import Swarm
+from agorad.demo.swarm import Running, Swarm
 
 LINE_S: Final = 5.0
 
@@ -40,7 +40,7 @@ class View:
 
     def show(self) -> None:
         if self._console.is_terminal:
-            self._live.update(self._table(), refresh=True)
+            self._live.update(self.table(), refresh=True)
             return
         now = time.monotonic()
         if now >= self._next_line:
@@ -56,14 +56,19 @@ class View:
         active = sum(r.answers and r.status.get("phase") == "active" for r in workers)
         elapsed = time.monotonic() - self._began
         return (
-            f"{elapsed:5.0f} s  step {swarm.step}{self._goal}  {swarm.completed} microbatches  {loss}  "
+            f"{elapsed:.0f} s  step {swarm.step}{self._goal}  {swarm.completed} microbatches  {loss}  "
             f"{active} of {len(workers)} replicas active"
         )
 
-    def _table(self) -> Table:
-        table = Table(title=self._headline(), title_justify="left", expand=False)
-        for column in ("node", "stage", "phase", "step", "microbatches", "loss", "last round", "peers"):
-            table.add_column(column, justify="left" if column in ("node", "phase") else "right")
+    def table(self) -> Table:
+        """One row a node, within 80 columns."""
+        # Without borders it fits 80 columns; a row never takes two lines.
+        table = Table(
+            title=self._headline(), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        )
+        for column in ("node", "stage", "phase", "step", "batches", "loss", "last round", "peers"):
+            left = column in ("node", "phase")
+            table.add_column(column, justify="left" if left else "right", no_wrap=True)
         for running in self._swarm.nodes:
             status = running.status if running.answers else {}
             work = status.get("microbatches") or {}
@@ -71,7 +76,7 @@ class View:
             table.add_row(
                 running.node.name,
                 "-" if running.node.stage is None else str(running.node.stage),
-                status.get("phase", "gone"),
+                status.get("phase") or _without_word(running),
                 str(status.get("step", "-")),
                 str(work.get("added", work.get("completed", "-"))),
                 "-" if status.get("loss") is None else f"{status['loss']:.3f}",
@@ -79,3 +84,11 @@ class View:
                 str(status.get("peers", "-")),
             )
         return table
+
+
+def _without_word(running: Running) -> str:
+    """What to call a node that does not answer."""
+    code = running.process.poll()
+    if code is None:
+        return "silent" if running.status else "starting"
+    return "ended" if code == 0 else "gone"

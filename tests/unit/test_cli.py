@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from agorad.cli.demo import summary
 from agorad.cli.status import duration, table
+from agorad.demo.layout import Plan, prepare
+from agorad.demo.swarm import Running, Swarm
+from agorad.demo.view import View
 from p2p.identity import Identity
 
 
@@ -155,4 +161,43 @@ def test_the_table_shows_what_there_is_not_as_a_dash() -> None:
     ]
     assert " ".join(seed_row.split()) == "seed seed active - - - - - 4 1h02m"
     assert warning == "! worker-0-0: hot"
+    wide, narrow = table([node, seed]), table([node, seed], 60)
+    assert max(map(len, narrow)) <= 60 < max(map(len, wide))
+    assert narrow[2].split()[:3] == ["node", "phase", "stage"]
     assert [duration(value) for value in (0, 59.9, 60, 3600)] == ["0s", "59s", "1m00s", "1h00m"]
+
+
+def test_a_demo_shows_itself_in_eighty_columns(tmp_path: Path) -> None:
+    plan = Plan(stages=3, workers=2, trainers=1, steps=9, seconds=None, data=None, assignments=())
+    folder = tmp_path / "swarm"
+    folder.mkdir()
+    swarm = Swarm(prepare(plan, folder))
+    last = {"number": 1234, "fraction": 1.0, "members": 16, "at": 0.0}
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    for node in swarm.layout.nodes:
+        node.reserved.close()
+        status = {"phase": "warming", "step": 12345, "loss": 5.5451, "round": last, "peers": 128}
+        swarm.nodes.append(Running(node, process, {**status, "microbatches": {"added": 1234567}}, True))
+    swarm.nodes[-1].answers = False
+    out = io.StringIO()
+    Console(file=out, width=80).print(View(swarm, "/9").table())
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert len(lines) == 2 + len(swarm.nodes)
+    assert "1234: 100% of 16" in lines[4]
+    assert lines[-1].split()[:3] == ["trainer-0", "-", "ended"]
+
+
+def test_the_summary_of_a_demo_fits_a_terminal() -> None:
+    work = dict.fromkeys(("failed", "lost", "rerouted", "twice", "reused_stale", "gone_with_replica"), 12)
+    document = {
+        "steps": 60, "seconds": 99.0, "tokens": 368640, "tokens_per_second": 3558.5,
+        "loss": {"first": 5.5, "last": 2.4, "uniform": 5.545}, "eval_loss": [[0, 5.4], [30, 3.0], [60, 2.5]],
+        "microbatches": {"issued": 2880, "completed": 2880, **work},
+        "rounds": {"completed": 90, "partial": 0, "failed": 0, "mean_fraction": 1.0}, "disagreement": 0.0165,
+    }  # fmt: skip
+    lines = summary(document).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "evaluation loss: 5.400 at step 0 -> 2.500 at step 60" in lines
+    once = summary({**document, "eval_loss": [[0, 5.4]]})
+    assert "evaluation loss: 5.400 at step 0\n" in once
