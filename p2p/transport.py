@@ -63,7 +63,13 @@ class TcpTransport:
             stream = await trio.open_tcp_stream(host, port)
         except OSError as error:
             raise DialError(f"{addr}: {_reason(error)}") from error
-        _tune(stream)
+        except ValueError as error:  # a name that no resolver takes: an empty label, one too long
+            raise DialError(f"{addr}: not a host name") from error
+        try:
+            _tune(stream)
+        except OSError as error:  # gone already
+            await trio.aclose_forcefully(stream)
+            raise DialError(f"{addr}: {_reason(error)}") from error
         return stream
 
     async def listen(self, addr: Multiaddr) -> TcpListener:
@@ -74,6 +80,8 @@ class TcpTransport:
             listeners = await trio.open_tcp_listeners(port, host=host)
         except OSError as error:
             raise LocalError(f"cannot listen on {addr}: {_reason(error)}") from error
+        except ValueError as error:
+            raise LocalError(f"cannot listen on {addr}: not a host name") from error
         return TcpListener(addr, listeners)
 
 

@@ -251,6 +251,22 @@ def test_silent_listener_costs_no_more_than_the_deadline() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("text", ["/dns/a..b/tcp/1", f"/dns4/{'a' * 70}/tcp/1", "PEER"])
+def test_addresses_that_lead_nowhere_cost_the_dial_and_not_the_host(text: str) -> None:
+    """They come from other peers: out of the hash table, announcements, rosters."""
+
+    async def main() -> None:
+        async with two_hosts() as (one, two, _events):
+            two.handle("/agora/echo/1", echo)
+            somebody = Identity.generate().peer_id
+            addr = Multiaddr.parse(f"/p2p/{somebody}" if text == "PEER" else text)
+            with pytest.raises(DialError):
+                await one.call(somebody, "/agora/echo/1", addrs=[addr.bare()], deadline=5)
+            assert await ask(one, two, "/agora/echo/1", b"still here") == b"still here"
+
+    run(main)
+
+
 def test_port_in_use_is_one_sentence() -> None:
     async def main() -> None:
         async with two_hosts() as (_one, two, _events):
