@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from agorad.demo.swarm import Running, Swarm
 
@@ -40,7 +41,7 @@ class View:
 
     def show(self) -> None:
         if self._console.is_terminal:
-            self._live.update(self.table(), refresh=True)
+            self._live.update(self.frame(), refresh=True)
             return
         now = time.monotonic()
         if now >= self._next_line:
@@ -60,12 +61,10 @@ class View:
             f"{active} of {len(workers)} replicas active"
         )
 
-    def table(self) -> Table:
-        """One row a node, within 80 columns."""
+    def frame(self) -> Group:
+        """The headline and one row a node, within 80 columns."""
         # Without borders it fits 80 columns; a row never takes two lines.
-        table = Table(
-            title=self._headline(), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-        )
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for column in ("node", "stage", "phase", "step", "batches", "loss", "last round", "peers"):
             left = column in ("node", "phase")
             table.add_column(column, justify="left" if left else "right", no_wrap=True)
@@ -83,7 +82,7 @@ class View:
                 "-" if not last else f"{last['number']}: {last['fraction']:.0%} of {last['members']}",
                 str(status.get("peers", "-")),
             )
-        return table
+        return Group(Text(self._headline(), overflow="ellipsis", no_wrap=True), table)
 
 
 def _without_word(running: Running) -> str:

@@ -175,15 +175,16 @@ def test_a_demo_shows_itself_in_eighty_columns(tmp_path: Path) -> None:
     last = {"number": 1234, "fraction": 1.0, "members": 16, "at": 0.0}
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    for node in swarm.layout.nodes:
+    for step, node in enumerate(swarm.layout.nodes, 12345):
         node.reserved.close()
-        status = {"phase": "warming", "step": 12345, "loss": 5.5451, "round": last, "peers": 128}
+        status = {"phase": "warming", "step": step, "loss": 5.5451, "round": last, "peers": 128}
         swarm.nodes.append(Running(node, process, {**status, "microbatches": {"added": 1234567}}, True))
     swarm.nodes[-1].answers = False
     out = io.StringIO()
-    Console(file=out, width=80).print(View(swarm, "/9").table())
+    Console(file=out, width=80).print(View(swarm, "/9").frame())
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     assert len(lines) == 2 + len(swarm.nodes)
+    assert lines[0].startswith("0 s  step 12353/9")
     assert "1234: 100% of 16" in lines[4]
     assert lines[-1].split()[:3] == ["trainer-0", "-", "ended"]
 
