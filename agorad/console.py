@@ -68,6 +68,7 @@ _LINES: Final[dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]]] = {
     "round_abandoned": ("ROUND", lambda e: f"round {e['round']} of stage {e['stage']}: {e['why']}"),
     "phase": ("PHASE", lambda e: f"{e['from']} → {e['to']}: {e['why']}"),
     "saved": ("DISK", lambda e: f"snapshot of step {e['step']}, {e['bytes'] / 1e6:.1f} MB"),
+    "save_failed": ("DISK", lambda e: f"{e['why']}; training goes on"),
     "state_fetched": (
         "STATE",
         lambda e: f"step {e['step']} from {short(e['donor'])}, {e['bytes'] / 1e6:.1f} MB",

@@ -34,6 +34,7 @@ WARNING: Final = frozenset(
         "peer_refused",
         "round_abandoned",
         "bad_gradient",
+        "save_failed",
         "join_delayed",
         "microbatch_failed",
         "dht_isolated",

@@ -128,6 +128,14 @@ class Saved(Event):
 
 
 @attrs.frozen(kw_only=True)
+class SaveFailed(Event):
+    """A snapshot could not be written; training goes on."""
+
+    step: int
+    why: str
+
+
+@attrs.frozen(kw_only=True)
 class Resumed(Event):
     """A restarted replica loaded its own newest snapshot."""
 

@@ -4,7 +4,7 @@
     (start) -> SYNCING                     anything else: the state is old or missing
     SYNCING -> WARMING -> ACTIVE           state no older than max_stale_steps, then close to its mates on
                                            the last slice, then warm_steps with averaging weight 0
-    ACTIVE | WARMING -> SYNCING            fell behind by more than max_stale_steps
+    ACTIVE | WARMING -> SYNCING            fell behind by more than max_stale_steps, and a mate is ACTIVE
     SYNCING -> ACTIVE                      promoted: no mate was ACTIVE for PROMOTE_S, and no SYNCING mate
                                            holds a fresher state (tie: lowest hash)
 
@@ -28,13 +28,13 @@ import attrs
 import trio
 
 from p2p.averaging import Averager, NobodyCame, Outcome
-from p2p.errors import P2PError
+from p2p.errors import LocalError, P2PError
 from p2p.event import Emit
 from p2p.identity import PeerId
 from stage.clock import StepClock
 from stage.config import TrainingConfig
 from stage.device import STEP, Device
-from stage.events import FetchFailed, Phase, RoundAbandoned, RoundFinished, Step
+from stage.events import FetchFailed, Phase, RoundAbandoned, RoundFinished, SaveFailed, Step
 from stage.roster import MATES, Entry, StageView
 
 ROUND_S = 30.0
@@ -129,6 +129,7 @@ class Replica:
         self._fresh = False
         """While SYNCING: the state is recent enough, closeness is not yet shown."""
         self._failed_fetches = 0
+        self._saving = False
         self._sync_news = trio.Event()
         """Something that ends or begins SYNCING may have happened: a phase, a round."""
         self._warm_from = 0
@@ -190,7 +191,7 @@ class Replica:
                 if self._clock.step <= self.step:
                     await self._advanced.wait()
                 continue
-            if self.serving and target - self.step > self._training.max_stale_steps:
+            if self.serving and target - self.step > self._training.max_stale_steps and self._active_mates():
                 self._fresh = False
                 self.set_phase("syncing", f"{target - self.step} steps behind the clock")
             if self.phase == "syncing":
@@ -208,7 +209,19 @@ class Replica:
         if self.phase == "warming" and target - self._warm_from >= self._training.warm_steps:
             self.set_phase("active", f"warmed up for {self._training.warm_steps} steps")
         if self._snapshot_every and target % self._snapshot_every == 0:
-            nursery.start_soon(self._take_snapshot, target)
+            nursery.start_soon(self._save, target)
+
+    async def _save(self, step: int) -> None:
+        """A snapshot while training goes on: a slow disk skips some, a full one costs no replica."""
+        if self._saving:
+            return
+        self._saving = True
+        try:
+            await self._take_snapshot(step)
+        except LocalError as error:
+            self._emit(SaveFailed(step=step, why=str(error)))
+        finally:
+            self._saving = False
 
     # Rounds
 
@@ -285,8 +298,7 @@ class Replica:
                 alone_since = None
                 continue
             await self._refresh_mates()
-            donors = self._mates.in_phase("active")
-            donors.pop(self.peer_id, None)
+            donors = self._active_mates()
             if not donors:
                 alone_since = alone_since if alone_since is not None else trio.current_time()
                 if trio.current_time() - alone_since >= PROMOTE_S and self._freshest():
@@ -299,6 +311,11 @@ class Replica:
                 self._sync_news = trio.Event()
                 with trio.move_on_after(SYNC_RETRY_S):
                     await self._sync_news.wait()
+
+    def _active_mates(self) -> dict[PeerId, Entry]:
+        mates = self._mates.in_phase("active")
+        mates.pop(self.peer_id, None)
+        return mates
 
     def _freshest(self) -> bool:
         """Whether nobody in the stage who is SYNCING too has a better claim."""
@@ -322,7 +339,8 @@ class Replica:
                 self._emit(FetchFailed(donor=donor, why=str(error) or "too slow"))
                 self._failed_fetches += 1  # the next attempt asks another donor
                 return
-            self.step = max(self.step, self.state_step)
+            # No further than our own clock: a step that a donor made up must not stop us from following it.
+            self.step = max(self.step, min(self.state_step, self._clock.step))
             self._fresh = self.lag <= self._training.max_stale_steps
             self.disagreement = None  # that of older weights
             return

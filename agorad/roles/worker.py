@@ -153,14 +153,20 @@ class _Worker:
             nursery.cancel_scope.cancel()
 
     async def resume(self) -> None:
-        """Load the newest own snapshot, if there is a sound one."""
+        """Load the newest own snapshot, if there is a sound one of this stage."""
         state = await trio.to_thread.run_sync(self.store.load_newest)
         for problem in self.store.problems:
             self.node.warnings["snapshot"] = problem
-        if state is not None:
+        if state is None:
+            return
+        try:
             await self.device.run(STEP, self.compute.load, state)
-            self.replica.resumed(state.step)
-            self.node.emit(Resumed(step=state.step))
+        except LocalError as error:
+            # It was given another stage since, say. What it lacks then a mate has.
+            self.node.warnings["snapshot"] = str(error)
+            return
+        self.replica.resumed(state.step)
+        self.node.emit(Resumed(step=state.step))
 
     async def read_first_clock(self) -> None:
         """The run's step decides the phase to begin in, so it has to be known, not guessed."""

@@ -1,0 +1,215 @@
+"""A replica's life against fakes, in virtual time: phases, and what must not end or stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+import attrs
+import trio
+import trio.testing
+
+from p2p.averaging import Averager
+from p2p.errors import LocalError
+from p2p.event import Event
+from p2p.identity import Identity, PeerId
+from p2p.records import StageRecord
+from stage.clock import Reading, StepClock
+from stage.config import TrainingConfig
+from stage.device import Device
+from stage.events import Phase, SaveFailed, Step
+from stage.replica import PROMOTE_S, Replica
+from stage.roster import Entry, StageView
+
+TRAINER = Identity.generate(bytes([1]) * 32)
+OWN, MATE = PeerId("own"), PeerId("mate")
+
+
+class Here:
+    """Stands for ``Device``: the job runs here and now."""
+
+    async def run(self, _priority: int, call: Callable[..., Any], *args: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        return call(*args)
+
+
+class Weights:
+    """Stands for ``StageCompute``."""
+
+    def step(self, _step: int) -> int:
+        return 1
+
+    def forget(self) -> None:
+        pass
+
+    def pack(self, number: int) -> Any:
+        raise AssertionError(number)
+
+    merge = pack
+
+
+class NoRounds:
+    later_round: Callable[[int], bool]
+
+
+@attrs.define
+class Bench:
+    """A replica and what surrounds it; rounds are off (``average_every`` is never reached)."""
+
+    snapshot_every: int = 0
+    donated_step: int = 0
+    events: list[Event] = attrs.field(factory=list)
+    mates: StageView = attrs.field(factory=lambda: StageView(0))
+    clock: StepClock = attrs.field(factory=lambda: StepClock("run", frozenset({TRAINER.peer_id}), 1))
+    snapshots: list[int] = attrs.field(factory=list)
+    save: Callable[[int], Awaitable[None]] | None = None
+    replica: Replica = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        async def refresh() -> None:
+            await trio.lowlevel.checkpoint()
+
+        async def fetch(_donor: PeerId) -> int:
+            await trio.lowlevel.checkpoint()
+            return self.donated_step
+
+        async def take_snapshot(step: int) -> None:
+            self.snapshots.append(step)
+            if self.save is not None:
+                await self.save(step)
+
+        self.replica = Replica(
+            peer_id=OWN,
+            stage=0,
+            training=TrainingConfig(seed=1, target_batch=1, average_every=1 << 20),
+            clock=self.clock,
+            device=cast(Device, Here()),
+            compute=Weights(),
+            averager=cast(Averager, NoRounds()),
+            mates=self.mates,
+            refresh_mates=refresh,
+            fetch_state=fetch,
+            take_snapshot=take_snapshot,
+            snapshot_every=self.snapshot_every,
+            phase_changed=lambda: None,
+            now=lambda: 0.0,
+            emit=self.events.append,
+        )
+
+    def mate(self, phase: str) -> None:
+        record = StageRecord(
+            addrs=(), phase=phase, step=0, slots=1, rate=0.0, certificate=b"", disagreement=None,
+            snapshot_step=0,
+        )  # fmt: skip
+        self.mates.replace({MATE: Entry(MATE, record, [], 1.0)})
+
+    async def advance(self, step: int) -> None:
+        if self.clock.observe([Reading.signed(TRAINER, "run", step)]):
+            self.replica.clock_advanced()
+        await trio.testing.wait_all_tasks_blocked()
+
+    def live(self, body: Callable[[], Awaitable[None]]) -> None:
+        async def main() -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.replica.run)
+                await trio.testing.wait_all_tasks_blocked()
+                await body()
+                nursery.cancel_scope.cancel()
+
+        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.01))
+
+    def of(self, kind: type[Event]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def test_a_lone_replica_that_fell_behind_catches_up_by_itself() -> None:
+    """Nobody could give it a better state, and SYNCING would stop its stage until it is promoted."""
+    bench = Bench()
+
+    async def body() -> None:
+        await bench.advance(100)
+        assert (bench.replica.phase, bench.replica.step) == ("active", 100)
+
+    bench.live(body)
+    assert [event.step for event in bench.of(Step)] == [100]
+
+
+def test_a_replica_that_fell_behind_an_active_mate_synchronises() -> None:
+    bench = Bench()
+
+    async def body() -> None:
+        bench.mate("active")
+        await bench.advance(100)
+        assert bench.replica.phase == "syncing"
+
+    bench.live(body)
+
+
+def test_a_step_that_a_donor_made_up_does_not_stop_the_clock() -> None:
+    bench = Bench(donated_step=1 << 60)
+
+    async def body() -> None:
+        bench.mate("active")
+        await bench.advance(100)
+        bench.mate("leaving")
+        await trio.sleep(PROMOTE_S + 5.0)
+        assert bench.replica.phase == "active"
+        await bench.advance(101)
+        assert bench.replica.step == 101
+
+    bench.live(body)
+    assert [event.step for event in bench.of(Step)] == [101]
+
+
+def test_alone_and_old_it_is_promoted_after_its_time() -> None:
+    bench = Bench()
+
+    bench.clock.observe([Reading.signed(TRAINER, "run", 50)])
+
+    async def all_of_it() -> None:
+        assert bench.replica.phase == "syncing"
+        await trio.sleep(PROMOTE_S - 3.0)
+        assert bench.replica.phase == "syncing"
+        await trio.sleep(6.0)
+        assert bench.replica.phase == "active"
+
+    bench.live(all_of_it)
+    assert [(event.from_, event.to) for event in bench.of(Phase)] == [
+        ("joining", "syncing"),
+        ("syncing", "active"),
+    ]
+
+
+def test_a_full_disk_costs_a_snapshot_and_not_the_replica() -> None:
+    bench = Bench(snapshot_every=1)
+
+    async def full(_step: int) -> None:
+        raise LocalError("snapshot not saved: No space left on device")
+
+    bench.save = full
+
+    async def body() -> None:
+        await bench.advance(1)
+        await bench.advance(2)
+
+    bench.live(body)
+    assert bench.snapshots == [1, 2]
+    assert [event.step for event in bench.of(SaveFailed)] == [1, 2]
+
+
+def test_a_slow_disk_skips_snapshots_instead_of_queueing_them() -> None:
+    bench = Bench(snapshot_every=1)
+
+    async def slow(_step: int) -> None:
+        await trio.sleep(10.0)
+
+    bench.save = slow
+
+    async def body() -> None:
+        for step in range(1, 6):
+            await bench.advance(step)
+        await trio.sleep(11.0)
+        await bench.advance(6)
+
+    bench.live(body)
+    assert bench.snapshots == [1, 6]
