@@ -40,6 +40,8 @@ INITIAL_WINDOW = 256 * 1024
 MAX_WINDOW = 0xFFFFFFFF
 MERGE_BELOW = 4096
 """Arriving pieces smaller than this are copied together: a piece must not pin a large buffer."""
+UNHURRIED = 256
+"""Frames that may wait for company; more leave at once."""
 MIN_DATA_ROOM = 1024
 """With less room than this left in a record, a long message rather starts the next one."""
 
@@ -212,7 +214,7 @@ class Session:
         if stream.fin_received and not stream.inbound:
             self._unhurried.append(frame)  # the peer has answered and ended: it waits for nothing
         else:
-            self._push(frame)
+            self._control.append(frame)
         if stream.fin_received:
             self._forget(stream)
 
@@ -230,7 +232,7 @@ class Session:
         if stream.reset or self.streams.get(stream.id) is not stream:
             return
         if stream.first_flags != SYN:  # else the peer has never heard of it
-            self._push(HEADER.pack(0, WINDOW_UPDATE, RST, stream.id, 0))
+            self._control.append(HEADER.pack(0, WINDOW_UPDATE, RST, stream.id, 0))
         self._drop(stream)
 
     def take(self, stream: Stream, limit: int) -> bytes | memoryview | bytearray:
@@ -269,7 +271,8 @@ class Session:
         """Let the peer have up to ``window`` under way, as far as the budget allows."""
         extra = min(window, self._limits.big_window) - stream.window_size
         extra = min(extra, self._limits.window_budget - self._extra_credit, self._host_credit.left)
-        if extra > 0 and not stream.fin_received and not stream.reset:
+        # A stream that left the table (it or the connection ended) gives no credit back any more.
+        if extra > 0 and not stream.fin_received and self.streams.get(stream.id) is stream:
             self._lift(stream, extra)
             self._push(HEADER.pack(0, WINDOW_UPDATE, self._flags(stream), stream.id, extra))
 
@@ -279,7 +282,7 @@ class Session:
 
     def go_away(self, code: int = 0) -> None:
         """Tell the peer that no more streams are accepted."""
-        self._push(HEADER.pack(0, GO_AWAY, 0, 0, code))
+        self._control.append(HEADER.pack(0, GO_AWAY, 0, 0, code))
 
     def close(self) -> None:
         """The connection ended: its credit is free for others."""
@@ -400,7 +403,11 @@ class Session:
                 self.reset(stream)
                 return None
             self._lift(stream, extra)
-        self._unhurried.append(HEADER.pack(0, WINDOW_UPDATE, ACK, stream_id, 0))
+        frame = HEADER.pack(0, WINDOW_UPDATE, ACK, stream_id, 0)
+        if len(self._unhurried) < UNHURRIED:
+            self._unhurried.append(frame)
+        else:
+            self._push(frame)
         events.append(Opened(stream))
         return stream
 
@@ -456,6 +463,11 @@ class Session:
         return flags
 
     def _push(self, frame: bytes) -> None:
+        """Queue a frame that the peer can cause any number of.
+
+        The frames that end streams (and GOAWAY) are queued without asking: a stream had to be opened
+        first, which is bounded here, and code that cleans up must not fail.
+        """
         if len(self._control) >= self._limits.queued_frames:
             raise RemoteError("the peer makes us answer but does not read")
         self._control.append(frame)

@@ -21,6 +21,7 @@ from p2p.yamux import (
     SYN,
     WINDOW_UPDATE,
     Changed,
+    Credit,
     Opened,
     PingAnswered,
     Session,
@@ -288,6 +289,35 @@ def test_peer_that_asks_but_never_reads_is_dropped() -> None:
     session = Session(dialer=False, limits=LIMITS)
     with pytest.raises(RemoteError, match="does not read"):
         session.receive(memoryview(HEADER.pack(0, PING, SYN, 0, 1) * (LIMITS.queued_frames + 1)))
+
+
+def test_peer_that_opens_and_resets_but_never_reads_is_dropped() -> None:
+    session = Session(dialer=False, limits=LIMITS)
+    with pytest.raises(RemoteError, match="does not read"):
+        for number in range(1, 2000, 2):
+            frames = HEADER.pack(0, WINDOW_UPDATE, SYN, number, 0) + HEADER.pack(0, DATA, RST, number, 0)
+            session.receive(memoryview(frames))
+
+
+def test_cleaning_up_works_while_the_peer_does_not_read() -> None:
+    session = Session(dialer=False, limits=LIMITS)
+    events = session.receive(memoryview(b"".join(HEADER.pack(0, DATA, SYN, n, 0) for n in (1, 3, 5))))
+    one, two, three = (event.stream for event in events if isinstance(event, Opened))
+    session.receive(memoryview(HEADER.pack(0, PING, SYN, 0, 1) * LIMITS.queued_frames))
+    session.reset(one)
+    session.close_sending(two)
+    session.abandon(three)
+    session.go_away()
+
+
+def test_window_that_grows_after_the_end_takes_no_credit() -> None:
+    credit = Credit(10 << 20)
+    session = Session(dialer=False, limits=LIMITS, credit=credit)
+    events = session.receive(memoryview(HEADER.pack(0, DATA, SYN, 1, 4) + b"data"))
+    (stream,) = (event.stream for event in events if isinstance(event, Opened))
+    session.close()
+    session.grow(stream, 4 << 20)
+    assert credit.left == 10 << 20
 
 
 @pytest.mark.parametrize(
