@@ -14,7 +14,7 @@ import click
 
 from agorad.demo import layout, report
 from agorad.demo.layout import Layout, Plan
-from agorad.demo.swarm import STALL_S, TICK_S, DemoFailed, Swarm
+from agorad.demo.swarm import STALL_S, TICK_S, DemoFailed, Swarm, ended_cleanly
 from agorad.demo.view import View
 from agorad.usage import NamedPath
 from p2p.errors import LocalError
@@ -138,7 +138,7 @@ def _run(laid: Layout, source: str, steps: int | None) -> tuple[dict[str, Any], 
     document = _report(laid, states, last_step, exits)
     (laid.folder / "report.json").write_text(json.dumps(document, indent=1) + "\n")
     if fault is None:
-        unclean = [name for name, code in exits.items() if code > 0]
+        unclean = swarm.unclean(exits)
         if unclean:
             fault = f"{', '.join(unclean)} did not end cleanly; see the logs in {laid.folder}"
     return document, fault
@@ -155,8 +155,12 @@ def _watch(swarm: Swarm, view: View, steps: int | None) -> str | None:
         elif time.monotonic() - since > STALL_S:
             raise DemoFailed(f"no microbatch was completed for {STALL_S:.0f} s; see the logs")
         time.sleep(TICK_S)
-    codes = {r.node.name: r.process.returncode for r in swarm.of_role("trainer")}
-    if any(codes.values()):
+    codes = {
+        r.node.name: r.process.returncode
+        for r in swarm.of_role("trainer")
+        if r.process.returncode and not ended_cleanly(r.node)
+    }
+    if codes:
         return f"a trainer did not end cleanly: {codes}"
     step = swarm.final_step()
     if steps is not None and step < steps:

@@ -35,6 +35,8 @@ SETTLE_S: Final = 60.0
 STOP_S: Final = 35.0
 TICK_S: Final = 0.25
 _PR_SET_PDEATHSIG: Final = 1
+_CRASHES: Final = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+"""Signals that a process gives itself."""
 
 
 class DemoFailed(Exception):  # noqa: N818
@@ -58,6 +60,8 @@ class Swarm:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.nodes: list[Running] = []
+        self.overdue: list[str] = []
+        """Nodes that did not leave when they were asked to and had to be killed."""
 
     def start(self) -> None:
         """Start every node. Their standard streams go to the log file."""
@@ -177,6 +181,7 @@ class Swarm:
             for running in group:
                 if running.process.poll() is None:
                     running.process.terminate()
+                    running.process.send_signal(signal.SIGCONT)  # one that was frozen leaves in order too
                 else:
                     self._dismiss(running)
             deadline = time.monotonic() + STOP_S
@@ -184,6 +189,7 @@ class Swarm:
                 try:
                     running.process.wait(max(0.1, deadline - time.monotonic()))
                 except subprocess.TimeoutExpired:
+                    self.overdue.append(running.node.name)
                     running.process.kill()
                     running.process.wait()
         return {running.node.name: running.process.returncode for running in self.nodes}
@@ -199,7 +205,12 @@ class Swarm:
         while time.monotonic() < deadline and _alive(pid):
             time.sleep(TICK_S)
         if _alive(pid):
+            self.overdue.append(running.node.name)
             os.kill(pid, signal.SIGKILL)
+
+    def unclean(self, exits: dict[str, int]) -> list[str]:
+        """Nodes that failed, crashed or hung; one that somebody killed did none of these."""
+        return [name for name, code in exits.items() if code > 0 or -code in _CRASHES or name in self.overdue]
 
 
 def _alive(pid: int) -> bool:
@@ -207,6 +218,15 @@ def _alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (OSError, IndexError):
+        return False
+
+
+def ended_cleanly(node: DemoNode) -> bool:
+    """Whether the last process that ran as this node, ours or one started after it, ended with code 0."""
+    try:
+        last = json.loads(node.events.read_bytes().splitlines()[-1])
+        return (last["event"], last["code"]) == ("stopped", 0)
+    except (OSError, ValueError, KeyError, IndexError):
         return False
 
 
