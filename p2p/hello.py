@@ -22,6 +22,7 @@ import attrs
 from p2p.errors import Refused, RemoteError, UnsupportedProtocol
 from p2p.identity import PeerId
 from p2p.membership import CERTIFICATE_LIMIT, NAME_LIMIT, Member, Trust
+from p2p.yamux import INITIAL_WINDOW
 
 if TYPE_CHECKING:
     from p2p.connection import Connection
@@ -105,13 +106,15 @@ def needed(connection: Connection, admission: Admission | None) -> bool:
 async def greet(call: Call, admission: Admission) -> None:
     """The dialer's side, on a call of ``PROTOCOL`` just opened."""
     async with call:
-        own = _own(call.connection, admission)
+        own = _own(call.connection, admission, call.connection.limits.window)
         await call.send(own.to_wire())
         try:
             reply = await call.receive()
         except UnsupportedProtocol:
             return  # not an agora peer: a guest
-        _judge(call.connection, Hello.from_wire(reply.header), admission)
+        theirs = Hello.from_wire(reply.header)
+        _judge(call.connection, theirs, admission)
+        call.connection.agree_window(theirs.window)
         call.connection.presented = own.certificate
 
 
@@ -120,7 +123,10 @@ async def answer(call: Call, admission: Admission) -> None:
     hello = Hello.from_wire((await call.receive()).header)
     _judge(call.connection, hello, admission)
     verdict = call.connection.refusal.code if call.connection.refusal is not None else ""
-    own = _own(call.connection, admission)
+    # Windows come out of a budget that all peers share: who is no member gets none of it.
+    known = call.connection.member is not None
+    own = _own(call.connection, admission, call.connection.limits.window if known else INITIAL_WINDOW)
+    call.connection.agree_window(hello.window)
     await call.send({**own.to_wire(), "verdict": verdict})
     call.connection.presented = own.certificate
 
@@ -136,15 +142,15 @@ def check_gate(connection: Connection, admission: Admission) -> None:
     connection.member.require_valid(admission.clock())
 
 
-def _own(connection: Connection, admission: Admission) -> Hello:
+def _own(connection: Connection, admission: Admission, window: int) -> Hello:
     certificate = admission.own_certificate()
-    connection.promise_window(connection.limits.window)
+    connection.promise_window(window)
     return Hello(
         run=admission.trust.run,
         manifest=admission.trust.manifest_hash,
         version=VERSION,
         certificate=certificate,
-        window=connection.limits.window,
+        window=window,
         agent=AGENT,
     )
 
@@ -154,7 +160,6 @@ def _judge(connection: Connection, hello: Hello, admission: Admission) -> None:
     connection.hello = hello
     connection.member = None
     connection.refusal = None
-    connection.agree_window(hello.window)
     try:
         _same_run(hello, admission.trust)
         if hello.certificate is not None or connection.peer in admission.trust.standing:

@@ -163,7 +163,7 @@ class Session:
 
     def promise(self, window: int) -> None:
         """Our hello, about to be sent, promises ``window``."""
-        self._promised = max(INITIAL_WINDOW, window)
+        self._promised = max(self._promised, window)  # a stream may be on its way by an earlier one
 
     def agree(self, window: int) -> None:
         """The peer's hello promised ``window`` (hostile values are clamped)."""

@@ -209,6 +209,27 @@ def test_renewed_certificate_is_presented_before_the_next_call() -> None:
     run(main)
 
 
+def test_guests_get_no_share_of_the_windows() -> None:
+    async def main() -> None:
+        one, two = Node(), Node()
+        two.certificate = certificate(two.identity.peer_id)
+
+        def lifted(node: Node) -> int:
+            (connection,) = node.host.connections.values()
+            stream = connection.open_stream()
+            stream.reset()
+            return stream._stream.window_size
+
+        async with running(one, two):
+            await one.ask(two, "/agora/open/1")
+            assert (lifted(one), lifted(two)) == (256 << 10, 256 << 10)
+            one.certificate = certificate(one.identity.peer_id)
+            await one.ask(two)
+            assert (lifted(one), lifted(two)) == (1 << 20, 1 << 20)
+
+    run(main)
+
+
 def test_listed_nodes_need_no_certificate() -> None:
     async def main() -> None:
         seed = Identity.generate()

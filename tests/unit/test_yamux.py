@@ -293,10 +293,12 @@ def test_peer_that_asks_but_never_reads_is_dropped() -> None:
 
 def test_peer_that_opens_and_resets_but_never_reads_is_dropped() -> None:
     session = Session(dialer=False, limits=LIMITS)
+    frames = b"".join(
+        HEADER.pack(0, WINDOW_UPDATE, SYN, number, 0) + HEADER.pack(0, DATA, RST, number, 0)
+        for number in range(1, 2000, 2)
+    )
     with pytest.raises(RemoteError, match="does not read"):
-        for number in range(1, 2000, 2):
-            frames = HEADER.pack(0, WINDOW_UPDATE, SYN, number, 0) + HEADER.pack(0, DATA, RST, number, 0)
-            session.receive(memoryview(frames))
+        session.receive(memoryview(frames))
 
 
 def test_cleaning_up_works_while_the_peer_does_not_read() -> None:
