@@ -76,6 +76,8 @@ class Connection:
         """The remote address, for people."""
         self.hello: Any = None
         """What the peer presented in its hello, or None; set by ``p2p.hello``."""
+        self.speaks_hello = True
+        """False once the peer said that it does not."""
         self.greeted = trio.Event()
         """Set when the hello is over, whatever came of it."""
         self.opened_at = clock()
@@ -127,6 +129,11 @@ class Connection:
     def last_answer(self) -> float:
         """The host's clock when the peer was last heard."""
         return self.last_heard
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the peer was last heard, on a clock that nobody sets."""
+        return trio.current_time() - self._heard
 
     @property
     def usable(self) -> bool:

@@ -95,11 +95,11 @@ class Hello:
 
 
 def needed(connection: Connection, admission: Admission | None) -> bool:
-    """Whether the peer has yet to see our present certificate."""
+    """Whether hello is still to be said: it failed so far, or our certificate is another by now."""
     return (
         admission is not None
-        and connection.hello is not None
-        and connection.presented != admission.own_certificate()
+        and connection.speaks_hello
+        and (connection.hello is None or connection.presented != admission.own_certificate())
     )
 
 
@@ -111,7 +111,8 @@ async def greet(call: Call, admission: Admission) -> None:
         try:
             reply = await call.receive()
         except UnsupportedProtocol:
-            return  # not an agora peer: a guest
+            call.connection.speaks_hello = False  # not an agora peer: a guest
+            return
         theirs = Hello.from_wire(reply.header)
         _judge(call.connection, theirs, admission)
         call.connection.agree_window(theirs.window)

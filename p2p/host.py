@@ -436,10 +436,12 @@ class Host:
         try:
             if running >= self.limits.calls_per_protocol:
                 raise Refused("busy", f"{running} calls of {protocol} are running already", 1.0)
+            if connection.dialer and protocol != hello.PROTOCOL:
+                # The peer's answer to our hello may be read after its first call. What is open to guests
+                # waits as well: it may do more for members.
+                with trio.move_on_after(self.limits.hello_s):
+                    await connection.greeted.wait()
             if not entry.open_to_all:
-                if connection.dialer:  # its answer to our hello may be read after its first call
-                    with trio.move_on_after(self.limits.hello_s):
-                        await connection.greeted.wait()
                 self.gate(connection, protocol)
             try:
                 await entry.handler(call)

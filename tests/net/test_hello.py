@@ -11,12 +11,14 @@ import attrs
 import pytest
 import trio
 
+from p2p import hello
 from p2p.errors import Refused, RemoteError
 from p2p.event import Event
 from p2p.hello import Hello
 from p2p.host import Host
 from p2p.host_events import PeerRefused
 from p2p.identity import Identity, PeerId
+from p2p.limits import Limits
 from p2p.membership import Member, Membership, Trust, issue
 from p2p.multiaddr import Multiaddr
 from p2p.rpc import Call
@@ -40,10 +42,12 @@ def certificate(
 class Node:
     """A host with a membership that tests change."""
 
-    def __init__(self, trust: Trust = TRUST, identity: Identity | None = None) -> None:
+    def __init__(
+        self, trust: Trust = TRUST, identity: Identity | None = None, limits: Limits = Limits()
+    ) -> None:
         self.identity = identity or Identity.generate()
         self.events: list[Event] = []
-        self.host = Host(self.identity, emit=self.events.append)
+        self.host = Host(self.identity, emit=self.events.append, limits=limits)
         self.certificate: bytes | None = None
         self.now: Callable[[], float] = time.time
         self.host.membership = Membership(trust, lambda: self.certificate, lambda: self.now())
@@ -204,6 +208,30 @@ def test_renewed_certificate_is_presented_before_the_next_call() -> None:
                 await one.ask(two)
             one.certificate = certificate(one.identity.peer_id)
             await one.ask(two)
+            assert len(one.host.connections) == 1
+
+    run(main)
+
+
+def test_hello_that_got_no_answer_is_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that stood still for a moment must not be a stranger for the connection's whole life."""
+
+    async def main() -> None:
+        one, two = Node(limits=Limits(hello_s=0.1)), Node()
+        one.certificate = certificate(one.identity.peer_id)
+        two.certificate = certificate(two.identity.peer_id)
+        real, silent = hello.answer, [True]
+
+        async def answer(call: Call, admission: hello.Admission) -> None:
+            if silent:
+                silent.clear()
+                await trio.sleep_forever()
+            await real(call, admission)
+
+        monkeypatch.setattr(hello, "answer", answer)
+        async with running(one, two):
+            await one.ask(two)
+            await two.ask(one)
             assert len(one.host.connections) == 1
 
     run(main)
