@@ -158,7 +158,7 @@ class NextHop:
                 # Asked and then silent: it may commit on its lease until LEASE_S after its last word. The
                 # reset goes first, so that a peer that comes back meanwhile hears it before our next pong.
                 call.reset()
-                await trio.sleep(self._lease_left(call))
+                await trio.sleep(_lease_left(call))
                 raise
         if isinstance(reply, NoReplica):
             return reply
@@ -171,14 +171,14 @@ class NextHop:
         self._router.answered(choice, trio.current_time() - began, reply.slots)
         return Passed(reply, dc, peer)
 
-    def _lease_left(self, call: Call) -> float:
-        """Seconds until the peer's lease surely ran out; the whole of it if the clock was set back."""
-        since = self._host.clock() - call.connection.last_answer
-        return LEASE_S - since if 0.0 <= since < LEASE_S else (LEASE_S if since < 0.0 else 0.0)
-
     def _count_forward(self, payload: Sequence[Any]) -> None:
         if self._count is not None:
             self._count.forward(sum(len(part) for part in payload))
+
+
+def _lease_left(call: Call) -> float:
+    """Seconds until the peer's lease surely ran out."""
+    return max(0.0, LEASE_S - call.connection.silence)
 
 
 def _hash_of_c(payload: Sequence[Any]) -> bytes:

@@ -79,10 +79,13 @@ class Journal:
         return json.dumps(fields)
 
     def write(self, text: str) -> None:
-        """Atomically; may run in a thread, since ``text`` was taken before."""
+        """Atomically; may run in a thread, since ``text`` was taken before. Raises LocalError."""
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(self.path)
+        try:
+            temporary.write_text(text)
+            temporary.replace(self.path)
+        except OSError as error:
+            raise LocalError(f"cannot write {self.path}: {error.strerror or error}") from None
 
     def take(self) -> int:
         """The next position that was never worked on."""
@@ -273,7 +276,10 @@ class Trainer:
     async def _keep_journal(self) -> None:
         while True:
             await trio.sleep(JOURNAL_S)
-            await trio.to_thread.run_sync(self._journal.write, self._journal.text())
+            try:
+                await trio.to_thread.run_sync(self._journal.write, self._journal.text())
+            except LocalError:
+                pass  # a disk that is full for a while: only a restart now would repeat more than it has to
 
     async def _watch_stopping(self) -> None:
         await self._stopping.wait()

@@ -973,6 +973,24 @@ async def test_a_silent_callee_is_left_no_sooner_than_its_lease_ends(swarm: Swar
 
 
 @with_swarm(tails=2)
+async def test_a_clock_set_forward_makes_nobody_leave_sooner(swarm: Swarm) -> None:
+    """The cut is noticed at once; the caller still waits, however its wall clock jumps."""
+    head = swarm.heads[0]
+    for tail in swarm.tails:
+        tail.compute.at_forward.shut()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(swarm.train)
+        await until(lambda: any(tail.compute.forwards for tail in swarm.tails))
+        cut, other = sorted(swarm.tails, key=lambda tail: -len(tail.compute.forwards))
+        other.compute.at_forward.open()
+        head.skew_s = 3600.0
+        cut.cable.cut()
+        cut_at = time.time()
+    assert other.compute.forwards[0][0] - cut_at >= LEASE_S - 1.0
+    assert other.added == head.added
+
+
+@with_swarm(tails=2)
 async def test_a_gradient_that_is_refused_is_added_nowhere_and_the_work_done_elsewhere(swarm: Swarm) -> None:
     bad, good = swarm.tails
     bad.compute.refuses_gradients = True

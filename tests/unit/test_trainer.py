@@ -245,6 +245,21 @@ def test_an_unreadable_journal_is_one_too(tmp_path: Path) -> None:
         Journal.load(tmp_path)
 
 
+def test_a_full_disk_stops_no_training(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, goal=40)
+    blocked = tmp_path / "journal.tmp"
+    blocked.mkdir()  # what cannot be written to
+
+    async def repair(trainer: Trainer) -> None:
+        while trainer.completed < 38:  # noqa: ASYNC110
+            await trio.sleep(0.1)
+        assert trio.current_time() > 1.1, "the journal was due by now"
+        blocked.rmdir()
+
+    bench.run(repair)
+    assert bench.saved()["samples"] == 40
+
+
 def test_a_journal_is_written_whole_and_read_back(tmp_path: Path) -> None:
     journal = Journal.load(tmp_path / "journal.json")
     assert [journal.take() for _ in range(3)] == [0, 1, 2]
