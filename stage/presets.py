@@ -22,10 +22,10 @@ def demo(layers: tuple[int, ...], steps: int | None) -> tuple[ModelConfig, Train
     total = steps or DEMO_OPEN_END
     training = TrainingConfig(
         seed=secrets.randbits(32),
-        target_batch=48,
+        target_batch=64,
         average_every=2,
         slice_fraction=0.2,
-        lr=1e-2,
+        lr=1.2e-2,
         warmup_steps=min(5, total),
         total_steps=total,
         eval_every=10,

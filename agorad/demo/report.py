@@ -4,6 +4,8 @@ The logs are the ledger: an issued microbatch is a line of its trainer, an added
 its replica wrote before it answered. So a node that was killed still counts, and the numbers can be
 checked by anybody who has the folder. Definitions, beyond ``interfaces.md``:
 
+- ``loss.first`` is the mean over the first step's microbatches, ``loss.last`` over the last tenth of the
+  run's (at least one step's): single rows differ too much for fewer to say anything.
 - ``twice``: gradients of a ticket added at one stage beyond the first.
 - ``gone_with_replica``: gradients that a killed process had added after its last step: they never
   entered any weights.
@@ -97,7 +99,7 @@ def build(
         "tokens_per_second": tokens / seconds if seconds else 0.0,
         "loss": {
             "first": _mean(losses[:target_batch]),
-            "last": _mean(losses[-target_batch:]),
+            "last": _mean(losses[-max(target_batch, len(losses) // 10) :]),
             "uniform": math.log(vocab),
         },
         "eval_loss": [[e["step"], e["loss"]] for e in evaluations],
