@@ -6,6 +6,7 @@ seed, an authority and a trainer, an empty account file, and the signed manifest
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 import secrets
@@ -26,6 +27,7 @@ from p2p.identity import Identity
 from stage.config import split_layers
 
 ROLES: Final = ("seed", "authority", "trainer")
+_LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 
 @click.group()
@@ -61,9 +63,9 @@ def init(
     folder = folder or Path(name)
     operator = Identity.generate()
     keys = {role: Identity.generate() for role in ROLES}
-    ip = "ip6" if ":" in host else "ip4" if re.fullmatch(r"[0-9.]+", host) else "dns4"
+    kind = _kind_of(host)
     refs = {
-        role: NodeRef(peer_id=key.peer_id, addrs=(f"/{ip}/{host}/tcp/{port + offset}",))
+        role: NodeRef(peer_id=key.peer_id, addrs=(f"/{kind}/{host}/tcp/{port + offset}",))
         for offset, (role, key) in enumerate(keys.items())
     }
     model, training = presets.demo(split_layers(presets.DEMO_LAYERS, stages), None)
@@ -137,6 +139,17 @@ def account(name: str, folder: Path, as_json: bool) -> None:
         raise LocalError(f"there is no account file {path}; --dir names the folder that `run init` made")
     secret = accounts.add(path, name)
     click.echo(json.dumps({"account": name, "secret": secret}) if as_json else secret)
+
+
+def _kind_of(host: str) -> str:
+    """The multiaddr protocol of an address or a name."""
+    try:
+        return f"ip{ipaddress.ip_address(host).version}"
+    except ValueError:
+        labels = host.split(".")
+    if labels[-1].isdigit() or not all(_LABEL.fullmatch(label) for label in labels) or len(host) > 253:
+        raise LocalError(f"--host {host!r} is neither an IP address nor a host name")
+    return "dns4"
 
 
 def _write_node(folder: Path, role: str, key: Identity, port: int, announce: tuple[str, ...]) -> None:
