@@ -39,7 +39,7 @@ _TRAINING_BOUNDS: Final = {
     "min_step_samples": (1, 1 << 24),
     "average_every": (1, 1 << 20),
     "slice_fraction": (0.001, 1.0),
-    "max_stale_steps": (0, 1 << 20),
+    "max_stale_steps": (1, 1 << 20),
     "warm_steps": (0, 1 << 20),
     "lr": (0.0, 100.0),
     "warmup_steps": (0, 1 << 40),
