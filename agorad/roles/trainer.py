@@ -124,12 +124,16 @@ async def _until_served(stages: list[StageView], ending: trio.Event) -> None:
 
 
 async def _publish_clock(node: Node, clock: StepClock, trainer: Trainer) -> None:
-    """The clock record follows the count, so that replicas without work still see the steps."""
+    """The clock record follows the count, so that replicas without work still see the steps.
+
+    It is stored again while the count stands still: a newcomer who finds none takes the run for a new one.
+    """
     while True:
-        await trainer.clock_changed.wait()
         trainer.clock_changed = trio.Event()
         await _store_clock(node, clock)
         await trio.sleep(PUBLISH_S)
+        with trio.move_on_after(CLOCK_TTL_S / 4):
+            await trainer.clock_changed.wait()
 
 
 async def _store_clock(node: Node, clock: StepClock) -> None:
