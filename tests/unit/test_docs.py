@@ -1,0 +1,27 @@
+"""What the documents promise to cover, they cover: protocols, refusals, links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SOURCES = "".join(
+    path.read_text() for room in ("p2p", "stage", "agorad") for path in (ROOT / room).rglob("*.py")
+)
+PAGE = (ROOT / "docs" / "protocols.md").read_text()
+
+
+def test_every_protocol_and_every_refusal_is_documented() -> None:
+    protocols = set(re.findall(r'"(/(?:agora|ipfs)/[a-z]+/[0-9.]+)"', SOURCES))
+    codes = set(re.findall(r'Refused\(\s*"([a-z_]+)"', SOURCES))
+    assert len(protocols) > 6
+    assert len(codes) > 20
+    assert sorted(name for name in protocols if f"## {name}\n" not in PAGE) == []
+    assert sorted(code for code in codes if f"`{code}`" not in PAGE) == []
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
