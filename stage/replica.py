@@ -203,12 +203,13 @@ class Replica:
 
     async def _update(self, target: int, nursery: trio.Nursery) -> None:
         samples = await self._device.run(STEP, self._compute.step, target)
-        self.step = self.state_step = target
+        before, self.step, self.state_step = self.step, target, target
         self._samples_since_round += samples
         self._emit(Step(stage=self.stage, replica=self.peer_id, step=target, samples=samples))
         if self.phase == "warming" and target - self._warm_from >= self._training.warm_steps:
             self.set_phase("active", f"warmed up for {self._training.warm_steps} steps")
-        if self._snapshot_every and target % self._snapshot_every == 0:
+        every = self._snapshot_every
+        if every and target // every > before // every:  # the clock may pass over the very step
             nursery.start_soon(self._save, target)
 
     async def _save(self, step: int) -> None:

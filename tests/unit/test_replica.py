@@ -180,6 +180,17 @@ def test_alone_and_old_it_is_promoted_after_its_time() -> None:
     ]
 
 
+def test_a_clock_that_passes_over_a_snapshots_step_passes_over_no_snapshot() -> None:
+    bench = Bench(snapshot_every=10)
+
+    async def body() -> None:
+        for step in (9, 11, 19, 20, 23, 44):
+            await bench.advance(step)
+
+    bench.live(body)
+    assert bench.snapshots == [11, 20, 44]
+
+
 def test_a_full_disk_costs_a_snapshot_and_not_the_replica() -> None:
     bench = Bench(snapshot_every=1)
 
