@@ -121,7 +121,7 @@ async def greet(call: Call, admission: Admission) -> None:
 
 async def answer(call: Call, admission: Admission) -> None:
     """The listener's side: the handler of ``PROTOCOL``."""
-    hello = Hello.from_wire((await call.receive()).header)
+    hello = Hello.from_wire((await call.receive()).header)  # a header has a deadline
     _judge(call.connection, hello, admission)
     verdict = call.connection.refusal.code if call.connection.refusal is not None else ""
     # Windows come out of a budget that all peers share: who is no member gets none of it.

@@ -37,7 +37,7 @@ class Limits:
     """Handlers of one protocol running at once for one connection."""
     negotiation_s: float = 10.0
     first_message_s: float = 30.0
-    """How long a handler waits for its caller's first message to begin."""
+    """How long a handler waits for its caller's first message to begin, and for its header."""
     window: int = MIB
     """What a stream between agora peers starts with, agreed in hello (others: 256 KiB)."""
     big_window: int = 4 * MIB

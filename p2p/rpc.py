@@ -73,7 +73,7 @@ class Call:
         self._max_payload = max_payload
         self._prefix = prefix
         self._confirmation = confirmation
-        self._begun = confirmation is not None  # whether the first message may take any time
+        self._begun = confirmation is not None  # whether the header of the first message may take any time
 
     def __repr__(self) -> str:
         return f"<Call of {self.protocol} with {short(self.peer)}>"
@@ -114,9 +114,8 @@ class Call:
             while missing := self._confirmation.missing:
                 self._confirmation.feed(bytes(await stream.receive_exactly(missing)))
             self._confirmation = None
-        if not self._begun and stream.available < LENGTHS.size:
-            await self._wait_for_first()
-        self._begun = True
+        if not self._begun:
+            await self._wait_for_first(LENGTHS.size)
         header_size, payload_size = LENGTHS.unpack(await stream.receive_exactly(LENGTHS.size))
         if header_size > self.connection.limits.header:
             raise RemoteError(f"{self.protocol}: a header of {header_size} bytes")
@@ -126,6 +125,9 @@ class Call:
                 f" {max(max_payload, self._max_payload)} are allowed"
             )
         stream.expect(header_size + payload_size)
+        if not self._begun:
+            await self._wait_for_first(header_size)
+            self._begun = True
         header = _unpack(await stream.receive_exactly(header_size), self.protocol)
         payload = bytearray(payload_size)
         if payload_size:
@@ -177,11 +179,13 @@ class Call:
         else:
             self.reset()
 
-    async def _wait_for_first(self) -> None:
-        with trio.move_on_after(self.connection.limits.first_message_s):
-            await self._stream.wait_available(LENGTHS.size)
+    async def _wait_for_first(self, size: int) -> None:
+        if self._stream.available >= size:
             return
-        raise PeerGone(f"{short(self.peer)} opened a call and said nothing")
+        with trio.move_on_after(self.connection.limits.first_message_s):
+            await self._stream.wait_available(size)
+            return
+        raise PeerGone(f"{short(self.peer)} opened a call and did not say what for")
 
     async def _flush(self) -> None:
         prefix, self._prefix = self._prefix, b""

@@ -40,6 +40,8 @@ MAX_PAGES: Final = 48
 MAX_NOTED: Final = 256
 SLOW_STRIKES: Final = 2
 OWN_ADDRS_S: Final = 1.0
+QUESTION_S: Final = 10.0
+"""For a question to be here in full: guests may ask, and what they began takes memory."""
 
 
 @final
@@ -181,7 +183,8 @@ class Exchange:
     # Serving
 
     async def _serve(self, call: Call) -> None:
-        message = await call.receive(max_payload=messages.MAX_PAYLOAD)
+        with trio.fail_after(QUESTION_S):
+            message = await call.receive(max_payload=messages.MAX_PAYLOAD)
         question = messages.read_question(message.header)
         skew = self._clock_seen(call.peer, question.now)
         if self._is_member(call):

@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from p2p import multistream
 from p2p.errors import DialError, LocalError, P2PError, PeerGone, Refused, RemoteError, UnsupportedProtocol
 from p2p.event import Event
 from p2p.host import Host
@@ -263,6 +264,23 @@ def test_addresses_that_lead_nowhere_cost_the_dial_and_not_the_host(text: str) -
             with pytest.raises(DialError):
                 await one.call(somebody, "/agora/echo/1", addrs=[addr.bare()], deadline=5)
             assert await ask(one, two, "/agora/echo/1", b"still here") == b"still here"
+
+    run(main)
+
+
+@pytest.mark.parametrize("said", [b"", b"\0", b"\0\0\1\0\0\0\0\0", b"\0\0\1\0\0\0\0\0\x81"])
+def test_call_that_never_says_what_it_wants_is_ended(said: bytes) -> None:
+    async def main() -> None:
+        async def listen(call: Call) -> None:
+            await call.receive()
+
+        async with two_hosts(Limits(first_message_s=0.2)) as (one, two, _events):
+            two.handle("/agora/echo/1", listen)
+            connection = await one.connect(two.peer_id, deadline=5)
+            stream = connection.open_stream()
+            await stream.send_all(multistream.proposal("/agora/echo/1") + said)
+            with pytest.raises(PeerGone, match="reset"):
+                await stream.receive_exactly(1000)
 
     run(main)
 
