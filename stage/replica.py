@@ -335,13 +335,14 @@ class Replica:
             freshest_first = sorted(donors, key=lambda peer: -donors[peer].record.step)
             donor = freshest_first[self._failed_fetches % len(donors)]
             try:
-                self.state_step = await self._fetch_state(donor)
+                fetched = await self._fetch_state(donor)
             except (P2PError, trio.TooSlowError) as error:
                 self._emit(FetchFailed(donor=donor, why=str(error) or "too slow"))
                 self._failed_fetches += 1  # the next attempt asks another donor
                 return
             # No further than our own clock: a step that a donor made up must not stop us from following it.
-            self.step = max(self.step, min(self.state_step, self._clock.step))
+            self.state_step = min(fetched, self._clock.step)
+            self.step = max(self.step, self.state_step)
             self._fresh = self.lag <= self._training.max_stale_steps
             self.disagreement = None  # that of older weights
             return

@@ -137,6 +137,8 @@ class _Worker:
         node = self.node
         await self.resume()
         await self.read_first_clock()
+        if node.stopping.is_set():
+            return  # without the clock its phase would be a guess
         node.host.handle(messages.PROTOCOL, self.server.handle, max_payload=self.server.request_bytes)
         node.host.handle(STATE_PROTOCOL, self.donor.handle)
         async with trio.open_nursery() as nursery:

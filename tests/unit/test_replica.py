@@ -151,6 +151,8 @@ def test_a_step_that_a_donor_made_up_does_not_stop_the_clock() -> None:
     async def body() -> None:
         bench.mate("active")
         await bench.advance(100)
+        await trio.sleep(3.0)
+        assert (bench.replica.phase, bench.replica.state_step, bench.replica.step) == ("syncing", 100, 100)
         bench.mate("leaving")
         await trio.sleep(PROMOTE_S + 5.0)
         assert bench.replica.phase == "active"
