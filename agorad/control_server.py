@@ -25,6 +25,8 @@ from agorad.control import (
 )
 from p2p.errors import P2PError, Refused
 
+RETRY_S = 0.5
+
 
 async def serve(
     listener: socket.socket, commands: Mapping[str, Command], *, task_status: trio.TaskStatus[None]
@@ -36,7 +38,12 @@ async def serve(
         task_status.started()
         while True:
             await places.acquire()
-            client = await server.accept()
+            try:
+                client = await server.accept()
+            except OSError:  # out of descriptors, which peers can bring about; the client waits meanwhile
+                places.release()
+                await trio.sleep(RETRY_S)
+                continue
             nursery.start_soon(_attend, client, commands, places)
 
 

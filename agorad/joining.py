@@ -9,6 +9,7 @@ secret goes out only while there is none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,9 @@ from p2p.membership import CERTIFICATE_LIMIT, Certificate
 ANSWER_S: Final = 10.0
 FIRST_WAIT_S: Final = 0.2
 MOST_WAIT_S: Final = 30.0
+LONGEST_WAIT_S: Final = 300.0
+"""However late the authority says to come again."""
+LOOK_S: Final = 30.0
 FINAL: Final = frozenset(
     {
         "unknown_account",
@@ -69,10 +73,20 @@ async def keep_certificate(node: Node, certificate: Certificate) -> None:
     left_s = (certificate.issued + certificate.expires) / 2 - node.clock()
     while True:
         # Spread, so that nodes that joined together do not renew together.
-        await trio.sleep(max(0.0, left_s) * node.rng.uniform(0.9, 1.1))
+        await pause(left_s * node.rng.uniform(0.9, 1.1), node.clock)
         certificate = await _ask_until_granted(node, None)
         # From here on by our own clock alone: the authority's may be far off.
         left_s = max(1.0, (certificate.expires - certificate.issued) / 2)
+
+
+async def pause(seconds: float, clock: Callable[[], float]) -> None:
+    """Sleep until that much time passed on trio's clock or on ``clock``, whichever is first.
+
+    A machine that was suspended has missed the time on trio's clock; its certificate has not.
+    """
+    until, steady = clock() + seconds, trio.current_time() + seconds
+    while (left_s := min(until - clock(), steady - trio.current_time())) > 0:  # noqa: ASYNC110 (clocks tell nobody)
+        await trio.sleep(min(left_s, LOOK_S))
 
 
 async def _cancel_when_stopping(node: Node, scope: trio.CancelScope) -> None:
@@ -97,7 +111,7 @@ async def _ask_until_granted(node: Node, secret: str | None) -> Certificate:
                         ExitCode.REMOVED if refusal.code == "banned" else ExitCode.REFUSED,
                         f"the authority refused: {refusal.why} ({refusal.code})",
                     ) from refusal
-                why, retry_s = refusal.why, refusal.retry_after or retry_s
+                why, retry_s = refusal.why, min(LONGEST_WAIT_S, refusal.retry_after or retry_s)
             except (P2PError, trio.TooSlowError) as error:
                 why = str(error) or "no answer"
             else:

@@ -12,11 +12,12 @@ from typing import Any
 import attrs
 import pytest
 import trio
+import trio.testing
 
 from agorad import config, run
 from agorad.authority import accounts
 from agorad.exitcodes import DaemonExit, ExitCode, verdict
-from agorad.joining import obtain_certificate
+from agorad.joining import obtain_certificate, pause
 from agorad.node import Node, run_node
 from agorad.roles import authority
 from agorad.run import Admission, Manifest, NodeRef, RunInfo
@@ -328,3 +329,22 @@ def _certificate(place: Place, node: Node, **changes: Any) -> Certificate:
     }
     identity = fields.pop("identity")
     return issue(identity, **fields)
+
+
+def test_a_machine_that_slept_renews_when_it_wakes() -> None:
+    slept = 0.0
+
+    async def main() -> None:
+        nonlocal slept
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pause, 3600.0, lambda: trio.current_time() + slept)
+            await trio.sleep(100.0)
+            slept = 7200.0
+        assert trio.current_time() - began < 150.0
+        slept = 0.0
+        began = trio.current_time()
+        await pause(3600.0, lambda: -trio.current_time())  # a clock set back does not put it off
+        assert trio.current_time() - began == pytest.approx(3600.0)
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

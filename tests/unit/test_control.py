@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -102,6 +103,20 @@ def test_several_requests_on_one_connection_in_any_pieces(tmp_path: Path) -> Non
         assert answer == b'{"ok":true,"result":{"n":1}}\n{"ok":true,"result":{"n":2}}\n'
 
     with_server(path, client)
+
+
+def test_running_out_of_descriptors_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.sock"
+    accept, failures = trio.SocketListener.accept, [OSError(errno.EMFILE, "Too many open files")]
+
+    async def sometimes(self: trio.SocketListener) -> trio.SocketStream:
+        if failures:
+            raise failures.pop()
+        return await accept(self)
+
+    monkeypatch.setattr(trio.SocketListener, "accept", sometimes)
+    monkeypatch.setattr(control_server, "RETRY_S", 0.01)
+    with_server(path, lambda: ask(path, "echo"))
 
 
 def test_a_request_has_a_limit(tmp_path: Path) -> None:
