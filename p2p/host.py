@@ -323,15 +323,18 @@ class Host:
     def _settle(self, new: Connection) -> None:
         """Decide which connection to a peer is the one that calls use."""
         old = self.connections.get(new.peer)
+        assert self._nursery is not None
         if old is None or not old.usable:
             self.connections[new.peer] = new
+            if old is not None and not old.draining and not old.closed.is_set():
+                # Its peer said goodbye. Most close it then; one that does not must not collect them.
+                self._nursery.start_soon(self._drain, old)
             return
         winner, loser = new, old
         if old.dialer != new.dialer and abs(new.opened_at - old.opened_at) < SIMULTANEOUS_S:
             ours_wins = self.peer_id < new.peer
             winner, loser = (new, old) if new.dialer == ours_wins else (old, new)
         self.connections[new.peer] = winner
-        assert self._nursery is not None
         self._nursery.start_soon(self._drain, loser)
 
     async def _drain(self, connection: Connection) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from p2p.errors import Refused, RemoteError
+from p2p.errors import P2PError, Refused
 from p2p.rpc import Call
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ async def carry(call: Call, outbox: Outbox, heard: Heard, *, max_payload: int = 
             nursery.start_soon(listen)
             try:
                 await outbox.drain(call)
-            except RemoteError as error:
+            except P2PError as error:
                 failure = failure or error
             nursery.cancel_scope.cancel()
         if failure is not None:

@@ -268,6 +268,28 @@ def test_addresses_that_lead_nowhere_cost_the_dial_and_not_the_host(text: str) -
     run(main)
 
 
+def test_peer_that_says_goodbye_and_stays_does_not_collect_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("p2p.host.DRAIN_S", 0.05)
+
+    async def main() -> None:
+        async with two_hosts() as (one, two, _events):
+            left = []
+            for _ in range(5):
+                connection = await one.connect(two.peer_id, deadline=5)
+                await connection.ping(5)
+                connection._session.go_away()
+                await connection.ping(5)
+                left.append(one.connections.pop(two.peer_id))
+            await one.connect(two.peer_id, deadline=5)
+            for connection in left:
+                await connection.closed.wait()
+            assert len(two.connections) == 1
+
+    run(main)
+
+
 @pytest.mark.parametrize("said", [b"", b"\0", b"\0\0\1\0\0\0\0\0", b"\0\0\1\0\0\0\0\0\x81"])
 def test_call_that_never_says_what_it_wants_is_ended(said: bytes) -> None:
     async def main() -> None:
