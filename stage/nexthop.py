@@ -122,9 +122,10 @@ class NextHop:
     async def _wait_for_somebody(self, patience: float) -> None:
         now = trio.current_time()
         wait_s = self._router.wait_s(now)
-        if wait_s is None or now >= patience:
+        failing = self._router.failing(now)
+        if wait_s is None or (failing and now >= patience):
             raise NoReplicaError(self._view.stage)
-        with trio.move_on_after(min(max(wait_s, 0.005), patience - now)):
+        with trio.move_on_after(min(max(wait_s, 0.005), patience - now) if failing else max(wait_s, 0.005)):
             await self._view.wait_changed()
 
     async def _attempt(

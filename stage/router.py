@@ -102,6 +102,10 @@ class Router:
         waits = [max(known.busy_until, known.failed_until) - now for known in self._replicas.values()]
         return max(0.0, min(waits)) if waits else None
 
+    def failing(self, now: float) -> bool:
+        """Whether every replica failed lately; one that is only busy is alive."""
+        return all(known.failed_until > now for known in self._replicas.values())
+
     def empty(self) -> bool:
         return not self._replicas
 

@@ -972,6 +972,23 @@ async def test_a_silent_callee_is_left_no_sooner_than_its_lease_ends(swarm: Swar
     silent.cable.thawed.set()
 
 
+def test_a_stage_that_is_only_busy_is_not_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also to a microbatch that has been on its way for longer than all may be failing."""
+    monkeypatch.setattr("stage.nexthop.PATIENCE_S", 0.0)
+
+    async def main() -> None:
+        async with swarm(slots=1) as made:
+            made.heads[0].compute.at_forward.shut()
+            async with trio.open_nursery() as nursery:
+                for _ in range(3):
+                    nursery.start_soon(made.train)
+                await until(lambda: len(made.trainer.of(Busy)) >= 4)
+                made.heads[0].compute.at_forward.open()
+            assert len(made.heads[0].added) == 3
+
+    trio.run(main)
+
+
 @with_swarm(tails=2)
 async def test_a_clock_set_forward_makes_nobody_leave_sooner(swarm: Swarm) -> None:
     """The cut is noticed at once; the caller still waits, however its wall clock jumps."""
