@@ -7,6 +7,7 @@ starts without torch. Errors that people can mend are one sentence on stderr; a 
 from __future__ import annotations
 
 import importlib
+import resource
 import signal
 import sys
 import traceback
@@ -21,6 +22,8 @@ from agorad.config import ROLES, Config, default_path, load
 from agorad.exitcodes import ExitCode, verdict
 from agorad.node import run_node, start_time
 from agorad.usage import NamedPath, complain
+
+DESCRIPTORS = 8192
 
 
 class _Command(click.Command):
@@ -63,6 +66,11 @@ def main(
 
 def _live(settings: Config) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    # A host may have more connections than the descriptors that many systems allow at first.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     # Importing torch takes seconds; being asked to stop in that time is a clean end as well.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: sys.exit(ExitCode.CLEAN))
