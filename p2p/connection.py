@@ -367,10 +367,12 @@ class Connection:
                 self._watch_changed = trio.Event()
                 await self._watch_changed.wait()
             now = trio.current_time()
-            if now - wake_at > STALL_S:
+            late = now - wake_at
+            if late > STALL_S:
                 # This process stood still (a long computation, a stopped machine): what the peer said
-                # meanwhile is not read yet, so its silence proves nothing.
-                since = now
+                # meanwhile is not read yet, so that time proves nothing. What went before it still does,
+                # or a host that stalls again and again would never notice a dead peer.
+                since = min(now, max(self._heard, since) + late)
             silence = now - max(self._heard, since)
             if silence > (limits.watched_silence_s if watched else limits.silence_s):
                 raise PeerGone(f"the peer was silent for {silence:.1f} s")

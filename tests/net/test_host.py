@@ -489,3 +489,24 @@ def test_process_that_stood_still_does_not_blame_the_peer() -> None:
                 assert not connection.closed.is_set()
 
     run(main)
+
+
+def test_process_that_stalls_again_and_again_notices_a_dead_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2p.connection.STALL_S", 0.02)
+
+    async def main() -> None:
+        limits = attrs.evolve(Limits(), watched_ping_s=0.05, watched_silence_s=0.3)
+        one, two = Host(Identity.generate(), limits=limits), Host(Identity.generate())
+        async with one.run(), two.run([LOCAL]):
+            connection = await one.connect(two.peer_id, addrs=two.addrs, deadline=5)
+            await connection.ping(5)
+            (other,) = two.connections.values()
+            async with connection.watched():
+                other._wake = lambda: None  # type: ignore[method-assign]  # it says nothing any more
+                with trio.fail_after(5):
+                    while not connection.closed.is_set():
+                        time.sleep(0.08)  # noqa: ASYNC251 (the stalls are what is tested)
+                        await trio.sleep(0.001)
+            assert "silent" in str(connection.why_closed)
+
+    run(main)
