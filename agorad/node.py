@@ -37,7 +37,7 @@ from agorad.run import Manifest
 from p2p.errors import LocalError, P2PError
 from p2p.event import Event
 from p2p.host import Host
-from p2p.identity import Identity
+from p2p.identity import Identity, PeerId
 from p2p.kad import Dht
 from p2p.membership import Certificate, Membership
 from p2p.multiaddr import Multiaddr
@@ -253,12 +253,7 @@ async def _live(
                 node.commands.update(_commands(node))
                 await services.start(control_server.serve, listener, node.commands)
                 _learn(node)
-                seeds = [
-                    (ref.peer_id, ref.multiaddrs())
-                    for ref in manifest.seeds
-                    if ref.peer_id != identity.peer_id
-                ]
-                await nursery.start(dht.run, seeds)
+                await nursery.start(dht.run, _bootstrap(manifest, settings.node.role, identity.peer_id))
                 await _drain(node, role)
                 node.stop("the role's work is done")
                 node.report_traffic()
@@ -347,6 +342,16 @@ def _commands(node: Node) -> dict[str, control.Command]:
 
 def _presented(node: Node) -> bytes | None:
     return None if node.certificate is None else node.certificate.encode()
+
+
+def _bootstrap(manifest: Manifest, role: str, own: PeerId) -> list[tuple[PeerId, list[Multiaddr]]]:
+    """Through whom a node finds the hash table: seeds, and authorities, in case no seed is up.
+
+    A seed knows other seeds only: the first node of a run has nobody to wait for.
+    """
+    others = () if role == "seed" else manifest.authorities
+    refs = (*manifest.seeds, *(ref for ref in others if ref.addrs))
+    return [(ref.peer_id, ref.multiaddrs()) for ref in refs if ref.peer_id != own]
 
 
 def _learn(node: Node) -> None:
