@@ -229,7 +229,9 @@ def test_a_second_sigterm_ends_it_at_once(place: Path) -> None:
         "seed.run = run\nfrom agorad.main import main\nmain()\n"
     )
     process = subprocess.Popen(
-        [sys.executable, str(stuck), "--config", str(place / "seed" / "agorad.toml")], stderr=subprocess.PIPE
+        [sys.executable, str(stuck), "--config", str(place / "seed" / "agorad.toml")],
+        stderr=subprocess.PIPE,
+        bufsize=0,  # select knows nothing of lines that Python has read ahead
     )
     assert process.stderr is not None
     try:
