@@ -29,6 +29,8 @@ from stage.presets import DEMO_LAYERS
 from stage.presets import demo as demo_preset
 
 MANIFEST_SECTIONS: Final = ("model", "training", "admission", "data")
+SNAPSHOT_EVERY: Final = 5
+"""Steps between snapshots: a demo is short, and a killed worker should have one to come back with."""
 NODE_SECTIONS: Final = ("node", "worker", "trainer", "authority")
 MOST: Final = {"stages": 32, "workers": 64, "trainers": 8}
 MOST_STEPS: Final = 10**9
@@ -151,7 +153,10 @@ def prepare(plan: Plan, folder: Path) -> Layout:
         }  # fmt: skip
         extra: dict[str, Any] = {}
         if node.role == "worker":
-            extra["worker"] = {"account": "demo", "secret_file": "../secret", "stage": node.stage}
+            extra["worker"] = {
+                "account": "demo", "secret_file": "../secret", "stage": node.stage,
+                "snapshot_every": SNAPSHOT_EVERY,
+            }  # fmt: skip
         elif node.role == "trainer":
             data = None if plan.data is None else str(plan.data.absolute())
             trainer = {"data": data, "steps": plan.steps, "seconds": plan.seconds}
