@@ -61,8 +61,6 @@ class WorkerSection:
     """Holds the account's secret; needed until the first grant binds the account to the node's key."""
     stage: int | None = None
     """Ask for this stage; the authority chooses where it is not set."""
-    batch: int = 1
-    """Microbatches computed together at most."""
     slots: int = 8
     """Microbatches accepted before BUSY is answered."""
     snapshot_every: int = 20
@@ -109,7 +107,6 @@ class Config:
         bounds: tuple[tuple[str, float | None, float, float], ...] = (
             ("node.threads", self.node.threads, 1, 1024),
             ("worker.stage", self.worker.stage, 0, 255),
-            ("worker.batch", self.worker.batch, 1, 1024),
             ("worker.slots", self.worker.slots, 1, 1024),
             ("worker.snapshot_every", self.worker.snapshot_every, 0, 1 << 40),
             ("trainer.credits", self.trainer.credits, 0, 4096),
