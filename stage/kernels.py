@@ -148,7 +148,7 @@ def random_normal(
 
 
 def token_table(ids: Tensor, d: int, seed: int, scale: float = 1.0) -> Tensor:
-    """Rows of ``scale * F`` for the ids, fp32 ``[..., d]``: for tests and tools, a stage uses ``expand``."""
+    """Rows of ``scale * F`` for the ids, fp32 ``[..., d]``: made once a microbatch by a stage."""
     _check("ids", ids, (torch.int64,))
     _check_seed("seed", seed)
     _check_scale("scale", scale)
