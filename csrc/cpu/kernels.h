@@ -4,84 +4,10 @@
 // stands beside each function. Results do not depend on how units were split.
 #pragma once
 
-#include <stdint.h>
-
-#include "../functors/feistel.h"
+#include "averaging_tasks.h"
+#include "boundary_tasks.h"
 
 namespace agora {
-
-// Values of F or of a genesis tensor. Row r of `out` is table row `ids[r]`, or r itself without ids.
-struct NormalTask {
-    float* out;
-    const int64_t* ids;
-    int64_t columns;
-    uint64_t seed, stream;
-    float factor;
-};
-
-// h = c * U^T + F[ids]. `basis` is U transposed to fp32 rows of `stride` floats (columns padded by zeros).
-struct ExpandTask {
-    const void* c;
-    void* h;
-    const float* basis;
-    const int64_t* ids;
-    int64_t rows, d, k, stride;
-    int c_dtype, h_dtype;
-    uint64_t seed;
-    float factor;
-};
-
-// out = dh * U. `basis` is U in fp32 rows of `stride` floats (columns padded by zeros).
-struct ProjectTask {
-    const void* dh;
-    void* out;
-    const float* basis;
-    int64_t rows, d, k, stride;
-    int dh_dtype, out_dtype;
-};
-
-struct PackTask {
-    const float* flat;
-    float* packed;
-    Permutation permutation;
-    int64_t first;  // position of packed block 0 in the permutation
-};
-
-struct MergeTask {
-    float* flat;
-    const float* snapshot;  // null when overwriting
-    const float* average;
-    Permutation permutation;
-    int64_t first;
-    int64_t start, stop;  // floats of the packed buffer that were averaged
-    int mode;
-};
-
-// What a look at one chunk of a part found.
-struct Verdict {
-    double norm2;
-    int bad;
-};
-
-struct ReduceTask {
-    float* sum;
-    const void* part;
-    int64_t n;
-    int part_dtype;
-    float weight;
-    Verdict* verdicts;  // one a chunk
-};
-
-struct FinishTask {
-    const float* sum;
-    float* out;
-    float weight_sum;
-};
-
-constexpr int64_t kRowGroup = 4;        // rows that expand and project handle together
-constexpr int64_t kPad = 32;            // floats to which basis rows are padded
-constexpr int64_t kReduceChunk = 4096;  // elements of one verdict: fixed, so that norms are reproducible
-constexpr int64_t kFillChunk = 4096;    // elements of one unit of a flat fill
 
 struct CpuKernels {
     const char* name;

@@ -1,7 +1,7 @@
 // Slice pack and merge (one block of threads a block of weights), weighted reduce.
 #include "../functors/reduce.h"
 #include "../functors/slices.h"
-#include "launch.h"
+#include "averaging.h"
 
 namespace agora::cuda {
 namespace {

@@ -3,7 +3,7 @@
 // One block computes kTile x kTile outputs with 16 x 16 threads, each 4 x 4 of them. A thread's four columns
 // are one group of the generator, so that expand calls Philox once for four outputs.
 #include "../functors/normal.h"
-#include "launch.h"
+#include "boundary.h"
 
 namespace agora::cuda {
 namespace {

@@ -1,5 +1,6 @@
 // The generator: one thread makes one group of four values.
 #include "../functors/normal.h"
+#include "boundary.h"
 #include "launch.h"
 
 namespace agora::cuda {

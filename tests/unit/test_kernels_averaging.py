@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from p2p.errors import LocalError, RemoteError
 from stage import kernels
-from stage import kernels_reference as reference
+from stage.kernels import reference
 from stage.reduce import KernelReducer
 
 BLOCK = kernels.BLOCK

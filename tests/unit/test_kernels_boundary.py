@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stage import kernels
-from stage import kernels_reference as reference
+from stage.kernels import reference
 
 SEED = 0xFEDCBA9876543210
 SHAPES = [

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stage import kernels
-from stage import kernels_reference as reference
+from stage.kernels import reference
 
 SEED = 0x0123456789ABCDEF
 CPU = torch.device("cpu")

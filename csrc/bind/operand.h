@@ -1,6 +1,6 @@
 // An argument that is memory: an address as an int (a tensor's data_ptr), or any contiguous buffer.
 //
-// Addresses are trusted (stage/kernels.py checks shapes, dtypes and devices); buffers are checked here for
+// Addresses are trusted (stage/kernels/ checks shapes, dtypes and devices); buffers are checked here for
 // size and writability, and are held until the call is over.
 #pragma once
 

@@ -1,0 +1,49 @@
+"""The counter-based generator on tensors: rows of the token table F, and genesis values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stage.kernels import reference
+from stage.kernels.checks import check, check_scale, check_seed
+from stage.kernels.launch import compiled, launch
+
+MAX_D = 1 << 20
+
+
+def random_normal(
+    seed: int, stream: int, n: int, std: float, *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """``n`` nearly normal fp32 values, mean 0: element i of a stream is the same on every machine.
+
+    Sum of four uniform bytes, so at most 3.451 ``std`` in size. ``stream``: 64 bits that name the tensor.
+    """
+    check_seed("seed", seed)
+    check_seed("stream", stream)
+    check_scale("std", std)
+    if n <= 0:
+        raise ValueError(f"n must be positive, not {n}")
+    where = torch.device(device)
+    out = torch.empty(n, dtype=torch.float32, device=where)
+    if not compiled(out):
+        return reference.random_normal(seed, stream, n, std, where)
+    launch("normal", out.device, out.data_ptr(), n, seed, stream, std * reference.UNIT)
+    return out
+
+
+def token_table(ids: Tensor, d: int, seed: int, scale: float = 1.0) -> Tensor:
+    """Rows of ``scale * F`` for the ids, fp32 ``[..., d]``: made once a microbatch by a stage."""
+    check("ids", ids, (torch.int64,))
+    check_seed("seed", seed)
+    check_scale("scale", scale)
+    if not 0 < d <= MAX_D:
+        raise ValueError(f"d must lie in [1, {MAX_D}], not {d}")
+    if ids.numel() == 0:
+        raise ValueError("ids are empty")
+    if not compiled(ids):
+        return reference.token_table(ids, d, seed, scale)
+    out = torch.empty((*ids.shape, d), dtype=torch.float32, device=ids.device)
+    factor = scale * reference.UNIT
+    launch("token_rows", ids.device, out.data_ptr(), ids.data_ptr(), ids.numel(), d, seed, factor)
+    return out
