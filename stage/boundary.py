@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from p2p.errors import LocalError, RemoteError
+from stage import kernels
 from stage.config import WireDtype
 
 _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -22,7 +23,7 @@ _SCALE_BYTES = 4
 
 def payload_bytes(tokens: int, k: int, dtype: WireDtype) -> int:
     """Exact size of one packed ``c`` or gradient."""
-    return tokens * k * _TORCH[dtype].itemsize + (tokens * _SCALE_BYTES if dtype == "int8" else 0)
+    return kernels.wire_bytes(tokens, k, dtype)
 
 
 def pack(c: Tensor, dtype: WireDtype, into: bytearray | memoryview | None = None) -> bytearray | memoryview:
@@ -32,15 +33,7 @@ def pack(c: Tensor, dtype: WireDtype, into: bytearray | memoryview | None = None
     buffer = bytearray(size) if into is None else into
     if memoryview(buffer).nbytes != size:
         raise LocalError(f"boundary: the buffer has {memoryview(buffer).nbytes} bytes, not {size}")
-    c = c.detach()
-    if dtype != "int8":
-        torch.frombuffer(buffer, dtype=_TORCH[dtype]).view(tokens, k).copy_(c)
-        return buffer
-    scales = torch.frombuffer(buffer, dtype=torch.float32, count=tokens)
-    codes = torch.frombuffer(buffer, dtype=torch.int8, offset=tokens * _SCALE_BYTES).view(tokens, k)
-    torch.div(c.abs().amax(dim=1).to(scales.device), 127.0, out=scales)
-    # A scale that underflows to 0 would divide by 0; its codes are 0 as well.
-    codes.copy_((c / scales.clamp_min(torch.finfo(torch.float32).tiny).to(c.device)[:, None]).round_())
+    kernels.wire_pack(c.detach().contiguous(), buffer, dtype)
     return buffer
 
 

@@ -31,7 +31,7 @@ inline void require(bool condition, const char* why) {
 }
 
 inline int64_t size_of(int dtype) {
-    require(dtype == kFloat32 || dtype == kBfloat16, "dtype must be 0 (float32) or 1 (bfloat16)");
+    require(dtype >= kFloat32 && dtype <= kFloat16, "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
     return dtype == kFloat32 ? 4 : 2;
 }
 

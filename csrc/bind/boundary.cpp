@@ -1,4 +1,5 @@
-// Bindings of the generator, expand and project.
+// Bindings of the generator and of the boundary's kernels.
+#include <algorithm>
 #include <vector>
 
 #include "../functors/normal.h"
@@ -6,6 +7,9 @@
 
 namespace agora {
 namespace {
+
+// Results that are larger than this would push everything else out of the caches on their way to memory.
+constexpr int64_t kBypassBytes = int64_t(16) << 20;
 
 void check_ids(const int64_t* ids, int64_t n) {
     uint64_t all = 0;
@@ -16,84 +20,198 @@ void check_ids(const int64_t* ids, int64_t n) {
 void normal(py::object out, int64_t n, uint64_t seed, uint64_t stream, float factor, int threads) {
     check_dimension(n, "n must be positive");
     Operand to(out, 4 * n, true, 4, "out");
-    NormalTask task{to.as<float>(), nullptr, n, seed, stream, factor};
+    NormalTask task{to.as<void>(), kFloat32, nullptr, n, seed, stream, factor, 4 * n > kBypassBytes};
     py::gil_scoped_release unlocked;
     parallel_for(threads, (n + kFillChunk - 1) / kFillChunk, grain(kFillChunk),
                  [&](int64_t begin, int64_t end) { cpu().fill(task, begin, end); });
 }
 
-void token_rows(py::object out, py::object ids, int64_t rows, int64_t d, uint64_t seed, float factor,
-                int threads) {
+void token_rows(py::object out, int out_dtype, py::object ids, int64_t rows, int64_t d, uint64_t seed,
+                float factor, int threads) {
     check_dimension(rows, "rows must be positive");
-    check_dimension(d, "d must be positive");
-    Operand to(out, 4 * rows * d, true, 4, "out"), from(ids, 8 * rows, false, 8, "ids");
+    require(d > 0 && d <= (1 << 20), "d must lie in [1, 2^20]");
+    int64_t ow = size_of(out_dtype), bytes = ow * rows * d;
+    Operand to(out, bytes, true, size_t(ow), "out"), from(ids, 8 * rows, false, 8, "ids");
     check_ids(from.as<int64_t>(), rows);
-    NormalTask task{to.as<float>(), from.as<int64_t>(), d, seed, kTokenTableStream, factor};
+    NormalTask task{to.as<void>(),     out_dtype, from.as<int64_t>(),  d, seed,
+                    kTokenTableStream, factor,    bytes > kBypassBytes};
     py::gil_scoped_release unlocked;
     parallel_for(threads, rows, grain(d), [&](int64_t begin, int64_t end) { cpu().rows(task, begin, end); });
 }
 
-int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+struct Shape {
+    int64_t rows, d, k;
+};
 
-// U in fp32, in rows padded with zeros to whole register tiles, as it is or transposed.
-template <typename From>
-std::vector<float> laid_out(const From* basis, int64_t d, int64_t k, bool transpose) {
-    int64_t stride = padded(transpose ? d : k);
-    std::vector<float> out(size_t((transpose ? k : d) * stride));
+void check_shape(const Shape& shape) {
+    check_dimension(shape.rows, "rows must be positive");
+    require(shape.d > 0 && shape.d <= (1 << 20), "d must lie in [1, 2^20]");
+    require(shape.k > 0 && shape.k <= kMaxK, "k must lie in [1, 1024]");
+}
+
+// U as fp32 numbers that `at(i, j)` places; the rest is zeros.
+template <typename From, typename Place>
+void lay_out(std::vector<float>& out, const From* basis, int64_t d, int64_t k, Place at) {
     for (int64_t i = 0; i < d; i++)
-        for (int64_t j = 0; j < k; j++)
-            out[size_t(transpose ? j * stride + i : i * stride + j)] = load(basis[i * k + j]);
+        for (int64_t j = 0; j < k; j++) out[size_t(at(i, j))] = load(basis[i * k + j]);
+}
+
+template <typename Place>
+std::vector<float> laid_out(int64_t floats, const Operand& basis, int dtype, const Shape& s, Place at) {
+    std::vector<float> out(static_cast<size_t>(floats));
+    if (dtype == kFloat32)
+        lay_out(out, basis.as<float>(), s.d, s.k, at);
+    else if (dtype == kBfloat16)
+        lay_out(out, basis.as<Bf16>(), s.d, s.k, at);
+    else
+        lay_out(out, basis.as<Fp16>(), s.d, s.k, at);
     return out;
 }
 
-std::vector<float> laid_out(const Operand& basis, int dtype, int64_t d, int64_t k, bool transpose) {
-    return dtype == kFloat32 ? laid_out(basis.as<float>(), d, k, transpose)
-                             : laid_out(basis.as<Bf16>(), d, k, transpose);
+// U's rows, each padded; and rows of zeros up to a whole group.
+std::vector<float> rows_of(const Operand& basis, int dtype, const Shape& s) {
+    int64_t stride = padded(s.k);
+    return laid_out(padded(s.d, kRowGroup) * stride, basis, dtype, s,
+                    [=](int64_t i, int64_t j) { return i * stride + j; });
 }
 
-void check_boundary(int64_t rows, int64_t d, int64_t k) {
-    check_dimension(rows, "rows must be positive");
-    require(d > 0 && d <= (1 << 20), "d must lie in [1, 2^20]");
-    require(k > 0 && k <= 1024, "k must lie in [1, 1024]");
+// U's columns as rows, each padded; and rows of zeros up to a whole group.
+std::vector<float> columns_of(const Operand& basis, int dtype, const Shape& s) {
+    int64_t stride = padded(s.d);
+    return laid_out(padded(s.k, kRowGroup) * stride, basis, dtype, s,
+                    [=](int64_t i, int64_t j) { return j * stride + i; });
+}
+
+// U^T in panels of kPanel columns.
+std::vector<float> panels_of(const Operand& basis, int dtype, const Shape& s) {
+    return laid_out(padded(s.d, kPanel) * s.k, basis, dtype, s,
+                    [&](int64_t i, int64_t j) { return (i / kPanel * s.k + j) * kPanel + i % kPanel; });
+}
+
+// The last kLast columns of U (rows of U's layout) as rows; where k is less, the first of them are zeros.
+std::vector<float> last_columns(const std::vector<float>& rows, const Shape& s) {
+    int64_t stride = padded(s.k), length = padded(s.d);
+    std::vector<float> out(static_cast<size_t>(kLast * length));
+    for (int64_t j = std::max<int64_t>(0, kLast - s.k); j < kLast; j++)
+        for (int64_t i = 0; i < s.d; i++)
+            out[size_t(j * length + i)] = rows[size_t(i * stride + s.k - kLast + j)];
+    return out;
+}
+
+// Rows of one unit: enough to share a panel of U, few enough that every thread gets some, and that the sums
+// of a unit stay bounded.
+int64_t block_of(const Shape& s, int threads) {
+    int64_t share = (s.rows + 2 * threads - 1) / std::max(2 * threads, 1);
+    int64_t most = std::min(kMaxBlock, kBlockFloats / padded(s.k) / kRowGroup * kRowGroup);
+    return std::min(padded(std::max<int64_t>(share, 1), kRowGroup), most);
+}
+
+template <typename Work>
+void parallel_blocks(const Shape& s, int64_t block, int threads, Work work) {
+    parallel_for(threads, (s.rows + block - 1) / block, grain(block * s.d), work);
+}
+
+void run_expand(const Operand& c, int c_dtype, const Operand& basis, int basis_dtype, const int64_t* ids,
+                const void* table, const Operand& h, int h_dtype, const Shape& s, uint64_t seed, float factor,
+                int threads) {
+    py::gil_scoped_release unlocked;
+    std::vector<float> panels = panels_of(basis, basis_dtype, s);
+    ExpandTask task{c.as<void>(),
+                    panels.data(),
+                    ids,
+                    table,
+                    h.as<void>(),
+                    s.rows,
+                    s.d,
+                    s.k,
+                    block_of(s, threads),
+                    c_dtype,
+                    h_dtype,
+                    seed,
+                    factor,
+                    s.rows * s.d * (h_dtype == kFloat32 ? 4 : 2) > kBypassBytes};
+    parallel_blocks(s, task.block, threads,
+                    [&](int64_t begin, int64_t end) { cpu().expand(task, begin, end); });
 }
 
 void expand(py::object c, int c_dtype, py::object basis, int basis_dtype, py::object ids, py::object h,
             int h_dtype, int64_t rows, int64_t d, int64_t k, uint64_t seed, float factor, int threads) {
-    check_boundary(rows, d, k);
+    Shape s{rows, d, k};
+    check_shape(s);
     int64_t cw = size_of(c_dtype), uw = size_of(basis_dtype), hw = size_of(h_dtype);
     Operand from(c, rows * k * cw, false, size_t(cw), "c"), u(basis, d * k * uw, false, size_t(uw), "U");
     Operand tokens(ids, 8 * rows, false, 8, "ids"), to(h, rows * d * hw, true, size_t(hw), "h");
     check_ids(tokens.as<int64_t>(), rows);
-    py::gil_scoped_release unlocked;
-    std::vector<float> transposed = laid_out(u, basis_dtype, d, k, true);
-    ExpandTask task{from.as<void>(),
-                    to.as<void>(),
-                    transposed.data(),
-                    tokens.as<int64_t>(),
-                    rows,
-                    d,
-                    k,
-                    padded(d),
-                    c_dtype,
-                    h_dtype,
-                    seed,
-                    factor};
-    parallel_for(threads, (rows + kRowGroup - 1) / kRowGroup, grain(kRowGroup * d),
-                 [&](int64_t begin, int64_t end) { cpu().expand(task, begin, end); });
+    run_expand(from, c_dtype, u, basis_dtype, tokens.as<int64_t>(), nullptr, to, h_dtype, s, seed, factor,
+               threads);
 }
 
-void project(py::object dh, int dh_dtype, py::object basis, int basis_dtype, py::object out, int out_dtype,
-             int64_t rows, int64_t d, int64_t k, int threads) {
-    check_boundary(rows, d, k);
-    int64_t dw = size_of(dh_dtype), uw = size_of(basis_dtype), ow = size_of(out_dtype);
-    Operand from(dh, rows * d * dw, false, size_t(dw), "dh"), u(basis, d * k * uw, false, size_t(uw), "U");
-    Operand to(out, rows * k * ow, true, size_t(ow), "out");
+void expand_rows(py::object c, int c_dtype, py::object basis, int basis_dtype, py::object table, py::object h,
+                 int h_dtype, int64_t rows, int64_t d, int64_t k, int threads) {
+    Shape s{rows, d, k};
+    check_shape(s);
+    int64_t cw = size_of(c_dtype), uw = size_of(basis_dtype), hw = size_of(h_dtype);
+    Operand from(c, rows * k * cw, false, size_t(cw), "c"), u(basis, d * k * uw, false, size_t(uw), "U");
+    Operand plus(table, rows * d * hw, false, size_t(hw), "rows");
+    Operand to(h, rows * d * hw, true, size_t(hw), "h");
+    run_expand(from, c_dtype, u, basis_dtype, nullptr, plus.as<void>(), to, h_dtype, s, 0, 0, threads);
+}
+
+// Bytes of c in the dtype, or in the wire form kInt8.
+int64_t packed_bytes(int dtype, int64_t rows, int64_t k) {
+    return dtype == kInt8 ? rows * (k + 4) : rows * k * size_of(dtype);
+}
+
+// `table`: 0 (subtract nothing) or rows of h's dtype. `out` may lie at any address: it may be a message.
+void project(py::object h, int h_dtype, py::object table, py::object basis, int basis_dtype, py::object out,
+             int out_dtype, int64_t rows, int64_t d, int64_t k, int threads) {
+    Shape s{rows, d, k};
+    check_shape(s);
+    int64_t hw = size_of(h_dtype), uw = size_of(basis_dtype);
+    bool minus = !(PyLong_Check(table.ptr()) && table.equal(py::int_(0)));
+    Operand from(h, rows * d * hw, false, size_t(hw), "h"), u(basis, d * k * uw, false, size_t(uw), "U");
+    Operand less(table, minus ? rows * d * hw : 0, false, size_t(hw), "rows");
+    Operand to(out, packed_bytes(out_dtype, rows, k), true, 1, "out");
     py::gil_scoped_release unlocked;
-    std::vector<float> rows_of_u = laid_out(u, basis_dtype, d, k, false);
-    ProjectTask task{from.as<void>(), to.as<void>(), rows_of_u.data(), rows, d, k,
-                     padded(k),       dh_dtype,      out_dtype};
-    parallel_for(threads, (rows + kRowGroup - 1) / kRowGroup, grain(kRowGroup * d),
-                 [&](int64_t begin, int64_t end) { cpu().project(task, begin, end); });
+    std::vector<float> u_rows = rows_of(u, basis_dtype, s), last = last_columns(u_rows, s);
+    ProjectTask task{from.as<void>(),
+                     minus ? less.as<void>() : nullptr,
+                     u_rows.data(),
+                     last.data(),
+                     to.as<void>(),
+                     rows,
+                     d,
+                     k,
+                     block_of(s, threads),
+                     h_dtype,
+                     out_dtype};
+    parallel_blocks(s, task.block, threads,
+                    [&](int64_t begin, int64_t end) { cpu().project(task, begin, end); });
+}
+
+void wire_pack(py::object c, int c_dtype, py::object out, int wire, int64_t rows, int64_t k, int threads) {
+    check_shape({rows, 1, k});
+    int64_t cw = size_of(c_dtype);
+    Operand from(c, rows * k * cw, false, size_t(cw), "c");
+    Operand to(out, packed_bytes(wire, rows, k), true, 1, "out");
+    WireTask task{from.as<void>(), to.as<void>(), rows, k, c_dtype, wire};
+    py::gil_scoped_release unlocked;
+    parallel_for(threads, rows, grain(k), [&](int64_t begin, int64_t end) { cpu().wire(task, begin, end); });
+}
+
+// W [d, n] in place.
+void subspace_weights(py::object w, int w_dtype, py::object basis, int basis_dtype, int64_t d, int64_t n,
+                      int64_t k, int threads) {
+    Shape s{n, d, k};
+    check_shape(s);
+    int64_t ww = size_of(w_dtype), uw = size_of(basis_dtype);
+    Operand to(w, d * n * ww, true, size_t(ww), "W"), u(basis, d * k * uw, false, size_t(uw), "U");
+    py::gil_scoped_release unlocked;
+    std::vector<float> u_rows = rows_of(u, basis_dtype, s), columns = columns_of(u, basis_dtype, s);
+    int64_t panel = padded(k, kRowGroup) * kMaxPanel <= kPanelFloats ? kMaxPanel : kMaxPanel / 2;
+    SubspaceTask task{to.as<void>(), u_rows.data(), columns.data(), d, n, k, panel, w_dtype};
+    parallel_for(threads, (n + panel - 1) / panel, grain(panel * d),
+                 [&](int64_t begin, int64_t end) { cpu().subspace(task, begin, end); });
 }
 
 py::tuple philox_words(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint64_t key) {
@@ -106,12 +224,18 @@ py::tuple philox_words(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint64_t 
 void bind_boundary(py::module_& m) {
     using py::arg;
     m.def("normal", &normal, arg("out"), arg("n"), arg("seed"), arg("stream"), arg("factor"), arg("threads"));
-    m.def("token_rows", &token_rows, arg("out"), arg("ids"), arg("rows"), arg("d"), arg("seed"),
-          arg("factor"), arg("threads"));
+    m.def("token_rows", &token_rows, arg("out"), arg("out_dtype"), arg("ids"), arg("rows"), arg("d"),
+          arg("seed"), arg("factor"), arg("threads"));
     m.def("expand", &expand, arg("c"), arg("c_dtype"), arg("basis"), arg("basis_dtype"), arg("ids"), arg("h"),
           arg("h_dtype"), arg("rows"), arg("d"), arg("k"), arg("seed"), arg("factor"), arg("threads"));
-    m.def("project", &project, arg("dh"), arg("dh_dtype"), arg("basis"), arg("basis_dtype"), arg("out"),
-          arg("out_dtype"), arg("rows"), arg("d"), arg("k"), arg("threads"));
+    m.def("expand_rows", &expand_rows, arg("c"), arg("c_dtype"), arg("basis"), arg("basis_dtype"),
+          arg("table"), arg("h"), arg("h_dtype"), arg("rows"), arg("d"), arg("k"), arg("threads"));
+    m.def("project", &project, arg("h"), arg("h_dtype"), arg("table"), arg("basis"), arg("basis_dtype"),
+          arg("out"), arg("out_dtype"), arg("rows"), arg("d"), arg("k"), arg("threads"));
+    m.def("wire_pack", &wire_pack, arg("c"), arg("c_dtype"), arg("out"), arg("wire"), arg("rows"), arg("k"),
+          arg("threads"));
+    m.def("subspace_weights", &subspace_weights, arg("w"), arg("w_dtype"), arg("basis"), arg("basis_dtype"),
+          arg("d"), arg("n"), arg("k"), arg("threads"));
     m.def("philox", &philox_words, arg("a"), arg("b"), arg("c"), arg("d"), arg("key"));
 }
 

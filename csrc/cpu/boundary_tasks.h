@@ -1,42 +1,74 @@
-// What the generator, expand and project are told to do.
+// What the generator and the boundary's kernels are told to do.
 #pragma once
 
 #include <stdint.h>
 
 namespace agora {
 
-// Values of F or of a genesis tensor. Row r of `out` is table row `ids[r]`, or r itself without ids.
+// Values of F or of a genesis tensor. Row r of `out` is table row `ids[r]`; without ids `out` is flat.
 struct NormalTask {
-    float* out;
+    void* out;
+    int out_dtype;
     const int64_t* ids;
     int64_t columns;
     uint64_t seed, stream;
     float factor;
+    bool bypass;  // the caches: `out` is larger than they are
 };
 
-// h = c * U^T + F[ids]. `basis` is U transposed to fp32 rows of `stride` floats (columns padded by zeros).
+// h = c U^T + table, where the table is given, or made from ids.
 struct ExpandTask {
     const void* c;
-    void* h;
-    const float* basis;
+    const float* basis;  // basis_panels of U^T
     const int64_t* ids;
-    int64_t rows, d, k, stride;
+    const void* table;  // of h's dtype; null: rows of F
+    void* h;
+    int64_t rows, d, k, block;
     int c_dtype, h_dtype;
     uint64_t seed;
     float factor;
+    bool bypass;
 };
 
-// out = dh * U. `basis` is U in fp32 rows of `stride` floats (columns padded by zeros).
+// out = (h - table) U.
 struct ProjectTask {
-    const void* dh;
-    void* out;
-    const float* basis;
-    int64_t rows, d, k, stride;
-    int dh_dtype, out_dtype;
+    const void* h;
+    const void* table;          // of h's dtype, or null
+    const float *basis, *last;  // rows of U, and its last kLast columns as rows
+    void* out;                  // of any alignment
+    int64_t rows, d, k, block;
+    int h_dtype, out_dtype;  // kInt8: `rows` scales, then the codes
 };
 
-constexpr int64_t kRowGroup = 4;      // rows that expand and project handle together
-constexpr int64_t kPad = 32;          // floats to which basis rows are padded
-constexpr int64_t kFillChunk = 4096;  // elements of one unit of a flat fill
+// c in its form on the wire.
+struct WireTask {
+    const void* c;
+    void* out;  // of any alignment
+    int64_t rows, k;
+    int c_dtype, wire;
+};
+
+// W <- U (U^T W) for panels of W's columns.
+struct SubspaceTask {
+    void* w;
+    const float *rows_of_u, *columns_of_u;
+    int64_t d, n, k, panel;
+    int w_dtype;
+};
+
+// Layouts of U in fp32, padded with zeros to whole vectors of any instruction set.
+constexpr int64_t kPad = 16;    // floats to which a row of U, or of U^T, is padded
+constexpr int64_t kPanel = 48;  // columns of U^T that lie together: for each, k rows of kPanel floats
+constexpr int64_t kLast = 3;    // columns of U that project also has as rows (see last_columns)
+
+constexpr int64_t padded(int64_t n, int64_t unit = kPad) { return (n + unit - 1) / unit * unit; }
+
+constexpr int64_t kMaxK = 1024;    // checked by the bindings: bounds stacks
+constexpr int64_t kRowGroup = 8;   // rows are split over threads in multiples of this
+constexpr int64_t kMaxBlock = 64;  // rows of a unit of expand and project, which share a panel of U in L2
+constexpr int64_t kBlockFloats = kMaxBlock * 256;  // sums of one unit of project
+constexpr int64_t kFillChunk = 4096;               // elements of one unit of a flat fill
+constexpr int64_t kMaxPanel = 96;                  // columns of a unit of subspace_weights
+constexpr int64_t kPanelFloats = 64 * kMaxK;       // products of one unit of subspace_weights
 
 }  // namespace agora

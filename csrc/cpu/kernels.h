@@ -11,15 +11,17 @@ namespace agora {
 
 struct CpuKernels {
     const char* name;
-    void (*fill)(const NormalTask&, int64_t begin, int64_t end);      // chunks of a flat vector
-    void (*rows)(const NormalTask&, int64_t begin, int64_t end);      // rows of a table
-    void (*expand)(const ExpandTask&, int64_t begin, int64_t end);    // groups of kRowGroup rows
-    void (*project)(const ProjectTask&, int64_t begin, int64_t end);  // groups of kRowGroup rows
-    void (*pack)(const PackTask&, int64_t begin, int64_t end);        // packed blocks
-    void (*merge)(const MergeTask&, int64_t begin, int64_t end);      // packed blocks
-    void (*inspect)(const ReduceTask&, int64_t begin, int64_t end);   // chunks
-    void (*add)(const ReduceTask&, int64_t begin, int64_t end);       // elements
-    void (*finish)(const FinishTask&, int64_t begin, int64_t end);    // elements
+    void (*fill)(const NormalTask&, int64_t begin, int64_t end);        // chunks of a flat vector
+    void (*rows)(const NormalTask&, int64_t begin, int64_t end);        // rows of a table
+    void (*expand)(const ExpandTask&, int64_t begin, int64_t end);      // blocks of rows
+    void (*project)(const ProjectTask&, int64_t begin, int64_t end);    // blocks of rows
+    void (*wire)(const WireTask&, int64_t begin, int64_t end);          // rows
+    void (*subspace)(const SubspaceTask&, int64_t begin, int64_t end);  // panels of columns
+    void (*pack)(const PackTask&, int64_t begin, int64_t end);          // packed blocks
+    void (*merge)(const MergeTask&, int64_t begin, int64_t end);        // packed blocks
+    void (*inspect)(const ReduceTask&, int64_t begin, int64_t end);     // chunks
+    void (*add)(const ReduceTask&, int64_t begin, int64_t end);         // elements
+    void (*finish)(const FinishTask&, int64_t begin, int64_t end);      // elements
 };
 
 extern const CpuKernels baseline_kernels;

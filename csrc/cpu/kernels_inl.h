@@ -4,10 +4,12 @@
 #include "../functors/normal.h"
 #include "../functors/reduce.h"
 #include "../functors/slices.h"
+#include "../functors/wire.h"
 #include "kernels.h"
 
 // clang-format off: the order matters
 #include "vec_inl.h"
+#include "rows_inl.h"
 #include "normal_inl.h"
 #include "boundary_inl.h"
 #include "averaging_inl.h"
@@ -21,9 +23,9 @@
 namespace agora {
 
 const CpuKernels AGORA_JOIN(AGORA_TARGET, _kernels) = {
-    AGORA_TEXT(AGORA_TARGET), AGORA_TARGET::fill,   AGORA_TARGET::rows,  AGORA_TARGET::expand,
-    AGORA_TARGET::project,    AGORA_TARGET::pack,   AGORA_TARGET::merge, AGORA_TARGET::inspect,
-    AGORA_TARGET::add,        AGORA_TARGET::finish,
+    AGORA_TEXT(AGORA_TARGET), AGORA_TARGET::fill,    AGORA_TARGET::rows,     AGORA_TARGET::expand,
+    AGORA_TARGET::project,    AGORA_TARGET::wire,    AGORA_TARGET::subspace, AGORA_TARGET::pack,
+    AGORA_TARGET::merge,      AGORA_TARGET::inspect, AGORA_TARGET::add,      AGORA_TARGET::finish,
 };
 
 }  // namespace agora

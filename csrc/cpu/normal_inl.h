@@ -32,14 +32,22 @@ static void fill(const NormalTask& t, int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; chunk++) {
         int64_t start = chunk * kFillChunk, left = t.columns - start;
         uint64_t group = uint64_t(start) / 4;
-        normal_row(t.out + start, t.seed, t.stream, uint32_t(group >> 32), uint32_t(group),
-                   left < kFillChunk ? left : kFillChunk, t.factor);
+        normal_row(static_cast<float*>(t.out) + start, t.seed, t.stream, uint32_t(group >> 32),
+                   uint32_t(group), left < kFillChunk ? left : kFillChunk, t.factor);
     }
 }
 
 static void rows(const NormalTask& t, int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++)
-        normal_row(t.out + r * t.columns, t.seed, t.stream, uint32_t(t.ids[r]), 0, t.columns, t.factor);
+    constexpr int64_t kSpan = 512;  // stays in L1
+    float values[kSpan];
+    for (int64_t r = begin; r < end; r++) {
+        for (int64_t column = 0; column < t.columns; column += kSpan) {
+            int64_t width = t.columns - column < kSpan ? t.columns - column : kSpan;
+            normal_row(values, t.seed, t.stream, uint32_t(t.ids[r]), uint32_t(column / 4), width, t.factor);
+            narrow(t.out, t.out_dtype, r * t.columns + column, values, width, t.bypass);
+        }
+    }
+    if (t.bypass) finish_streams();
 }
 
 }  // namespace agora::AGORA_TARGET

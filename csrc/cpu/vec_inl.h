@@ -2,7 +2,7 @@
 // instruction set by kernels_inl.h.
 //
 // Only what the compiler does not find by itself: a fused multiply-add where contraction is switched off
-// for everything else, and 32 x 32 -> 64 bit products in 64-bit lanes.
+// for everything else, 32 x 32 -> 64 bit products in 64-bit lanes, conversions, stores past the caches.
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -20,7 +20,9 @@ constexpr int kWidth = 4;
 
 typedef float Floats __attribute__((vector_size(kWidth * 4)));
 typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kWidth * 4)));
 typedef uint64_t Words __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kWidth * 2)));
 constexpr int kWords = kWidth / 2;
 
 AGORA_FN Floats load_floats(const float* from) {
@@ -31,10 +33,89 @@ AGORA_FN Floats load_floats(const float* from) {
 
 AGORA_FN void store_floats(float* to, Floats x) { memcpy(to, &x, sizeof x); }
 
+AGORA_FN Floats load_floats(const Bf16* from) {
+    Halves x;
+    memcpy(&x, from, sizeof x);
+    return Floats(__builtin_convertvector(x, Bits) << 16);
+}
+
+// As store() of common.h rounds.
+AGORA_FN Halves rounded_to(const Bf16*, Floats value) {
+    Bits bits = Bits(value);
+    Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    Bits nan = Bits((bits & 0x7fffffffu) > 0x7f800000u);
+    return __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Halves);
+}
+
+AGORA_FN Floats load_floats(const Fp16* from) {
+#if defined(__AVX512F__)
+    return Floats(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__)
+    return Floats(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+    Floats x;
+    for (int i = 0; i < kWidth; i++) x[i] = load(from[i]);
+    return x;
+#endif
+}
+
+AGORA_FN Halves rounded_to(const Fp16*, Floats value) {
+#if defined(__AVX512F__)
+    return Halves(_mm512_cvtps_ph(__m512(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+    return Halves(_mm256_cvtps_ph(__m256(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    Halves x;
+    for (int i = 0; i < kWidth; i++) {
+        Fp16 one;
+        store(&one, value[i]);
+        x[i] = one.bits;
+    }
+    return x;
+#endif
+}
+
+template <typename Half>
+AGORA_FN void store_floats(Half* to, Floats value) {
+    Halves x = rounded_to(to, value);
+    memcpy(to, &x, sizeof x);
+}
+
+// Past the caches, to an address that is a multiple of the size of what is stored.
+AGORA_FN void stream_floats(float* to, Floats x) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, __m512(x));
+#elif defined(__AVX2__)
+    _mm256_stream_ps(to, __m256(x));
+#elif defined(__SSE2__)
+    _mm_stream_ps(to, __m128(x));
+#else
+    store_floats(to, x);
+#endif
+}
+
+template <typename Half>
+AGORA_FN void stream_floats(Half* to, Floats value) {
+    Halves x = rounded_to(to, value);
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), __m256i(x));
+#elif defined(__AVX2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), __m128i(x));
+#else
+    memcpy(to, &x, sizeof x);
+#endif
+}
+
+// Before another thread reads what was streamed.
+AGORA_FN void finish_streams() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 // a * b + c. Fused where the instruction set has it: products with U are the only results that may differ
 // between machines, by a rounding.
-AGORA_FN Floats multiply_add(float a, Floats b, Floats c) {
-    Floats wide = a - Floats{};
+AGORA_FN Floats multiply_add(Floats wide, Floats b, Floats c) {
 #if defined(__AVX512F__)
     return Floats(_mm512_fmadd_ps(__m512(wide), __m512(b), __m512(c)));
 #elif defined(__AVX2__)

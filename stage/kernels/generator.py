@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from stage.kernels import reference
-from stage.kernels.checks import check, check_scale, check_seed
-from stage.kernels.launch import compiled, launch
+from stage.kernels.checks import check, check_dtype, check_scale, check_seed, new_or_given
+from stage.kernels.launch import CODES, compiled, launch
 
 MAX_D = 1 << 20
 
@@ -32,18 +32,32 @@ def random_normal(
     return out
 
 
-def token_table(ids: Tensor, d: int, seed: int, scale: float = 1.0) -> Tensor:
-    """Rows of ``scale * F`` for the ids, fp32 ``[..., d]``: made once a microbatch by a stage."""
+def token_table(
+    ids: Tensor,
+    d: int,
+    seed: int,
+    scale: float = 1.0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Rows of ``scale * F`` for the ids, ``[..., d]``: made once a microbatch by a stage.
+
+    The fp32 values, rounded once more to bfloat16 or float16 where ``dtype`` says so. ``out``: contiguous
+    memory of that shape and dtype to write to.
+    """
     check("ids", ids, (torch.int64,))
     check_seed("seed", seed)
     check_scale("scale", scale)
+    check_dtype(dtype)
     if not 0 < d <= MAX_D:
         raise ValueError(f"d must lie in [1, {MAX_D}], not {d}")
     if ids.numel() == 0:
         raise ValueError("ids are empty")
-    if not compiled(ids):
-        return reference.token_table(ids, d, seed, scale)
-    out = torch.empty((*ids.shape, d), dtype=torch.float32, device=ids.device)
+    table = new_or_given(out, (*ids.shape, d), dtype, ids.device, ids=ids)
+    if not compiled(ids, table):
+        return table.copy_(reference.token_table(ids, d, seed, scale))
     factor = scale * reference.UNIT
-    launch("token_rows", ids.device, out.data_ptr(), ids.data_ptr(), ids.numel(), d, seed, factor)
-    return out
+    rows = ids.data_ptr(), ids.numel(), d
+    launch("token_rows", ids.device, table.data_ptr(), CODES[dtype], *rows, seed, factor)
+    return table

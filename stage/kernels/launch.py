@@ -16,7 +16,7 @@ except ImportError as problem:  # pragma: no cover - a broken installation
         f"the compiled kernels cannot be loaded ({problem}): reinstall with 'pip install -e .'"
     ) from problem
 
-CODES = {torch.float32: 0, torch.bfloat16: 1}
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def compiled(*tensors: Tensor) -> bool:

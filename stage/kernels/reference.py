@@ -71,32 +71,68 @@ def random_normal(seed: int, stream: int, n: int, std: float, device: torch.devi
     return _values(seed, stream, group >> 32, group & _MASK32, std).reshape(-1)[:n].clone()
 
 
-def token_table(ids: Tensor, d: int, seed: int, scale: float) -> Tensor:
-    """Rows of ``scale * F`` in fp32."""
+def token_table(ids: Tensor, d: int, seed: int, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of ``scale * F``: fp32 values, rounded once more where another dtype is wanted."""
     flat = ids.reshape(-1, 1).to(torch.int64)
     group = torch.arange((d + 3) // 4, device=ids.device).reshape(1, -1)
     shape = flat.shape[0], group.shape[1]
     values = _values(seed, TOKEN_TABLE_STREAM, flat.expand(shape), group.expand(shape), scale).reshape(
         flat.shape[0], -1
     )[:, :d]
-    return values.reshape(*ids.shape, d)
+    return values.reshape(*ids.shape, d).to(dtype)
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
 
 
-def expand(c: Tensor, basis: Tensor, ids: Tensor, seed: int, scale: float) -> Tensor:
+def expand(
+    c: Tensor, basis: Tensor, ids: Tensor, seed: int, scale: float, dtype: torch.dtype | None = None
+) -> Tensor:
     """``c U^T + scale F[ids]``."""
     wide = _wide(c, basis)
     table = token_table(ids, basis.shape[0], seed, scale).to(wide)
-    return (c.to(wide) @ basis.to(wide).T + table).to(c.dtype)
+    return (c.to(wide) @ basis.to(wide).T + table).to(c.dtype if dtype is None else dtype)
 
 
-def project(dh: Tensor, basis: Tensor) -> Tensor:
+def expand_rows(c: Tensor, basis: Tensor, rows: Tensor) -> Tensor:
+    """``c U^T + rows`` in the dtype of ``rows``."""
+    wide = _wide(c, basis, rows)
+    return (c.to(wide) @ basis.to(wide).T + rows.to(wide)).to(rows.dtype)
+
+
+def project(dh: Tensor, basis: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``dh U``."""
     wide = _wide(dh, basis)
-    return (dh.to(wide) @ basis.to(wide)).to(dh.dtype)
+    return (dh.to(wide) @ basis.to(wide)).to(dh.dtype if dtype is None else dtype)
+
+
+def project_difference(h: Tensor, rows: Tensor, basis: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``(h - rows) U``."""
+    wide = _wide(h, rows, basis)
+    return ((h.to(wide) - rows.to(wide)) @ basis.to(wide)).to(h.dtype if dtype is None else dtype)
+
+
+def subspace_weights(weights: Tensor, basis: Tensor) -> None:
+    """``W <- U (U^T W)`` in place."""
+    wide = _wide(weights, basis)
+    u = basis.to(wide)
+    weights.copy_(u @ (u.T @ weights.to(wide)))
+
+
+def wire_pack(c: Tensor, out: Tensor, wire: str) -> None:
+    """``c`` [T, k] into the bytes ``out`` (uint8): numbers, or T scales and then T k codes."""
+    tokens = c.shape[0]
+    if wire != "int8":
+        numbers = c.to(torch.float32 if wire == "fp32" else torch.bfloat16)
+        out.copy_(numbers.reshape(-1).view(torch.uint8))
+        return
+    c = c.float()
+    scales = c.abs().amax(dim=1) / torch.tensor(127.0, device=c.device)
+    # A scale that underflows to 0 would divide by 0; its codes are 0 as well.
+    codes = (c / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_().to(torch.int8)
+    out[: 4 * tokens].copy_(scales.view(torch.uint8))
+    out[4 * tokens :].copy_(codes.reshape(-1).view(torch.uint8))
 
 
 def permutation(blocks: int, positions: Tensor, key: int) -> Tensor:

@@ -139,7 +139,7 @@ def bad_calls() -> list[tuple[object, type[Exception], str]]:
     c, basis, ids = inputs(4, 12, 3)
     return [
         (lambda: kernels.expand([1.0], basis, ids, 1, 0.1), TypeError, "tensor"),  # type: ignore[arg-type]
-        (lambda: kernels.expand(c.half(), basis, ids, 1, 0.1), TypeError, "float16"),
+        (lambda: kernels.expand(c.int(), basis, ids, 1, 0.1), TypeError, "int32"),
         (lambda: kernels.expand(c, basis, ids.int(), 1, 0.1), TypeError, "int64"),
         (lambda: kernels.expand(c, basis, ids[:3], 1, 0.1), ValueError, "fit"),
         (lambda: kernels.expand(c, basis[:, :2].contiguous(), ids, 1, 0.1), ValueError, "fit"),
