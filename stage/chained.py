@@ -60,8 +60,8 @@ class Chain:
         loss = 0.0
         for part in reversed(held):
             if isinstance(part.out, TailLoss):
+                part.out.backward()
                 loss = float(part.out.losses[0])
-                torch.autograd.backward(part.out.total)
             else:
                 torch.autograd.backward(part.out, dc)
             dc = None if part.c_in is None else part.c_in.grad

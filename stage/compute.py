@@ -55,7 +55,8 @@ def wire_shape(model: ModelConfig, training: TrainingConfig, stage: int) -> Shap
 
 
 class HeldMicrobatch:
-    """A microbatch after its forward pass. ``c`` (packed) and ``loss`` are for the caller."""
+    """A microbatch after its forward pass. ``c`` (packed) is for the caller; so is ``loss``, which the
+    tail knows after the backward pass (of an evaluation, after the forward pass)."""
 
     def __init__(self, released: list[HeldMicrobatch], ids: Tensor, docs: Tensor | None, weight: float):
         self.loss = 0.0
@@ -135,7 +136,8 @@ class StageCompute:
             with torch.no_grad():
                 out = self.stage.forward(self.weights.named(), held.ids, held.c_in, docs=held.docs)
         if isinstance(out, TailLoss):
-            held.loss = float(out.losses[0])
+            if request.ticket.kind != "train":
+                held.loss = float(out.losses[0])
         elif out is not None:
             held.c = boundary.pack(out.detach()[0], self.training.wire_dtype)
         return held
@@ -161,7 +163,8 @@ class StageCompute:
         if held.out is None:
             self._run_forward(held)
         if isinstance(held.out, TailLoss):
-            held.out.total.backward()  # type: ignore[no-untyped-call]
+            held.out.backward()
+            held.loss = float(held.out.losses[0])
         else:
             assert held.out is not None
             held.out.backward(gradient)  # type: ignore[no-untyped-call]

@@ -1,9 +1,10 @@
-"""The four small pieces of the transformer whose backward pass is written out by hand.
+"""The small pieces of the transformer whose backward pass is written out by hand.
 
 Left to autograd, each norm becomes a dozen passes over a small tensor, and on a CPU their overhead costs
 more than the matrix products. Written out, a piece is a handful of in-place operations and keeps only
-what its backward pass needs. All work in any float dtype on any device; tests compare each with autograd
-in float64.
+what its backward pass needs. All work in any float dtype on any device: sums of norms and the state
+between layers (c, or h at full width) are fp32 also where matrices and activations are bf16 or fp16.
+Tests compare each with autograd in float64.
 """
 
 from __future__ import annotations
@@ -12,71 +13,111 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+VOCAB_BLOCK = 1 << 14
+"""Rows of the output matrix whose gradient exists at a time in the compute dtype."""
+
+
+def _inverse_rms(x: Tensor, width: int, eps: float, dtype: torch.dtype) -> Tensor:
+    """1 / sqrt(‖x‖²/width + ε) over the last dimension, summed in ``dtype``."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return norm.square_().div_(width).add_(eps).rsqrt_()
+
+
+def _without_mean(dx: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
+    """dx − unit · mean(dx · unit): what is left of a gradient behind an RMS norm, before 1/rms."""
+    along = (dx * unit).mean(-1, keepdim=True, dtype=dtype)
+    return torch.addcmul(dx, unit, along.to(dx.dtype), value=-1.0)
 
 
 class ReadNorm(torch.autograd.Function):
-    """x = rms(h)·g with h = c·Uᵀ + fixed: how a layer reads the residual stream. Returns [B, T, d]."""
+    """x = rms(c·Uᵀ + fixed): how a layer reads a residual stream of k numbers a token.
+
+    c [B, T, k] and U [d, k] in the state's dtype, fixed [B, T, d] in that of the result [B, T, d].
+    """
 
     @staticmethod
-    def forward(ctx: Any, c: Tensor, fixed: Tensor, U: Tensor, g: Tensor, eps: float) -> Tensor:
-        h = torch.addmm(fixed.flatten(0, 1), c.flatten(0, 1), U.t())
-        inverse = h.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    def forward(ctx: Any, c: Tensor, fixed: Tensor, U: Tensor, eps: float) -> Tensor:
+        low = U.to(fixed.dtype)
+        h = torch.addmm(fixed.flatten(0, 1), c.flatten(0, 1).to(fixed.dtype), low.t())
+        inverse = _inverse_rms(h, h.shape[1], eps, c.dtype)
         h *= inverse
-        ctx.save_for_backward(h, inverse, U, g)
-        return (h * g).view_as(fixed)
+        x = h.view_as(fixed)
+        ctx.save_for_backward(x, inverse, low)
+        return x
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor, None]:
-        unit, inverse, U, g = ctx.saved_tensors
-        dx = grads[0].flatten(0, 1)
-        product = dx * unit
-        dg = product.sum(0)
-        dc = None
-        if ctx.needs_input_grad[0]:
-            along = product.mul_(g).mean(-1, keepdim=True)
-            dh = torch.addcmul(dx * g, unit, along, value=-1.0).mul_(inverse)
-            dc = (dh @ U).view(*grads[0].shape[:-1], U.shape[1])
-        return dc, None, None, dg, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        x, inverse, U = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        dh = _without_mean(grads[0].flatten(0, 1), x.flatten(0, 1), inverse.dtype)
+        dc = (dh @ U).to(inverse.dtype).mul_(inverse)
+        return dc.view(*x.shape[:-1], U.shape[1]), None, None, None
+
+
+class ReadWide(torch.autograd.Function):
+    """x = rms(h): how a layer reads a residual stream of full width. h [B, T, d] to x in ``dtype``."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        inverse = _inverse_rms(h, h.shape[-1], eps, h.dtype)
+        x = (h * inverse).to(dtype)
+        ctx.save_for_backward(x, inverse)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, inverse = ctx.saved_tensors
+        dh = _without_mean(grads[0], x, inverse.dtype).to(inverse.dtype)
+        return dh.mul_(inverse), None, None
 
 
 class AddUnit(torch.autograd.Function):
-    """c + z / sqrt(‖z‖²/d + ε): how a branch writes to the residual stream; d is the full width."""
+    """c + z / sqrt(‖z‖²/d + ε): how a branch writes to the residual stream; d is the full width.
+
+    z comes in the compute dtype, c [.., k] (or h [.., d], at full width) in the state's.
+    """
 
     @staticmethod
     def forward(ctx: Any, c: Tensor, z: Tensor, d: int, eps: float) -> Tensor:
-        inverse = z.square().sum(-1, keepdim=True).div_(d).add_(eps).rsqrt_()
+        inverse = _inverse_rms(z, d, eps, c.dtype)
         ctx.save_for_backward(z, inverse)
         ctx.d = d
-        return torch.addcmul(c, z, inverse)
+        return torch.addcmul(c, z.to(c.dtype), inverse)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         z, inverse = ctx.saved_tensors
         dc = grads[0]
-        along = (dc * z).sum(-1, keepdim=True).mul_(inverse.square()).div_(ctx.d)
-        dz = torch.addcmul(dc, z, along, value=-1.0).mul_(inverse)
-        return dc, dz, None, None
+        wide = z.to(dc.dtype)
+        along = (dc * wide).sum(-1, keepdim=True).mul_(inverse.square()).div_(ctx.d)
+        dz = torch.addcmul(dc, wide, along, value=-1.0).mul_(inverse)
+        return dc, dz.to(z.dtype), None, None
 
 
 class NormRotate(torch.autograd.Function):
     """Parameter-free RMS norm over the last dimension of [B, T, H, hd], then rotary positions.
 
-    Halves are rotated against each other: (a, b) → (a·cos − b·sin, b·cos + a·sin).
+    Halves are rotated against each other: (a, b) → (a·cos − b·sin, b·cos + a·sin), in the dtype of the
+    tables; the result has x's.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        inverse = _inverse_rms(x, x.shape[-1], eps, cos.dtype)
         unit = x * inverse
-        ctx.save_for_backward(unit, inverse, cos, sin)
-        return _rotate(unit, cos, sin, 1.0)
+        ctx.save_for_backward(unit.to(x.dtype), inverse, cos, sin)
+        return _rotate(unit, cos, sin, 1.0).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         unit, inverse, cos, sin = ctx.saved_tensors
-        dunit = _rotate(grads[0], cos, sin, -1.0)
-        along = (dunit * unit).mean(-1, keepdim=True)
-        return dunit.addcmul_(unit, along, value=-1.0).mul_(inverse), None, None, None
+        dunit = _rotate(grads[0].to(cos.dtype), cos, sin, -1.0)
+        wide = unit.to(cos.dtype)
+        along = (dunit * wide).mean(-1, keepdim=True)
+        return dunit.addcmul_(wide, along, value=-1.0).mul_(inverse).to(unit.dtype), None, None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
@@ -88,44 +129,59 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     return out
 
 
-class CrossEntropy(torch.autograd.Function):
-    """Output matrix and cross-entropy in one, over chunks of tokens: (weighted sum, mean loss a row).
+class Gate(torch.autograd.Function):
+    """silu(a)·b of SwiGLU, keeping a and b alone."""
 
-    The gradient of a chunk is made in the forward pass while its logits exist, so neither the logits
-    nor their softmax are kept: 2.1 GB for one 4096-token sequence with a vocabulary of 128k. With
-    ``need`` False only the loss is computed.
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return F.silu(a).mul_(b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        db = F.silu(a).mul_(grads[0])
+        da = torch.ops.aten.silu_backward(grads[0] * b, a)
+        return da, db
+
+
+def output_loss(
+    x: Tensor, out: Tensor, targets: Tensor, weights: Tensor, accumulate: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor | None]:
+    """Output matrix and cross-entropy in one, over chunks of tokens: mean loss a row [B], gradient of x.
+
+    x [B, T, d], out [V, d], targets [B, T], weights [B]. With ``accumulate`` [V, d] the gradient of the
+    weighted sum of the losses is added to it and that of x is returned; without it only the loss is
+    computed. Most ``chunk`` logits exist at a time, in the weights' dtype; neither they nor a gradient of
+    out's size is kept: for one 4096-token sequence and 128k words they would take 2.1 and 2.6 GB.
     """
+    batch, length, width = x.shape
+    tokens, targets = x.reshape(-1, width), targets.reshape(-1)
+    per_token = (weights / length).repeat_interleave(length)
+    losses = torch.empty(batch * length, dtype=weights.dtype, device=x.device)
+    dx = None if accumulate is None else torch.empty_like(tokens)
+    rows = max(1, chunk // out.shape[0])
+    for start in range(0, batch * length, rows):
+        part = slice(start, start + rows)
+        logits = (tokens[part] @ out.t()).to(weights.dtype)
+        wanted = targets[part, None]
+        normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
+        losses[part] = (normalizer - logits.gather(1, wanted)).squeeze(1)
+        if dx is None or accumulate is None:
+            continue
+        dlogits = logits.sub_(normalizer).exp_()
+        dlogits.scatter_add_(1, wanted, dlogits.new_full(wanted.shape, -1.0))
+        low = dlogits.mul_(per_token[part, None]).to(x.dtype)
+        torch.mm(low, out, out=dx[part])
+        _add_product(accumulate, low, tokens[part])
+    return losses.view(batch, length).mean(1), None if dx is None else dx.view_as(x)
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, out: Tensor, targets: Tensor, weights: Tensor, need: bool, chunk: int
-    ) -> tuple[Tensor, Tensor]:
-        batch, length, width = x.shape
-        tokens, targets = x.reshape(-1, width), targets.reshape(-1)
-        per_token = (weights / length).repeat_interleave(length)
-        losses = torch.empty(batch * length, dtype=x.dtype, device=x.device)
-        dx = torch.empty_like(tokens) if need else None
-        dout = torch.zeros_like(out) if need else None
-        rows = max(1, chunk // out.shape[0])
-        for start in range(0, batch * length, rows):
-            part = slice(start, start + rows)
-            logits = tokens[part] @ out.t()
-            wanted = targets[part, None]
-            normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
-            losses[part] = (normalizer - logits.gather(1, wanted)).squeeze(1)
-            if dx is not None and dout is not None:
-                dlogits = logits.sub_(normalizer).exp_()
-                dlogits.scatter_add_(1, wanted, dlogits.new_full(wanted.shape, -1.0))
-                dlogits *= per_token[part, None]
-                torch.mm(dlogits, out, out=dx[part])
-                dout.addmm_(dlogits.t(), tokens[part])
-        if dx is not None and dout is not None:
-            ctx.save_for_backward(dx.view_as(x), dout)
-        mean = losses.view(batch, length).mean(1)
-        ctx.mark_non_differentiable(mean)
-        return (mean * weights).sum(), mean
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        dx, dout = ctx.saved_tensors
-        return dx * grads[0], dout * grads[0], None, None, None, None
+def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
+    """into += leftᵀ · right, in blocks where the dtypes differ."""
+    if into.dtype == left.dtype:
+        into.addmm_(left.t(), right)
+        return
+    for start in range(0, into.shape[0], VOCAB_BLOCK):
+        block = slice(start, start + VOCAB_BLOCK)
+        into[block] += left[:, block].t() @ right

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from stage import kernels
 from stage.config import ModelConfig
-from stage.model import parameter_specs, stream
+from stage.parameters import parameter_specs, stream
 from stage.weights import Weights
 
 

@@ -288,10 +288,12 @@ class MicrobatchServer:
                 passed = await self._next_hop.send(onward, [ids, held.c], back_bytes=back)
                 path = passed.answer.path[len(request.path) :]
                 loss, stale, dc = passed.answer.loss, passed.answer.stale, passed.dc
-            answer = Answer(loss=loss, c_hash=c_hash, path=path, slots=0, stale=stale)
             if not train:
-                return _Kept(answer, b"", ids_hash)
+                return _Kept(Answer(loss=loss, c_hash=c_hash, path=path, slots=0, stale=stale), b"", ids_hash)
             dc_in = await self._commit(call, held, dc)
+            if self._next_hop is None:
+                loss = held.loss  # the tail's loss comes out of the pass that makes its gradient
+            answer = Answer(loss=loss, c_hash=c_hash, path=path, slots=0, stale=stale)
             # No checkpoint between the backward pass and here: what was added is always on record.
             self.added += 1
             self.last_loss = loss

@@ -7,13 +7,14 @@ orthonormal, ‖z·Uᵀ‖ = ‖z‖ and this equals an RMS norm (without scale)
 nothing is ever projected, so a wire in fp32 loses nothing.
 
     head    c = E[token]
-    layer   c += unit(attention(rms(h)·g)·Zo),  c += unit(swiglu(rms(h)·g)·Z2)      h from c each time
+    layer   c += unit(attention(rms(h))·Zo),  c += unit(swiglu(rms(h))·Z2)      h from c each time
     tail    loss = cross-entropy(rms(h)·g · Woutᵀ, next token)
 
+Nothing leaves the tail, so its layers need not write into span(U): with ``full_rank_tail`` its residual
+stream is h itself (T×d) and its output projections are full matrices, h += unit(branch·Wᵀ).
+
 Attention is causal, grouped-query, with rotary positions and parameter-free RMS norms on queries and
-keys; documents, if given, do not see each other and count positions from their own start. Layers are
-named by their number in the whole model, not in the stage, so that the same run cut differently has the
-same weights.
+keys; documents, if given, do not see each other and count positions from their own start.
 
 Shape suffixes in comments: B microbatches, T tokens, d width, k rank, V vocabulary, H heads.
 Sources: Subspace Networks (arXiv 2506.01260) in reparametrised form; RoPE 2104.09864; GQA 2305.13245;
@@ -22,8 +23,6 @@ SwiGLU 2002.05202; QK-norm 2010.04245.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping
 
 import attrs
@@ -33,46 +32,13 @@ from torch.nn import functional as F
 
 from stage import kernels
 from stage.config import ModelConfig
-from stage.functions import AddUnit, CrossEntropy, NormRotate, ReadNorm
-from stage.weights import ParameterSpec
+from stage.functions import AddUnit, Gate, NormRotate, ReadNorm, ReadWide, output_loss
+from stage.parameters import is_wide, layer_range, stream
 
 BASIS = 0
 """Version of U; stays 0 while U never moves."""
-OUT_STD = 0.02
-"""Small, so that the first loss is that of the uniform distribution."""
-LOGITS_CHUNK = 1 << 22
-"""Most logits (tokens × vocabulary) that exist at a time."""
-
-
-def parameter_specs(config: ModelConfig, stage: int) -> tuple[ParameterSpec, ...]:
-    """The tensors of a stage: name, shape, whether weight decay applies, spread at genesis.
-
-    The spread sqrt(2/5d) is 0.02 at d = 1024 and keeps narrow models from starting nearly linear
-    ("small init", arXiv 1910.05895); branch outputs are scaled down by depth.
-    """
-    d, k, ffn = config.d, config.k, config.ffn
-    inner = config.heads * config.head_dim
-    qkv = inner + 2 * config.kv_heads * config.head_dim
-    std = math.sqrt(2 / (5 * d))
-    specs = []
-    if stage == 0:
-        specs.append(ParameterSpec("embed", (config.vocab, k), True, std))
-    first = sum(config.layers[:stage])
-    for layer in range(first, first + config.layers[stage]):
-        out_std = std / math.sqrt(2 * (layer + 1))
-        specs += [
-            ParameterSpec(f"layers.{layer}.qkv", (qkv, d), True, std),
-            ParameterSpec(f"layers.{layer}.zo", (k, inner), True, out_std),
-            ParameterSpec(f"layers.{layer}.gate", (ffn, d), True, std),
-            ParameterSpec(f"layers.{layer}.up", (ffn, d), True, std),
-            ParameterSpec(f"layers.{layer}.z2", (k, ffn), True, out_std),
-            ParameterSpec(f"layers.{layer}.norm_attention", (d,), False, 0.0),
-            ParameterSpec(f"layers.{layer}.norm_ffn", (d,), False, 0.0),
-        ]
-    if stage == config.stages - 1:
-        specs.append(ParameterSpec("out", (config.vocab, d), True, OUT_STD))
-        specs.append(ParameterSpec("norm_out", (d,), False, 0.0))
-    return tuple(specs)
+LOGITS_CHUNK = 1 << 26
+"""Most logits (tokens × vocabulary) that exist at a time: 268 MB in fp32."""
 
 
 def basis(d: int, k: int, seed: int) -> Tensor:
@@ -87,18 +53,69 @@ def basis(d: int, k: int, seed: int) -> Tensor:
     return signed
 
 
-@attrs.frozen
 class TailLoss:
-    """What the tail stage answers."""
+    """What the tail stage answers: the losses, and the start of the backward pass.
 
-    total: Tensor
-    """Weighted sum over the microbatches: backward starts here."""
-    losses: Tensor
-    """Mean loss of each microbatch in nats a token, [B], detached."""
+    The output matrix, the loss and both gradients are one fused pass, which runs when the microbatch is
+    committed: a forward pass ends at x, so that nothing of the size of the logits is kept in between and no
+    product is computed twice. ``losses`` [B] is the mean of each microbatch in nats a token.
+    """
+
+    def __init__(self, x: Tensor, out: Tensor, targets: Tensor, weights: Tensor) -> None:
+        self.x = x
+        self._out = out
+        self._targets = targets
+        self._weights = weights
+        self._losses: Tensor | None = None
+
+    @property
+    def losses(self) -> Tensor:
+        """Mean loss of each microbatch, computed alone if ``backward`` did not run."""
+        if self._losses is None:
+            with torch.no_grad():
+                self._losses, _ = self._fused(None)
+        return self._losses
+
+    def seed(self, accumulate: Tensor) -> Tensor:
+        """Computes the losses, adds the gradient of the output matrix to ``accumulate``; gradient of x."""
+        with torch.no_grad():
+            self._losses, dx = self._fused(accumulate)
+        assert dx is not None
+        return dx
+
+    def backward(self) -> None:
+        """The whole backward pass of the weighted sum of the losses, into the leaves' ``grad``."""
+        if self._out.grad is None:
+            self._out.grad = torch.zeros_like(self._out)
+        torch.autograd.backward(self.x, self.seed(self._out.grad))
+
+    def _fused(self, accumulate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return output_loss(
+            self.x.detach(), self._out.detach(), self._targets, self._weights, accumulate, LOGITS_CHUNK
+        )
+
+
+@attrs.frozen
+class Prepared:
+    """What all layers of a microbatch share, made once."""
+
+    ids: Tensor
+    """[B, T+1]"""
+    fixed: Tensor
+    """F's rows for the tokens, [B, T, d] in the compute dtype."""
+    rotary: tuple[Tensor, Tensor]
+    """[.., T, 1, hd/2] each."""
+    mask: Tensor | None
+    """With documents, the block-diagonal causal mask."""
 
 
 class Stage:
-    """The frozen parts of one stage (U, F, rotary tables) and its forward pass."""
+    """The frozen parts of one stage (U, F, rotary tables) and its forward pass.
+
+    ``dtype`` is that of the leaves and of the activations; the state between layers, the norms' sums and
+    the losses are fp32 (fp64 where everything is). A pass is ``prepare``, ``enter``, a ``layer`` each,
+    ``leave``: pure functions of their arguments, so that a caller may run any layer again.
+    """
 
     def __init__(
         self,
@@ -114,13 +131,15 @@ class Stage:
         self.seed = seed
         self.is_head = stage == 0
         self.is_tail = stage == config.stages - 1
-        self.first_layer = sum(config.layers[:stage])
+        self.is_wide = is_wide(config, stage)
+        self.layers = layer_range(config, stage)
         self.dtype = dtype
-        self.U = basis(config.d, config.k, seed).float().to(dtype).to(device)
+        self.state_dtype = torch.float64 if dtype is torch.float64 else torch.float32
+        self.U = basis(config.d, config.k, seed).to(self.state_dtype).to(device)
         half = torch.arange(config.head_dim // 2, dtype=torch.float64) / (config.head_dim // 2)
         angle = torch.arange(config.seq, dtype=torch.float64)[:, None] * config.rope_theta**-half
-        self._cos = angle.cos().to(dtype).to(device)
-        self._sin = angle.sin().to(dtype).to(device)
+        self._cos = angle.cos().to(self.state_dtype).to(device)
+        self._sin = angle.sin().to(self.state_dtype).to(device)
 
     def forward(
         self,
@@ -137,54 +156,78 @@ class Stage:
         a document number a token; ``weights`` [B] the tickets' weights. The tail answers a TailLoss,
         the others c.
         """
-        tokens = ids[:, :-1]
-        fixed = self.token_rows(tokens)
-        c = leaves["embed"][tokens] if c is None else c
-        rotary, mask = self._positions(docs, tokens.shape[1])
-        for layer in range(self.first_layer, self.first_layer + self.config.layers[self.index]):
-            at = f"layers.{layer}."
-            x = self._read(c, fixed, leaves[at + "norm_attention"])
-            z = self._attention(x, leaves[at + "qkv"], rotary, mask) @ leaves[at + "zo"].t()
-            c = self._write(c, z)
-            x = self._read(c, fixed, leaves[at + "norm_ffn"])
-            z = (F.silu(x @ leaves[at + "gate"].t()) * (x @ leaves[at + "up"].t())) @ leaves[at + "z2"].t()
-            c = self._write(c, z)
-        if not self.is_tail:
-            return c
-        x = self._read(c, fixed, leaves["norm_out"])
-        counts = ids.new_ones(ids.shape[0], dtype=self.dtype) if weights is None else weights
-        need = torch.is_grad_enabled()
-        total, losses = CrossEntropy.apply(x, leaves["out"], ids[:, 1:], counts, need, LOGITS_CHUNK)  # type: ignore[no-untyped-call]
-        return TailLoss(total, losses)
+        prepared = self.prepare(ids, docs)
+        state = self.enter(leaves, prepared, c)
+        for layer in self.layers:
+            state = self.layer(leaves, layer, state, prepared)
+        left = self.leave(leaves, state, prepared)
+        return self.loss(leaves, left, prepared, weights) if self.is_tail else left
+
+    def prepare(self, ids: Tensor, docs: Tensor | None = None) -> Prepared:
+        """What the layers need to know of the tokens; see ``forward``."""
+        tokens = ids[:, :-1].contiguous()
+        return Prepared(ids, self.token_rows(tokens), *self._positions(docs, tokens.shape[1]))
+
+    def enter(self, leaves: Mapping[str, Tensor], prepared: Prepared, c: Tensor | None) -> Tensor:
+        """The state before the first layer: c [B, T, k], or h [B, T, d] where the stage is wide."""
+        if c is None:
+            c = F.embedding(prepared.ids[:, :-1], leaves["embed"]).to(self.state_dtype)
+        return c @ self.U.t() + prepared.fixed if self.is_wide else c
+
+    def layer(self, leaves: Mapping[str, Tensor], layer: int, state: Tensor, prepared: Prepared) -> Tensor:
+        """The state after a layer of the whole model's numbering."""
+        at = f"layers.{layer}."
+        wo, w2 = (leaves[at + name] for name in (("wo", "w2") if self.is_wide else ("zo", "z2")))
+        x = self._read(state, prepared)
+        state = self._write(state, self._attention(x, leaves[at + "qkv"], prepared) @ wo.t())
+        x = self._read(state, prepared)
+        inner: Tensor = Gate.apply(x @ leaves[at + "gate"].t(), x @ leaves[at + "up"].t())  # type: ignore[no-untyped-call]
+        return self._write(state, inner @ w2.t())
+
+    def leave(self, leaves: Mapping[str, Tensor], state: Tensor, prepared: Prepared) -> Tensor:
+        """What follows the last layer: c [B, T, k] for the next stage; the tail's x [B, T, d]."""
+        if self.is_tail:
+            return self._read(state, prepared) * leaves["norm_out"]
+        return state
+
+    def loss(
+        self, leaves: Mapping[str, Tensor], x: Tensor, prepared: Prepared, weights: Tensor | None = None
+    ) -> TailLoss:
+        """The tail's answer for x of ``leave``."""
+        ids = prepared.ids
+        counts = torch.ones(ids.shape[0], device=ids.device) if weights is None else weights
+        return TailLoss(x, leaves["out"], ids[:, 1:], counts.to(self.state_dtype))
 
     def token_rows(self, tokens: Tensor) -> Tensor:
         """F's rows for these tokens, scaled: the frozen part of h, made once a microbatch. [B, T, d]"""
         config = self.config
         return kernels.token_table(tokens.contiguous(), config.d, self.seed, config.f_scale).to(self.dtype)
 
-    def _read(self, c: Tensor, fixed: Tensor, scale: Tensor) -> Tensor:
-        x: Tensor = ReadNorm.apply(c, fixed, self.U, scale, self.config.eps)  # type: ignore[no-untyped-call]
+    def _read(self, state: Tensor, prepared: Prepared) -> Tensor:
+        x: Tensor
+        if self.is_wide:
+            x = ReadWide.apply(state, self.config.eps, self.dtype)  # type: ignore[no-untyped-call]
+        else:
+            x = ReadNorm.apply(state, prepared.fixed, self.U, self.config.eps)  # type: ignore[no-untyped-call]
         return x
 
-    def _write(self, c: Tensor, z: Tensor) -> Tensor:
-        c_next: Tensor = AddUnit.apply(c, z, self.config.d, self.config.eps)  # type: ignore[no-untyped-call]
-        return c_next
+    def _write(self, state: Tensor, z: Tensor) -> Tensor:
+        written: Tensor = AddUnit.apply(state, z, self.config.d, self.config.eps)  # type: ignore[no-untyped-call]
+        return written
 
-    def _attention(
-        self, x: Tensor, qkv: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None
-    ) -> Tensor:
+    def _attention(self, x: Tensor, qkv: Tensor, prepared: Prepared) -> Tensor:
         config = self.config
         batch, length, _ = x.shape
         turned = config.heads + config.kv_heads
         heads = (x @ qkv.t()).view(batch, length, turned + config.kv_heads, config.head_dim)
-        qk = NormRotate.apply(heads[:, :, :turned], *rotary, config.eps)  # type: ignore[no-untyped-call]
+        qk = NormRotate.apply(heads[:, :, :turned], *prepared.rotary, config.eps)  # type: ignore[no-untyped-call]
         qk = qk.transpose(1, 2)
         out = F.scaled_dot_product_attention(
             qk[:, : config.heads],
             qk[:, config.heads :],
             heads[:, :, turned:].transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
+            attn_mask=prepared.mask,
+            is_causal=prepared.mask is None,
             enable_gqa=config.heads != config.kv_heads,
         )
         return out.transpose(1, 2).flatten(2)
@@ -209,8 +252,3 @@ def document_index(starts: tuple[int, ...], length: int) -> Tensor:
         if 0 < start < length:
             docs[start:] += 1
     return docs
-
-
-def stream(name: str) -> int:
-    """The generator's stream for a tensor of this name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")

@@ -18,75 +18,13 @@ Not thread-safe: one thread owns a ``Weights``. Others may read a held version's
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import attrs
 import torch
 from torch import Tensor
 
 from p2p.errors import LocalError
-
-BLOCK = 256
-"""Floats of an averaging block; the flat buffer is a whole number of them."""
-ALIGN = 16
-"""Floats between possible starts of a tensor: 64 bytes, a cache line and an AVX-512 register."""
-
-
-@attrs.frozen
-class ParameterSpec:
-    """One named tensor of a stage and how it starts."""
-
-    name: str
-    shape: tuple[int, ...]
-    decayed: bool
-    std: float
-    """Standard deviation at genesis; 0 for norm scales, which start at one."""
-
-    @property
-    def numel(self) -> int:
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
-
-
-@attrs.frozen
-class Layout:
-    """Where each tensor lies in the flat buffer, in floats."""
-
-    specs: tuple[ParameterSpec, ...]
-    offsets: tuple[int, ...]
-    decayed: int
-    """Floats of the leading range that weight decay applies to."""
-    size: int
-    """Floats in all, a multiple of BLOCK."""
-
-    @classmethod
-    def of(cls, specs: Iterable[ParameterSpec]) -> Layout:
-        """Decayed tensors first, else in the given order."""
-        ordered = tuple(sorted(specs, key=lambda spec: not spec.decayed))
-        offsets = []
-        decayed = position = 0
-        for spec in ordered:
-            offsets.append(position)
-            position += -(-spec.numel // ALIGN) * ALIGN
-            if spec.decayed:
-                decayed = position
-        return cls(ordered, tuple(offsets), decayed, -(-position // BLOCK) * BLOCK)
-
-    @property
-    def fingerprint(self) -> str:
-        """Names, shapes and places in one hash: equal exactly where states are exchangeable."""
-        table = [(spec.name, spec.shape, at) for spec, at in zip(self.specs, self.offsets, strict=True)]
-        return hashlib.sha256(repr((table, self.size)).encode()).hexdigest()
-
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """The named tensors inside a flat buffer of this layout."""
-        return {
-            spec.name: flat[offset : offset + spec.numel].view(spec.shape)
-            for spec, offset in zip(self.specs, self.offsets, strict=True)
-        }
+from stage.parameters import Layout, ParameterSpec
 
 
 class Version:

@@ -68,7 +68,7 @@ def init(
         role: NodeRef(peer_id=key.peer_id, addrs=(f"/{kind}/{host}/tcp/{port + offset}",))
         for offset, (role, key) in enumerate(keys.items())
     }
-    model, training = presets.demo(split_layers(presets.DEMO_LAYERS, stages), None)
+    model, training = presets.demo(split_layers(presets.DEMO_LAYERS, stages))
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:48] or "run"
     base = Manifest(
         run=RunInfo(

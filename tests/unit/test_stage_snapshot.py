@@ -12,9 +12,10 @@ from p2p.errors import LocalError, RemoteError
 from p2p.identity import Identity
 from stage.config import TrainingConfig
 from stage.optimizer import Optimizer
+from stage.parameters import ParameterSpec
 from stage.snapshot import SnapshotStore
 from stage.state import CHUNK, Assembly, SnapshotManifest, open_manifest
-from stage.weights import ParameterSpec, Weights
+from stage.weights import Weights
 
 torch.set_num_threads(1)  # OpenMP spins while it waits, and other tests need the cores
 

@@ -15,8 +15,9 @@ from stage import genesis
 from stage.config import ModelConfig, TrainingConfig
 from stage.model import Stage, TailLoss
 from stage.optimizer import Optimizer
+from stage.parameters import BLOCK, Layout, ParameterSpec
 from stage.schedule import learning_rate
-from stage.weights import BLOCK, Layout, ParameterSpec, Version, Weights
+from stage.weights import Version, Weights
 
 torch.set_num_threads(1)  # OpenMP spins while it waits, and other tests need the cores
 
@@ -45,7 +46,7 @@ def test_a_step_does_not_disturb_a_graph_in_flight() -> None:
     stage, weights = Stage(MODEL, 0, 3), genesis.genesis(MODEL, 0, 3)
     optimizer = Optimizer(weights, TRAINING)
     alone = weights.begin()
-    forward(stage, alone, 1).total.backward()
+    forward(stage, alone, 1).backward()
     alone.release()
     expected = weights.gradient.clone()
     weights.zero_gradient()
@@ -53,13 +54,13 @@ def test_a_step_does_not_disturb_a_graph_in_flight() -> None:
     held = weights.begin()
     graph = forward(stage, held, 1)
     between = weights.begin()
-    forward(stage, between, 2).total.backward()
+    forward(stage, between, 2).backward()
     between.release()
     before = weights.flat.clone()
     assert optimizer.step(1, 1).outcome == "updated"
     assert not torch.equal(weights.flat, before)
     assert torch.equal(held.flat, before)
-    graph.total.backward()
+    graph.backward()
     held.release()
     assert torch.equal(weights.gradient, expected)
 
