@@ -1,6 +1,6 @@
 """Model and training settings that people start from. Torch-free.
 
-``demo`` learns something on a laptop within minutes, ``100m`` is what a CPU still steps in seconds over bytes,
+``demo`` learns something on a laptop within minutes, ``100m`` is what a CPU still steps in seconds on bytes,
 ``1b`` and ``8b`` are the reference system's shapes (8b: parameter for parameter).
 """
 
