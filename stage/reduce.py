@@ -1,8 +1,9 @@
 """The reducer that a stage hands to averaging rounds: parts as bytes, the arithmetic in a kernel.
 
 Implements ``p2p.averaging.reducer.Reducer``. A part is inspected as a whole before any of it is added, so
-a part that is refused leaves the sum as it was. Limits: fp32 little endian on a little-endian machine;
-memory is one part. The mean is equal to the bit for the same parts in the same order.
+a part that is refused leaves the sum as it was: a new sum is made beside the last one, in the same pass as
+the look at the part. Limits: fp32 little endian on a little-endian machine; memory is two parts. The mean is
+equal to the bit for the same parts in the same order.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class KernelReducer:
         if nbytes <= 0 or nbytes % 4:
             raise LocalError(f"a part is a positive number of fp32 values, not {nbytes} bytes")
         self._sum = bytearray(nbytes)
+        self._next = bytearray(nbytes)
         self._weight = 0.0
 
     def add(self, part: Buffer, weight: float) -> None:
@@ -32,9 +34,11 @@ class KernelReducer:
         view = memoryview(part)
         if view.nbytes != len(self._sum):
             raise RemoteError(f"a part of {view.nbytes} bytes where {len(self._sum)} were agreed")
-        usable, _ = agora_kernels.reduce_add(self._sum, view, len(self._sum) // 4, 0, weight, 1)
+        n = len(self._sum) // 4
+        usable, _ = agora_kernels.reduce_add(self._sum, view, self._next, n, 0, weight, 1)
         if not usable:
             raise RemoteError("a part with a value that is not finite, or too large to be added up")
+        self._sum, self._next = self._next, self._sum
         self._weight += weight
 
     def finish(self) -> bytes:

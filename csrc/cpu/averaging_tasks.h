@@ -3,25 +3,37 @@
 
 #include <stdint.h>
 
-#include "../functors/feistel.h"
+#include "../functors/slices.h"
 
 namespace agora {
 
-struct PackTask {
-    const float* flat;
-    float* packed;
+// Which blocks of which tensors a packed buffer holds.
+struct SliceOf {
+    const TensorRow* table;
+    int64_t tensors;
     Permutation permutation;
     int64_t first;  // position of packed block 0 in the permutation
 };
 
+struct PackTask {
+    SliceOf slice;
+    const TensorRow* consensus;  // of int8; the same lengths as the weights
+    void* packed;
+    float* snapshot;  // null: not wanted
+    int dtype;        // of `packed`
+    bool stream;      // past the caches: the buffers are aligned and large
+};
+
 struct MergeTask {
-    float* flat;
-    const float* snapshot;  // null when overwriting
-    const float* average;
-    Permutation permutation;
-    int64_t first;
-    int64_t start, stop;  // floats of the packed buffer that were averaged
-    int mode;
+    SliceOf slice;
+    const TensorRow* drift;      // null but for EMA
+    const TensorRow* consensus;  // null: not kept
+    const TensorRow* compute;    // null: no copy in a smaller dtype
+    const float* snapshot;       // null when overwriting
+    const void* average;
+    int64_t start, stop;  // elements of the packed buffer that were averaged
+    int average_dtype, compute_dtype, mode;
+    float mu;
 };
 
 // What a look at one chunk of a part found.
@@ -30,8 +42,10 @@ struct Verdict {
     int bad;
 };
 
+// out = sum + weight * part, where `out` may be `sum`.
 struct ReduceTask {
-    float* sum;
+    const float* sum;
+    float* out;
     const void* part;
     int64_t n;
     int part_dtype;
@@ -45,6 +59,8 @@ struct FinishTask {
     float weight_sum;
 };
 
-constexpr int64_t kReduceChunk = 4096;  // elements of one verdict: fixed, so that norms are reproducible
+// Elements of one verdict: fixed, so that norms are reproducible; a part's chunk stays in L1.
+constexpr int64_t kReduceChunk = 4096;
+static_assert(kReduceChunk % kBlock == 0, "a chunk is a whole number of int8 blocks");
 
 }  // namespace agora

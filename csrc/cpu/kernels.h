@@ -19,8 +19,7 @@ struct CpuKernels {
     void (*subspace)(const SubspaceTask&, int64_t begin, int64_t end);  // panels of columns
     void (*pack)(const PackTask&, int64_t begin, int64_t end);          // packed blocks
     void (*merge)(const MergeTask&, int64_t begin, int64_t end);        // packed blocks
-    void (*inspect)(const ReduceTask&, int64_t begin, int64_t end);     // chunks
-    void (*add)(const ReduceTask&, int64_t begin, int64_t end);         // elements
+    void (*reduce)(const ReduceTask&, int64_t begin, int64_t end);      // chunks
     void (*finish)(const FinishTask&, int64_t begin, int64_t end);      // elements
 };
 

@@ -12,7 +12,8 @@
 #include "rows_inl.h"
 #include "normal_inl.h"
 #include "boundary_inl.h"
-#include "averaging_inl.h"
+#include "slices_inl.h"
+#include "reduce_inl.h"
 // clang-format on
 
 #define AGORA_JOIN_(a, b) a##b
@@ -23,9 +24,9 @@
 namespace agora {
 
 const CpuKernels AGORA_JOIN(AGORA_TARGET, _kernels) = {
-    AGORA_TEXT(AGORA_TARGET), AGORA_TARGET::fill,    AGORA_TARGET::rows,     AGORA_TARGET::expand,
-    AGORA_TARGET::project,    AGORA_TARGET::wire,    AGORA_TARGET::subspace, AGORA_TARGET::pack,
-    AGORA_TARGET::merge,      AGORA_TARGET::inspect, AGORA_TARGET::add,      AGORA_TARGET::finish,
+    AGORA_TEXT(AGORA_TARGET), AGORA_TARGET::fill,   AGORA_TARGET::rows,     AGORA_TARGET::expand,
+    AGORA_TARGET::project,    AGORA_TARGET::wire,   AGORA_TARGET::subspace, AGORA_TARGET::pack,
+    AGORA_TARGET::merge,      AGORA_TARGET::reduce, AGORA_TARGET::finish,
 };
 
 }  // namespace agora

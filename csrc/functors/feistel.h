@@ -33,16 +33,20 @@ AGORA_FN Permutation make_permutation(uint64_t blocks, uint64_t key) {
     return p;
 }
 
+AGORA_FN uint32_t feistel_round(uint32_t right, uint32_t key, uint32_t mask) {
+    uint32_t mixed = (right ^ key) * 0x85ebca6bu;
+    mixed ^= mixed >> 13;
+    mixed *= 0xc2b2ae35u;
+    mixed ^= mixed >> 16;
+    return mixed & mask;
+}
+
 AGORA_FN uint64_t permute(const Permutation& p, uint64_t position) {
     uint64_t x = position;
     do {
         uint32_t left = uint32_t(x >> p.half_bits), right = uint32_t(x) & p.mask;
         for (int i = 0; i < kFeistelRounds; i++) {
-            uint32_t mixed = (right ^ p.keys[i]) * 0x85ebca6bu;
-            mixed ^= mixed >> 13;
-            mixed *= 0xc2b2ae35u;
-            mixed ^= mixed >> 16;
-            uint32_t next = left ^ (mixed & p.mask);
+            uint32_t next = left ^ feistel_round(right, p.keys[i], p.mask);
             left = right;
             right = next;
         }

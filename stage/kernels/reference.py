@@ -25,6 +25,9 @@ UNIT = 1.0 / math.sqrt(21845.0)
 BLOCK = 256
 """Floats in a block: the grain of slices."""
 
+INT8_BLOCK = 4 + BLOCK
+"""Bytes of a block as a scale and codes."""
+
 LARGEST_USABLE = 2.0**112
 """A weighted value above this is refused: 2^15 parts of such values cannot overflow a sum."""
 
@@ -162,37 +165,112 @@ def slice_blocks(blocks: int, first: int, stop: int, key: int) -> Tensor:
     return permutation(blocks, torch.arange(first, stop), key)
 
 
-def slice_pack(flat: Tensor, chosen: Tensor) -> Tensor:
-    """The chosen blocks, one after the other."""
-    return flat.view(-1, BLOCK)[chosen.to(flat.device)].reshape(-1)
+def _elements(tensors: list[Tensor], chosen: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """For each tensor: which elements of the packed slice it has, and where those are in it."""
+    offsets = torch.arange(BLOCK, device=tensors[0].device)
+    blocks, first, found = chosen.to(tensors[0].device), 0, []
+    for tensor in tensors:
+        inside = (blocks >= first) & (blocks < first - (-tensor.numel() // BLOCK))
+        packed = (inside.nonzero() * BLOCK + offsets).reshape(-1)
+        place = ((blocks[inside] - first).view(-1, 1) * BLOCK + offsets).reshape(-1)
+        exists = place < tensor.numel()
+        found.append((packed[exists], place[exists]))
+        first -= -tensor.numel() // BLOCK
+    return found
+
+
+def _gather(tensors: list[Tensor], chosen: Tensor) -> Tensor:
+    packed = torch.zeros(chosen.numel() * BLOCK, dtype=torch.float32, device=tensors[0].device)
+    for tensor, (at, place) in zip(tensors, _elements(tensors, chosen), strict=True):
+        packed[at] = tensor.reshape(-1)[place]
+    return packed
+
+
+def slice_pack(
+    weights: list[Tensor],
+    consensus: list[Tensor] | None,
+    out: Tensor,
+    snapshot: Tensor | None,
+    chosen: Tensor,
+) -> None:
+    """The chosen blocks, one after the other, in out's dtype; uint8 is the difference to the consensus."""
+    values = _gather(weights, chosen)
+    if snapshot is not None:
+        snapshot.copy_(values)
+    if out.dtype is not torch.uint8:
+        out.copy_(values)
+        return
+    assert consensus is not None
+    to_int8((values - _gather(consensus, chosen)).view(-1, BLOCK), out.view(-1, INT8_BLOCK))
+
+
+def to_int8(difference: Tensor, blocks: Tensor) -> None:
+    """Rows of [n, BLOCK] as a scale and codes each, into uint8 [n, INT8_BLOCK]; see csrc/functors/wire.h."""
+    scale = difference.abs().amax(dim=1, keepdim=True) / 127.0
+    codes = (difference / scale.clamp_min(torch.finfo(torch.float32).tiny)).round().nan_to_num(0.0, 0.0, 0.0)
+    blocks[:, :4] = scale.view(torch.uint8)
+    blocks[:, 4:] = codes.to(torch.int8).view(torch.uint8)
+
+
+def from_int8(blocks: Tensor) -> Tensor:
+    """What uint8 [n * INT8_BLOCK] means: fp32 [n * BLOCK]."""
+    rows = blocks.view(-1, INT8_BLOCK)
+    scale = rows[:, :4].contiguous().view(torch.float32)
+    return (rows[:, 4:].view(torch.int8).to(torch.float32) * scale).reshape(-1)
 
 
 def slice_merge(
-    flat: Tensor,
+    weights: list[Tensor],
     snapshot: Tensor | None,
     average: Tensor,
     chosen: Tensor,
+    mode: str,
     ranges: Sequence[tuple[int, int]],
+    mu: float,
+    drift: list[Tensor] | None,
+    consensus: list[Tensor] | None,
+    compute: list[Tensor] | None,
 ) -> None:
-    """Delta merge, or overwriting without a snapshot, of the ranges of the packed slice."""
-    offsets = torch.arange(BLOCK, device=flat.device)
-    where = (chosen.to(flat.device).view(-1, 1) * BLOCK + offsets).reshape(-1)
+    """Merge the ranges of the packed slice; see ``stage.kernels.slice_merge``."""
+    if average.dtype is torch.uint8:
+        assert consensus is not None
+        mean = _gather(consensus, chosen) + from_int8(average)
+    else:
+        mean = average.to(torch.float32)
+    keep, rest = (torch.tensor(x, dtype=torch.float32, device=mean.device) for x in (mu, 0.0))
+    rest = 1 - keep
+    wanted = torch.zeros(mean.numel(), dtype=torch.bool, device=mean.device)
     for start, stop in ranges:
-        part = where[start:stop]
-        if snapshot is None:
-            flat[part] = average[start:stop]
+        wanted[start:stop] = True
+    for i, (at, place) in enumerate(_elements(weights, chosen)):
+        at, place = at[wanted[at]], place[wanted[at]]
+        flat, new = weights[i].view(-1), mean[at]
+        if mode == "delta":
+            assert snapshot is not None
+            merged = flat[place] + (new - snapshot[at])
+        elif mode == "overwrite":
+            merged = new
         else:
-            flat[part] += average[start:stop] - snapshot[start:stop]
+            assert snapshot is not None
+            assert drift is not None
+            moved = keep * drift[i].view(-1)[place] + rest * (flat[place] - snapshot[at])
+            drift[i].view(-1)[place] = moved
+            merged = new + moved
+        flat[place] = merged
+        if consensus is not None:
+            consensus[i].view(-1)[place] = new
+        if compute is not None:
+            compute[i].view(-1)[place] = merged.to(compute[i].dtype)
 
 
-def reduce_add(total: Tensor, part: Tensor, weight: float) -> tuple[bool, float]:
-    """Add ``weight * part`` unless it is unusable; (was it usable, squared norm of the part)."""
-    values = part.to(torch.float32)
+def reduce_add(total: Tensor, part: Tensor, weight: float, out: Tensor) -> tuple[bool, float]:
+    """out = total + weight part unless it is unusable; (was it usable, squared norm of the part)."""
+    values = from_int8(part) if part.dtype is torch.uint8 else part.to(torch.float32)
     factor = torch.tensor(weight, dtype=torch.float32, device=part.device)
     weighted = values * factor
     usable = bool((values.isfinite() & (weighted.abs() <= LARGEST_USABLE)).all())
     if usable:
-        total += weighted
+        torch.add(total, weighted, out=out)
     return usable, float(values.double().square().sum())
 
 

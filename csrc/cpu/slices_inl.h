@@ -1,0 +1,181 @@
+// Slice pack and merge. Included once per instruction set by kernels_inl.h.
+//
+// Blocks lie anywhere in memory, so the next ones are fetched while this one is worked on; their places come
+// from the permutation in batches, one lane a position.
+
+namespace agora::AGORA_TARGET {
+
+constexpr int kBatch = 16;  // positions permuted together
+constexpr int kAhead = 3;   // blocks fetched ahead of the one that is worked on
+
+// permute() of `count` positions from `first` on, at most kBatch of them.
+static void permute_batch(const Permutation& p, int64_t first, int count, int64_t* blocks) {
+    uint32_t x[kBatch];
+    for (int i = 0; i < kBatch; i++) x[i] = uint32_t(first + (i < count ? i : 0));
+    uint32_t outside = 1;
+    for (int walk = 0; outside; walk++) {
+        uint32_t y[kBatch];
+        for (int i = 0; i < kBatch; i++) {
+            uint32_t left = x[i] >> p.half_bits, right = x[i] & p.mask;
+            for (int round = 0; round < kFeistelRounds; round++) {
+                uint32_t next = left ^ feistel_round(right, p.keys[round], p.mask);
+                left = right;
+                right = next;
+            }
+            y[i] = left << p.half_bits | right;
+        }
+        outside = 0;
+        for (int i = 0; i < kBatch; i++) {
+            bool walking = walk == 0 || uint64_t(x[i]) >= p.blocks;
+            x[i] = walking ? y[i] : x[i];
+            outside |= uint32_t(uint64_t(x[i]) >= p.blocks);
+        }
+    }
+    for (int i = 0; i < count; i++) blocks[i] = int64_t(x[i]);
+}
+
+AGORA_FN float* element(const TensorRow* table, const Place& place) {
+    return reinterpret_cast<float*>(table[place.tensor].address) + place.offset;
+}
+
+AGORA_FN void fetch(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
+// Calls work(packed block, place) for every block of [begin, end), with the weights of the next ones on
+// their way into the caches.
+template <typename Work>
+AGORA_FN void each_block(const SliceOf& slice, int64_t begin, int64_t end, const Work& work) {
+    Place places[2 * kBatch];  // a ring of two batches
+    auto fill = [&](int64_t from) {
+        int count = int(end - from < kBatch ? end - from : kBatch);
+        int64_t blocks[kBatch];
+        if (count > 0) permute_batch(slice.permutation, slice.first + from, count, blocks);
+        for (int i = 0; i < count; i++)
+            places[((from - begin) + i) % (2 * kBatch)] = place_of(slice.table, slice.tensors, blocks[i]);
+    };
+    fill(begin);
+    for (int64_t i = begin; i < end; i++) {
+        if ((i - begin) % kBatch == 0) fill(i + kBatch);
+        int64_t ahead = i + kAhead;
+        if (ahead < end) {
+            const Place& next = places[(ahead - begin) % (2 * kBatch)];
+            fetch(element(slice.table, next), next.count * 4);
+        }
+        work(i, places[(i - begin) % (2 * kBatch)]);
+    }
+}
+
+AGORA_FN void copy_block(float* to, const float* from, bool stream) {
+    for (int j = 0; j < kBlock; j += kWidth) {
+        if (stream)
+            stream_floats(to + j, load_floats(from + j));
+        else
+            store_floats(to + j, load_floats(from + j));
+    }
+}
+
+static void pack_int8(uint8_t* to, const float* values, const float* consensus, int count) {
+    float difference[kBlock] = {};
+    for (int j = 0; j < count; j++) difference[j] = add_rounded(values[j], -consensus[j]);
+    uint32_t largest = 0;
+    for (int j = 0; j < kBlock; j++) {
+        uint32_t size = magnitude_bits(difference[j]);
+        largest = size > largest ? size : largest;
+    }
+    float scale = wire_scale(largest), divisor = wire_divisor(scale);
+    int8_t codes[kBlock];
+    for (int j = 0; j < kBlock; j++) codes[j] = wire_code(difference[j], divisor);
+    memcpy(to, &scale, sizeof scale);
+    memcpy(to + sizeof scale, codes, sizeof codes);
+}
+
+static void pack(const PackTask& t, int64_t begin, int64_t end) {
+    each_block(t.slice, begin, end, [&](int64_t i, const Place& place) {
+        const float* values = element(t.slice.table, place);
+        float whole[kBlock];
+        if (place.count < kBlock) {  // zeros behind the end of a tensor
+            memset(whole, 0, sizeof whole);
+            memcpy(whole, values, size_t(place.count) * sizeof(float));
+            values = whole;
+        }
+        if (t.snapshot != nullptr) copy_block(t.snapshot + i * kBlock, values, t.stream);
+        if (t.dtype == kFloat32) {
+            copy_block(static_cast<float*>(t.packed) + i * kBlock, values, t.stream);
+        } else if (t.dtype == kBfloat16) {
+            Bf16* to = static_cast<Bf16*>(t.packed) + i * kBlock;
+            for (int j = 0; j < kBlock; j += kWidth) store_floats(to + j, load_floats(values + j));
+        } else {
+            pack_int8(static_cast<uint8_t*>(t.packed) + i * kInt8Block, values, element(t.consensus, place),
+                      place.count);
+        }
+    });
+    if (t.stream) finish_streams();
+}
+
+template <typename Low>
+static void refresh(Low* to, const float* from, int count) {
+    int j = 0;
+    for (; j + kWidth <= count; j += kWidth) store_floats(to + j, load_floats(from + j));
+    for (; j < count; j++) store(to + j, from[j]);
+}
+
+// The averages of elements [from, to) of packed block i, as fp32 in `into[from..to)`.
+static void averages(const MergeTask& t, int64_t i, const float* consensus, int from, int to, float* into) {
+    if (t.average_dtype == kBfloat16) {
+        const Bf16* packed = static_cast<const Bf16*>(t.average) + i * kBlock;
+        for (int j = from; j < to; j++) into[j] = load(packed[j]);
+        return;
+    }
+    const uint8_t* packed = static_cast<const uint8_t*>(t.average) + i * kInt8Block;
+    float scale;
+    memcpy(&scale, packed, sizeof scale);
+    const int8_t* codes = reinterpret_cast<const int8_t*>(packed + sizeof scale);
+    for (int j = from; j < to; j++) into[j] = from_code(consensus[j], scale, codes[j]);
+}
+
+template <int kMode>
+AGORA_FN void merge_block(float* weights, const float* snapshot, const float* average, float* drift, int from,
+                          int to, float mu) {
+    float rest = add_rounded(1.0f, -mu);
+    for (int j = from; j < to; j++) {
+        Merged result = merged(weights[j], kMode == kOverwrite ? 0.0f : snapshot[j], average[j],
+                               kMode == kEma ? drift[j] : 0.0f, kMode, mu, rest);
+        weights[j] = result.weight;
+        if (kMode == kEma) drift[j] = result.drift;
+    }
+}
+
+static void merge(const MergeTask& t, int64_t begin, int64_t end) {
+    each_block(t.slice, begin, end, [&](int64_t i, const Place& place) {
+        int64_t packed = i * kBlock;
+        int from = int(t.start > packed ? t.start - packed : 0);
+        int64_t stop = t.stop < packed + place.count ? t.stop - packed : place.count;
+        int to = int(stop);
+        if (from >= to) return;
+        float* weights = element(t.slice.table, place);
+        float* consensus = t.consensus == nullptr ? nullptr : element(t.consensus, place);
+        float decoded[kBlock];
+        const float* average = decoded;
+        if (t.average_dtype == kFloat32)
+            average = static_cast<const float*>(t.average) + packed;
+        else
+            averages(t, i, consensus, from, to, decoded);
+        const float* snapshot = t.snapshot + (t.mode == kOverwrite ? 0 : packed);
+        if (t.mode == kDelta)
+            merge_block<kDelta>(weights, snapshot, average, nullptr, from, to, t.mu);
+        else if (t.mode == kOverwrite)
+            merge_block<kOverwrite>(weights, snapshot, average, nullptr, from, to, t.mu);
+        else
+            merge_block<kEma>(weights, snapshot, average, element(t.drift, place), from, to, t.mu);
+        if (consensus != nullptr) memcpy(consensus + from, average + from, size_t(to - from) * sizeof(float));
+        if (t.compute == nullptr) return;
+        uint16_t* copy = reinterpret_cast<uint16_t*>(t.compute[place.tensor].address) + place.offset + from;
+        if (t.compute_dtype == kBfloat16)
+            refresh(reinterpret_cast<Bf16*>(copy), weights + from, to - from);
+        else
+            refresh(reinterpret_cast<Fp16*>(copy), weights + from, to - from);
+    });
+}
+
+}  // namespace agora::AGORA_TARGET
