@@ -18,6 +18,7 @@ from agorad.settings import nearest
 from agorad.usage import complain
 
 COMMANDS: Final = {
+    "bench": ("bench", "Measure what this machine does."),
     "demo": ("demo", "A whole swarm on this machine, trained on real text."),
     "events": ("events", "What a node reports, as it happens."),
     "identity": ("identity", "Show or create a node's key."),

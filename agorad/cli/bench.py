@@ -1,0 +1,81 @@
+"""``agoractl bench``: measurements on this machine that drive the program's own code."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+import click
+
+from agorad.ask import CommandFailed
+
+_SIZES: Final = ("demo", "100m", "1b", "8b")
+
+
+@click.group()
+def bench() -> None:
+    """Measure what this machine does: kernels."""
+
+
+@bench.command()
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to measure.")
+@click.option("--size", "names", multiple=True, type=click.Choice(_SIZES), help="Shapes of this preset; all.")
+@click.option("--kernel", "wanted", multiple=True, help="Only this kernel; all.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads; torch's own number.")
+@click.option("--compile/--no-compile", "compiled", default=True, help="Compare with torch.compile at 8b.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def kernels(
+    device: str,
+    names: tuple[str, ...],
+    wanted: tuple[str, ...],
+    threads: int | None,
+    compiled: bool,
+    as_json: bool,
+) -> None:
+    """Each kernel beside a copy of the same bytes, torch eager and torch.compile, in one run.
+
+    Takes a few minutes and, at 8b, 6 GB of memory. Example: agoractl bench kernels --size 8b --no-compile
+    """
+    import torch
+
+    from agorad.bench import kernels as benchmark
+
+    unknown = [name for name in wanted if name not in benchmark.KERNELS]
+    if unknown:
+        raise click.BadParameter(f"no kernel {unknown[0]!r}; there are {', '.join(benchmark.KERNELS)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CommandFailed(
+            "no device",
+            "no CUDA device can be used here: torch finds none; measure with --device cpu, or install a "
+            "driver and a torch built with CUDA",
+        )
+    if threads:
+        torch.set_num_threads(threads)
+
+    def say(line: str) -> None:
+        click.echo(f"measuring {line}", err=True)
+
+    result = benchmark.run(
+        torch.device(device), names or _SIZES, wanted or benchmark.KERNELS, compiled=compiled, say=say
+    )
+    click.echo(json.dumps(result) if as_json else _table(result))
+
+
+def _table(result: dict[str, Any]) -> str:
+    head = (
+        f"{'kernel':<20}{'size':<6}{'dtype':<7}{'MB':>9}{'ms':>10}{'GB/s':>8}"
+        f"{'of copy':>9}{'eager':>8}{'compile':>9}"
+    )
+    lines = [
+        f"{result['device']}, {result['threads']} threads, copy {result['copy_gb_per_s']:.1f} GB/s "
+        "(MB = 10^6 bytes; a ratio over 1: ours is faster)",
+        head,
+    ]
+    for row in result["rows"]:
+        compiled = "-" if row["vs_compile"] is None else f"{row['vs_compile']:.2f}"
+        lines.append(
+            f"{row['kernel']:<20}{row['size']:<6}{row['dtype']:<7}{row['bytes'] / 1e6:>9.1f}"
+            f"{row['seconds'] * 1e3:>10.3f}{row['gb_per_s']:>8.1f}{row['of_copy']:>9.2f}"
+            f"{row['vs_eager']:>8.2f}{compiled:>9}"
+        )
+    return "\n".join(lines)
