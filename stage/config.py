@@ -51,7 +51,7 @@ _TRAINING_BOUNDS: Final = {
     "max_norm": (0.0, 1e9),
     "eval_every": (0, 1 << 40),
 }
-_MAX_STAGES: Final = 256
+MAX_STAGES: Final = 256
 _MAX_LAYERS: Final = 4096
 _LATER: Final = {
     ("merge", "ema"): "delta",
@@ -94,8 +94,8 @@ class ModelConfig:
 
     def __attrs_post_init__(self) -> None:
         _check_bounds("model", self, _MODEL_BOUNDS)
-        if not 1 <= len(self.layers) <= _MAX_STAGES:
-            raise LocalError(f"model.layers names {len(self.layers)} stages; 1 to {_MAX_STAGES} are possible")
+        if not 1 <= len(self.layers) <= MAX_STAGES:
+            raise LocalError(f"model.layers names {len(self.layers)} stages; 1 to {MAX_STAGES} are possible")
         if min(self.layers) < 1 or sum(self.layers) > _MAX_LAYERS:
             raise LocalError(
                 f"model.layers = {list(self.layers)}: every stage needs at least one layer, "

@@ -23,7 +23,7 @@ COMMANDS: Final = {
     "events": ("events", "What a node reports, as it happens."),
     "identity": ("identity", "Show or create a node's key."),
     "leave": ("leave", "Ask nodes to stop cleanly."),
-    "run": ("run", "Create, sign and show a run's manifest."),
+    "run": ("run", "Create, sign, show and plan a run."),
     "status": ("status", "What this machine's nodes do."),
 }
 """Module of each command (which holds a click command of the module's name) and its line of help."""

@@ -19,6 +19,7 @@ import click
 
 from agorad import run as manifests
 from agorad.authority import accounts
+from agorad.cli.plan import plan
 from agorad.run import Manifest, NodeRef, RunInfo
 from agorad.settings import override, unstructure
 from agorad.usage import NamedPath
@@ -32,7 +33,10 @@ _LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 @click.group()
 def run() -> None:
-    """Create, sign and show a run's manifest; give people accounts."""
+    """Create, sign, show and plan a run; give people accounts."""
+
+
+run.add_command(plan)
 
 
 @run.command()
