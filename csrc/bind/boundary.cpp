@@ -1,7 +1,7 @@
 // Bindings of the generator and of the boundary's kernels.
 #include <algorithm>
-#include <vector>
 
+#include "../cpu/basis.h"
 #include "../functors/normal.h"
 #include "bind.h"
 
@@ -49,55 +49,6 @@ void check_shape(const Shape& shape) {
     require(shape.k > 0 && shape.k <= kMaxK, "k must lie in [1, 1024]");
 }
 
-// U as fp32 numbers that `at(i, j)` places; the rest is zeros.
-template <typename From, typename Place>
-void lay_out(std::vector<float>& out, const From* basis, int64_t d, int64_t k, Place at) {
-    for (int64_t i = 0; i < d; i++)
-        for (int64_t j = 0; j < k; j++) out[size_t(at(i, j))] = load(basis[i * k + j]);
-}
-
-template <typename Place>
-std::vector<float> laid_out(int64_t floats, const Operand& basis, int dtype, const Shape& s, Place at) {
-    std::vector<float> out(static_cast<size_t>(floats));
-    if (dtype == kFloat32)
-        lay_out(out, basis.as<float>(), s.d, s.k, at);
-    else if (dtype == kBfloat16)
-        lay_out(out, basis.as<Bf16>(), s.d, s.k, at);
-    else
-        lay_out(out, basis.as<Fp16>(), s.d, s.k, at);
-    return out;
-}
-
-// U's rows, each padded; and rows of zeros up to a whole group.
-std::vector<float> rows_of(const Operand& basis, int dtype, const Shape& s) {
-    int64_t stride = padded(s.k);
-    return laid_out(padded(s.d, kRowGroup) * stride, basis, dtype, s,
-                    [=](int64_t i, int64_t j) { return i * stride + j; });
-}
-
-// U's columns as rows, each padded; and rows of zeros up to a whole group.
-std::vector<float> columns_of(const Operand& basis, int dtype, const Shape& s) {
-    int64_t stride = padded(s.d);
-    return laid_out(padded(s.k, kRowGroup) * stride, basis, dtype, s,
-                    [=](int64_t i, int64_t j) { return j * stride + i; });
-}
-
-// U^T in panels of kPanel columns.
-std::vector<float> panels_of(const Operand& basis, int dtype, const Shape& s) {
-    return laid_out(padded(s.d, kPanel) * s.k, basis, dtype, s,
-                    [&](int64_t i, int64_t j) { return (i / kPanel * s.k + j) * kPanel + i % kPanel; });
-}
-
-// The last kLast columns of U (rows of U's layout) as rows; where k is less, the first of them are zeros.
-std::vector<float> last_columns(const std::vector<float>& rows, const Shape& s) {
-    int64_t stride = padded(s.k), length = padded(s.d);
-    std::vector<float> out(static_cast<size_t>(kLast * length));
-    for (int64_t j = std::max<int64_t>(0, kLast - s.k); j < kLast; j++)
-        for (int64_t i = 0; i < s.d; i++)
-            out[size_t(j * length + i)] = rows[size_t(i * stride + s.k - kLast + j)];
-    return out;
-}
-
 // Rows of one unit: enough to share a panel of U, few enough that every thread gets some, and that the sums
 // of a unit stay bounded.
 int64_t block_of(const Shape& s, int threads) {
@@ -115,9 +66,9 @@ void run_expand(const Operand& c, int c_dtype, const Operand& basis, int basis_d
                 const void* table, const Operand& h, int h_dtype, const Shape& s, uint64_t seed, float factor,
                 int threads) {
     py::gil_scoped_release unlocked;
-    std::vector<float> panels = panels_of(basis, basis_dtype, s);
+    Layout panels = panels_of({basis.as<void>(), basis_dtype, s.d, s.k});
     ExpandTask task{c.as<void>(),
-                    panels.data(),
+                    panels.get(),
                     ids,
                     table,
                     h.as<void>(),
@@ -173,11 +124,12 @@ void project(py::object h, int h_dtype, py::object table, py::object basis, int 
     Operand less(table, minus ? rows * d * hw : 0, false, size_t(hw), "rows");
     Operand to(out, packed_bytes(out_dtype, rows, k), true, 1, "out");
     py::gil_scoped_release unlocked;
-    std::vector<float> u_rows = rows_of(u, basis_dtype, s), last = last_columns(u_rows, s);
+    Basis whole{u.as<void>(), basis_dtype, d, k};
+    Layout u_rows = rows_of(whole), last = last_columns(whole);
     ProjectTask task{from.as<void>(),
                      minus ? less.as<void>() : nullptr,
-                     u_rows.data(),
-                     last.data(),
+                     u_rows.get(),
+                     last.get(),
                      to.as<void>(),
                      rows,
                      d,
@@ -207,9 +159,10 @@ void subspace_weights(py::object w, int w_dtype, py::object basis, int basis_dty
     int64_t ww = size_of(w_dtype), uw = size_of(basis_dtype);
     Operand to(w, d * n * ww, true, size_t(ww), "W"), u(basis, d * k * uw, false, size_t(uw), "U");
     py::gil_scoped_release unlocked;
-    std::vector<float> u_rows = rows_of(u, basis_dtype, s), columns = columns_of(u, basis_dtype, s);
+    Basis whole{u.as<void>(), basis_dtype, d, k};
+    Layout u_rows = rows_of(whole), columns = columns_of(whole);
     int64_t panel = padded(k, kRowGroup) * kMaxPanel <= kPanelFloats ? kMaxPanel : kMaxPanel / 2;
-    SubspaceTask task{to.as<void>(), u_rows.data(), columns.data(), d, n, k, panel, w_dtype};
+    SubspaceTask task{to.as<void>(), u_rows.get(), columns.get(), d, n, k, panel, w_dtype};
     parallel_for(threads, (n + panel - 1) / panel, grain(panel * d),
                  [&](int64_t begin, int64_t end) { cpu().subspace(task, begin, end); });
 }

@@ -22,21 +22,52 @@ static_assert(kPanel % kTile == 0 && kRowGroup % kRows == 0, "layouts hold whole
 // precision of a library's product.
 constexpr int64_t kRun = 128;
 
+// Memory that will be read next: `bytes` of each of kRows rows. Asked for along the way, a line now and then,
+// because the hardware does not foresee the jump from one piece of a row to the next row's.
+struct Soon {
+    const char* first;
+    int64_t stride, bytes;
+};
+
+constexpr Soon kNothing = {nullptr, 0, 0};
+
+// acc[r][v] += over begin <= i < end of left[r][i] * right[i], N vectors of it; n is what all calls for this
+// tile add up to.
+template <int N>
+AGORA_FN void accumulate(Floats (&acc)[kRows][N], const float* left, int64_t left_stride, const float* right,
+                         int64_t right_stride, int64_t begin, int64_t end, Soon soon, int64_t n) {
+#ifdef FLAT
+    const int64_t chunk = n;
+#else
+    const int64_t chunk = n / kRows > 1 ? n / kRows : 2;
+#endif
+    // while it lasts, one row's lines are asked for
+    int64_t i = begin;
+    while (i < end) {
+        int64_t row = i / chunk, stop = (row + 1) * chunk < end ? (row + 1) * chunk : end;
+        const char* line = soon.first + row * soon.stride;
+        const int64_t step = soon.bytes / chunk;
+        for (; i < stop; i++) {
+            Floats vectors[N];
+            for (int v = 0; v < N; v++) vectors[v] = load_floats(right + i * right_stride + v * kWidth);
+            for (int r = 0; r < kRows; r++) {
+                Floats factor = left[r * left_stride + i] - Floats{};
+                for (int v = 0; v < N; v++) acc[r][v] = multiply_add(factor, vectors[v], acc[r][v]);
+            }
+            if (i % 2) __builtin_prefetch(line);
+            line += step;
+        }
+    }
+}
+
 // sums[r][j] += over i < n of left[r][i] * right[i][j]; kRows rows of `left`, N vectors of columns.
 template <int N>
 AGORA_FN void tile_product(float* sums, int64_t sums_stride, const float* left, int64_t left_stride,
-                           const float* right, int64_t right_stride, int64_t n) {
+                           const float* right, int64_t right_stride, int64_t n, Soon soon) {
     for (int64_t run = 0; run < n; run += kRun) {
-        int64_t end = run + kRun < n ? run + kRun : n;
         Floats acc[kRows][N] = {};
-        for (int64_t i = run; i < end; i++) {
-            Floats row[N];
-            for (int v = 0; v < N; v++) row[v] = load_floats(right + i * right_stride + v * kWidth);
-            for (int r = 0; r < kRows; r++) {
-                Floats factor = left[r * left_stride + i] - Floats{};
-                for (int v = 0; v < N; v++) acc[r][v] = multiply_add(factor, row[v], acc[r][v]);
-            }
-        }
+        accumulate<N>(acc, left, left_stride, right, right_stride, run, run + kRun < n ? run + kRun : n, soon,
+                      n);
         for (int r = 0; r < kRows; r++) {
             for (int v = 0; v < N; v++) {
                 float* to = sums + r * sums_stride + v * kWidth;
@@ -48,44 +79,109 @@ AGORA_FN void tile_product(float* sums, int64_t sums_stride, const float* left, 
 
 // The same for any number of vectors.
 static void product(float* sums, int64_t sums_stride, const float* left, int64_t left_stride,
-                    const float* right, int64_t right_stride, int64_t n, int64_t vectors) {
+                    const float* right, int64_t right_stride, int64_t n, int64_t vectors, Soon soon) {
     int64_t v = 0;
-    for (; v + kVectors <= vectors; v += kVectors)
+    for (; v + kVectors <= vectors; v += kVectors, soon = kNothing)
         tile_product<kVectors>(sums + v * kWidth, sums_stride, left, left_stride, right + v * kWidth,
-                               right_stride, n);
+                               right_stride, n, soon);
     if (vectors - v == 2)
         tile_product<2>(sums + v * kWidth, sums_stride, left, left_stride, right + v * kWidth, right_stride,
-                        n);
+                        n, soon);
     else if (vectors - v == 1)
         tile_product<1>(sums + v * kWidth, sums_stride, left, left_stride, right + v * kWidth, right_stride,
-                        n);
+                        n, soon);
 }
 
-constexpr int64_t kExpandSpan = 8 * kPanel;  // floats of a row between two passes over them
+// Rows of fp32: where a tile's addend is read, or its result written.
+struct Tile {
+    float* first;
+    int64_t stride;
+};
+
+// to = c * U^T + plus, N vectors of columns of kRows rows. `basis`: a panel of U^T.
+template <int N>
+AGORA_FN void expand_tile(const float* c, int64_t k, const float* basis, Tile plus, Tile to, bool bypass,
+                          Soon soon) {
+    Floats acc[kRows][N] = {};
+    accumulate<N>(acc, c, k, basis, kPanel, 0, k < kRun ? k : kRun, soon, k);
+    for (int64_t run = kRun; run < k; run += kRun) {
+        Floats more[kRows][N] = {};
+        accumulate<N>(more, c, k, basis, kPanel, run, run + kRun < k ? run + kRun : k, soon, k);
+        for (int r = 0; r < kRows; r++)
+            for (int v = 0; v < N; v++) acc[r][v] += more[r][v];
+    }
+    for (int r = 0; r < kRows; r++) {
+        for (int v = 0; v < N; v++) {
+            Floats h = acc[r][v] + load_floats(plus.first + r * plus.stride + v * kWidth);
+            float* at = to.first + r * to.stride + v * kWidth;
+            if (bypass)
+                stream_floats(at, h);
+            else
+                store_floats(at, h);
+        }
+    }
+}
+
+#ifndef SPAN
+#define SPAN 8
+#endif
+constexpr int64_t kExpandSpan = SPAN * kPanel;  // floats of a row between two looks at the next row
+
+// A group of kRows rows (`count` of them real), columns [column, column + width). fp32 goes straight from
+// registers to memory; other dtypes, and the ragged edges, pass through L1.
+static void expand_group(const ExpandTask& t, const float* c, int64_t first, int count, int64_t column,
+                         int64_t width, Soon soon) {
+    constexpr int64_t kSpan = kExpandSpan;
+    alignas(64) float table[kRows * kSpan], sums[kRows * kSpan];
+    const int64_t at = first * t.d + column;
+    const bool whole = t.h_dtype == kFloat32 && count == kRows && width % kWidth == 0;
+    Tile plus = {table, kSpan}, to = {sums, kSpan};
+    if (whole) to = {static_cast<float*>(t.h) + at, t.d};
+    if (whole && t.table) {
+        plus = {const_cast<float*>(static_cast<const float*>(t.table)) + at, t.d};
+    } else {
+        for (int r = 0; r < count; r++) {
+            float* row = table + r * kSpan;
+            if (t.table)
+                widen(row, t.table, t.h_dtype, at + r * t.d, width);
+            else
+                normal_row(row, t.seed, kTokenTableStream, uint32_t(t.ids[first + r]), uint32_t(column / 4),
+                           width, t.factor);
+        }
+    }
+    const bool lines = reinterpret_cast<uintptr_t>(to.first) % (kWidth * 4) == 0 && t.d % kWidth == 0;
+    const bool bypass = whole && t.bypass && lines;
+    for (int64_t j = 0; j < width; j += kTile) {
+        const float* basis = t.basis + (column + j) / kPanel * kPanel * t.k + (column + j) % kPanel;
+        Tile from = {plus.first + j, plus.stride}, out = {to.first + j, to.stride};
+        // The next tile of these rows; at the end of the piece, what the caller says.
+        Soon next = {soon.first + j * soon.bytes / kTile, soon.stride, soon.bytes};
+        if (width - j > 2 * kWidth)
+            expand_tile<3>(c, t.k, basis, from, out, bypass, next);
+        else if (width - j > kWidth)
+            expand_tile<2>(c, t.k, basis, from, out, bypass, next);
+        else
+            expand_tile<1>(c, t.k, basis, from, out, bypass, next);
+    }
+    if (!whole)
+        for (int r = 0; r < count; r++)
+            narrow(t.h, t.h_dtype, at + r * t.d, sums + r * kSpan, width, t.bypass);
+}
 
 static void expand_block(const ExpandTask& t, int64_t first, int64_t rows) {
-    constexpr int64_t kSpan = kExpandSpan;
-    float c[kRows * kMaxK], table[kSpan], sums[kRows * kSpan];
-    for (int64_t column = 0; column < t.d; column += kSpan) {
-        int64_t width = t.d - column < kSpan ? t.d - column : kSpan;
+    alignas(64) float c[kRows * kMaxK];
+    const int64_t size = t.h_dtype == kFloat32 ? 4 : 2;
+    for (int64_t column = 0; column < t.d; column += kExpandSpan) {
+        int64_t width = t.d - column < kExpandSpan ? t.d - column : kExpandSpan;
         for (int64_t group = 0; group < rows; group += kRows) {
             int count = int(rows - group < kRows ? rows - group : kRows);
             for (int r = 0; r < kRows; r++)
                 widen(c + r * t.k, t.c, t.c_dtype, (first + group + (r < count ? r : 0)) * t.k, t.k);
-            memset(sums, 0, sizeof sums);
-            for (int64_t j = 0; j < width; j += kPanel)
-                product(sums + j, kSpan, c, t.k, t.basis + (column + j) * t.k, kPanel, t.k, kPanel / kWidth);
-            for (int r = 0; r < count; r++) {
-                int64_t row = first + group + r, at = row * t.d + column;
-                if (t.table)
-                    widen(table, t.table, t.h_dtype, at, width);
-                else
-                    normal_row(table, t.seed, kTokenTableStream, uint32_t(t.ids[row]), uint32_t(column / 4),
-                               width, t.factor);
-                float* sum = sums + r * kSpan;
-                for (int64_t j = 0; j < width; j++) sum[j] = add_rounded(sum[j], table[j]);
-                narrow(t.h, t.h_dtype, at, sum, width, t.bypass);
-            }
+            Soon soon = kNothing;
+            if (t.table && rows - group >= 2 * kRows)
+                soon = {static_cast<const char*>(t.table) + ((first + group + kRows) * t.d + column) * size,
+                        t.d * size, kTile * size};
+            expand_group(t, c, first + group, count, column, width, soon);
         }
     }
     if (t.bypass) finish_streams();
@@ -145,28 +241,40 @@ static void project_block(const ProjectTask& t, int64_t first, int64_t rows) {
     const int64_t stride = padded(t.k), last_stride = padded(t.d);
     const int64_t few = t.k % kWidth <= kLast ? t.k % kWidth : 0;
     const int64_t vectors = (t.k - few + kWidth - 1) / kWidth;
-    float left[kRows * kSpan], sums[kBlockFloats], lanes[kMaxBlock * kLast * kWidth];
+    alignas(64) float left[kRows * kSpan], sums[kBlockFloats], lanes[kMaxBlock * kLast * kWidth];
     memset(sums, 0, size_t(padded(rows, kRows) * stride) * sizeof(float));
     memset(lanes, 0, sizeof lanes);
+    const int64_t size = t.h_dtype == kFloat32 ? 4 : 2;
     for (int64_t column = 0; column < t.d; column += kSpan) {
         int64_t width = t.d - column < kSpan ? t.d - column : kSpan;
         for (int64_t group = 0; group < rows; group += kRows) {
-            for (int64_t r = 0; r < kRows; r++) {
-                int64_t row = group + r < rows ? group + r : group, at = (first + row) * t.d + column;
-                widen(left + r * kSpan, t.h, t.h_dtype, at, width);
-                if (t.table) subtract(left + r * kSpan, t.table, t.h_dtype, at, width);
-                for (int64_t j = width; j < padded(width); j++) left[r * kSpan + j] = 0;
+            const float* from = left;
+            int64_t from_stride = kSpan;
+            if (t.h_dtype == kFloat32 && !t.table && group + kRows <= rows && width % kWidth == 0) {
+                from = static_cast<const float*>(t.h) + (first + group) * t.d + column;
+                from_stride = t.d;
+            } else {
+                for (int64_t r = 0; r < kRows; r++) {
+                    int64_t row = group + r < rows ? group + r : group, at = (first + row) * t.d + column;
+                    widen(left + r * kSpan, t.h, t.h_dtype, at, width);
+                    if (t.table) subtract(left + r * kSpan, t.table, t.h_dtype, at, width);
+                    for (int64_t j = width; j < padded(width); j++) left[r * kSpan + j] = 0;
+                }
             }
-            product(sums + group * stride, stride, left, kSpan, t.basis + column * stride, stride, width,
-                    vectors);
+            Soon soon = kNothing;
+            if (rows - group >= 2 * kRows)
+                soon = {static_cast<const char*>(t.h) + ((first + group + kRows) * t.d + column) * size,
+                        t.d * size, kSpan * size};
+            product(sums + group * stride, stride, from, from_stride, t.basis + column * stride, stride,
+                    width, vectors, soon);
             float* to = lanes + group * kLast * kWidth;
             const float* columns = t.last + (kLast - few) * last_stride + column;
             if (few == 3)
-                dots<3>(to, left, kSpan, columns, last_stride, padded(width));
+                dots<3>(to, from, from_stride, columns, last_stride, padded(width, kWidth));
             else if (few == 2)
-                dots<2>(to, left, kSpan, columns, last_stride, padded(width));
+                dots<2>(to, from, from_stride, columns, last_stride, padded(width, kWidth));
             else if (few == 1)
-                dots<1>(to, left, kSpan, columns, last_stride, padded(width));
+                dots<1>(to, from, from_stride, columns, last_stride, padded(width, kWidth));
         }
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -187,7 +295,7 @@ static void project(const ProjectTask& t, int64_t begin, int64_t end) {
 }
 
 static void wire(const WireTask& t, int64_t begin, int64_t end) {
-    float c[kMaxK];
+    alignas(64) float c[kMaxK];
     for (int64_t row = begin; row < end; row++) {
         widen(c, t.c, t.c_dtype, row * t.k, t.k);
         put_row(t.out, t.wire, row, t.rows, c, t.k);
@@ -195,7 +303,7 @@ static void wire(const WireTask& t, int64_t begin, int64_t end) {
 }
 
 static void subspace_panel(const SubspaceTask& t, int64_t first) {
-    float block[kRun * kMaxPanel], products[kPanelFloats], sums[kRows * kMaxPanel];
+    alignas(64) float block[kRun * kMaxPanel], products[kPanelFloats], sums[kRows * kMaxPanel];
     const int64_t panel = t.panel, width = t.n - first < panel ? t.n - first : panel;
     const int64_t vectors = (width + kWidth - 1) / kWidth, stride = padded(t.k), length = padded(t.d);
     memset(products, 0, size_t(padded(t.k, kRowGroup) * panel) * sizeof(float));
@@ -207,11 +315,11 @@ static void subspace_panel(const SubspaceTask& t, int64_t first) {
         }
         for (int64_t j = 0; j < t.k; j += kRows)
             product(products + j * panel, panel, t.columns_of_u + j * length + row, length, block, panel,
-                    depth, vectors);
+                    depth, vectors, kNothing);
     }
     for (int64_t row = 0; row < t.d; row += kRows) {
         memset(sums, 0, sizeof sums);
-        product(sums, panel, t.rows_of_u + row * stride, stride, products, panel, t.k, vectors);
+        product(sums, panel, t.rows_of_u + row * stride, stride, products, panel, t.k, vectors, kNothing);
         for (int64_t r = 0; r < kRows && row + r < t.d; r++)
             narrow(t.w, t.w_dtype, (row + r) * t.n + first, sums + r * panel, width, false);
     }

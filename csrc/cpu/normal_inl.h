@@ -16,9 +16,9 @@ static void normal_row(float* out, uint64_t seed, uint64_t stream, uint32_t row,
     int64_t done = 0;
     const Words lanes = lane_groups(), rows = Words{} + uint64_t(row);
     for (; done + 4 * kWords <= columns; done += 4 * kWords, group += uint32_t(kWords)) {
-        Words4<Words> s = group_sums(seed, stream, rows, lanes + uint64_t(group));
-        Words ab = s.a | s.b << 32, cd = s.c | s.d << 32;
-        Ints first = Ints(even_pairs(ab, cd)) - kCentre, second = Ints(odd_pairs(ab, cd)) - kCentre;
+        Words4<Words> w = group_words(seed, stream, rows, lanes + uint64_t(group));
+        Words ab = low_pairs(w.a, w.b), cd = low_pairs(w.c, w.d);
+        Ints first = byte_sums(even_pairs(ab, cd)) - kCentre, second = byte_sums(odd_pairs(ab, cd)) - kCentre;
         store_floats(out + done, __builtin_convertvector(first, Floats) * factor);
         store_floats(out + done + kWidth, __builtin_convertvector(second, Floats) * factor);
     }
@@ -39,7 +39,7 @@ static void fill(const NormalTask& t, int64_t begin, int64_t end) {
 
 static void rows(const NormalTask& t, int64_t begin, int64_t end) {
     constexpr int64_t kSpan = 512;  // stays in L1
-    float values[kSpan];
+    alignas(64) float values[kSpan];
     for (int64_t r = begin; r < end; r++) {
         for (int64_t column = 0; column < t.columns; column += kSpan) {
             int64_t width = t.columns - column < kSpan ? t.columns - column : kSpan;

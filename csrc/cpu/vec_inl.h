@@ -138,6 +138,30 @@ AGORA_FN Words multiply_low(Words a, Words b) {
 #endif
 }
 
+// 32-bit lanes from the low halves of two vectors of words: a0, b0, a1, b1, ...
+AGORA_FN Words low_pairs(Words a, Words b) {
+#if defined(__AVX512F__)
+    return Words(_mm512_mask_blend_epi32(0xaaaa, __m512i(a), __m512i(b << 32)));
+#elif defined(__AVX2__)
+    return Words(_mm256_blend_epi32(__m256i(a), __m256i(b << 32), 0xaa));
+#else
+    return (a & 0xffffffffu) | b << 32;
+#endif
+}
+
+// The sum of the four bytes of each 32-bit lane.
+AGORA_FN Ints byte_sums(Words x) {
+#if defined(__AVX512BW__)
+    __m512i pairs = _mm512_maddubs_epi16(__m512i(x), _mm512_set1_epi8(1));
+    return Ints(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#elif defined(__AVX2__)
+    __m256i pairs = _mm256_maddubs_epi16(__m256i(x), _mm256_set1_epi8(1));
+    return Ints(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+    return Ints(sum_of_bytes(Bits(x)));
+#endif
+}
+
 // (a0, b0, a2, b2, ...) and (a1, b1, a3, b3, ...).
 AGORA_FN Words even_pairs(Words a, Words b) {
 #if defined(__AVX512F__)

@@ -29,12 +29,12 @@ AGORA_FN float centred(uint32_t sum, float factor) {
     return mul_rounded(float(int32_t(sum) - kCentre), factor);
 }
 
+// The four random words of a group.
 template <typename Word>
-AGORA_FN Words4<Word> group_sums(uint64_t seed, uint64_t stream, Word row, Word group) {
+AGORA_FN Words4<Word> group_words(uint64_t seed, uint64_t stream, Word row, Word group) {
     Word zero = group ^ group;
     Words4<Word> counter = {group, row, zero + uint32_t(stream), zero + uint32_t(stream >> 32)};
-    Words4<Word> w = philox(counter, seed);
-    return Words4<Word>{sum_of_bytes(w.a), sum_of_bytes(w.b), sum_of_bytes(w.c), sum_of_bytes(w.d)};
+    return philox(counter, seed);
 }
 
 struct Normal4 {
@@ -42,8 +42,9 @@ struct Normal4 {
 };
 
 AGORA_FN Normal4 normal4(uint64_t seed, uint64_t stream, uint32_t row, uint32_t group, float factor) {
-    Words4<uint32_t> s = group_sums(seed, stream, row, group);
-    return Normal4{{centred(s.a, factor), centred(s.b, factor), centred(s.c, factor), centred(s.d, factor)}};
+    Words4<uint32_t> w = group_words(seed, stream, row, group);
+    return Normal4{{centred(sum_of_bytes(w.a), factor), centred(sum_of_bytes(w.b), factor),
+                    centred(sum_of_bytes(w.c), factor), centred(sum_of_bytes(w.d), factor)}};
 }
 
 }  // namespace agora

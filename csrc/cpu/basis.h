@@ -1,0 +1,30 @@
+// U as the boundary's kernels read it: fp32, on cache lines, padded with zeros to whole vectors.
+#pragma once
+
+#include <stdint.h>
+
+#include <memory>
+
+#include "boundary_tasks.h"
+
+namespace agora {
+
+struct Free {
+    void operator()(float* memory) const;
+};
+using Layout = std::unique_ptr<float[], Free>;
+
+// U [d, k] of any dtype, row after row.
+struct Basis {
+    const void* u;
+    int dtype;
+    int64_t d, k;
+};
+
+// All throw std::bad_alloc.
+Layout rows_of(const Basis& basis);       // padded(d, kRowGroup) rows of padded(k)
+Layout columns_of(const Basis& basis);    // padded(k, kRowGroup) rows of padded(d): U^T
+Layout panels_of(const Basis& basis);     // U^T in panels of kPanel columns: for each, k rows of kPanel
+Layout last_columns(const Basis& basis);  // the last kLast columns as rows of padded(d); short k: zeros first
+
+}  // namespace agora
