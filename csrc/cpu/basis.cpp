@@ -21,8 +21,12 @@ Layout zeros(int64_t floats) {
 // U's number (i, j) goes to place i * down + j * right.
 template <typename From>
 void spread(float* out, const From* u, int64_t d, int64_t k, int64_t stride, int64_t down, int64_t right) {
-    for (int64_t i = 0; i < d; i++)
-        for (int64_t j = 0; j < k; j++) out[i * down + j * right] = load(u[i * stride + j]);
+    for (int64_t i = 0; i < d; i++) {
+        if (right == 1)
+            for (int64_t j = 0; j < k; j++) out[i * down + j] = load(u[i * stride + j]);
+        else
+            for (int64_t j = 0; j < k; j++) out[i * down + j * right] = load(u[i * stride + j]);
+    }
 }
 
 // Rows [row, row + d) and columns [column, column + k) of U.

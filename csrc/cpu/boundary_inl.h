@@ -22,52 +22,65 @@ static_assert(kPanel % kTile == 0 && kRowGroup % kRows == 0, "layouts hold whole
 // precision of a library's product.
 constexpr int64_t kRun = 128;
 
-// Memory that will be read next: `bytes` of each of kRows rows. Asked for along the way, a line now and then,
-// because the hardware does not foresee the jump from one piece of a row to the next row's.
-struct Soon {
-    const char* first;
-    int64_t stride, bytes;
-};
-
-constexpr Soon kNothing = {nullptr, 0, 0};
-
-// acc[r][v] += over begin <= i < end of left[r][i] * right[i], N vectors of it; n is what all calls for this
-// tile add up to.
-template <int N>
-AGORA_FN void accumulate(Floats (&acc)[kRows][N], const float* left, int64_t left_stride, const float* right,
-                         int64_t right_stride, int64_t begin, int64_t end, Soon soon, int64_t n) {
-#ifdef FLAT
-    const int64_t chunk = n;
-#else
-    const int64_t chunk = n / kRows > 1 ? n / kRows : 2;
-#endif
-    // while it lasts, one row's lines are asked for
-    int64_t i = begin;
-    while (i < end) {
-        int64_t row = i / chunk, stop = (row + 1) * chunk < end ? (row + 1) * chunk : end;
-        const char* line = soon.first + row * soon.stride;
-        const int64_t step = soon.bytes / chunk;
-        for (; i < stop; i++) {
-            Floats vectors[N];
-            for (int v = 0; v < N; v++) vectors[v] = load_floats(right + i * right_stride + v * kWidth);
-            for (int r = 0; r < kRows; r++) {
-                Floats factor = left[r * left_stride + i] - Floats{};
-                for (int v = 0; v < N; v++) acc[r][v] = multiply_add(factor, vectors[v], acc[r][v]);
-            }
-            if (i % 2) __builtin_prefetch(line);
-            line += step;
+// acc[r][v] += over begin <= i < end of left[r * across + i * along] * right[i], N vectors of it. Every other
+// step does a bit of `aside`, so that memory has something to do meanwhile.
+template <int N, typename Aside>
+AGORA_FN void accumulate(Floats (&acc)[kRows][N], const float* left, int64_t across, int64_t along,
+                         const float* right, int64_t right_stride, int64_t begin, int64_t end,
+                         Aside& aside_) {
+    Aside aside = aside_;  // in registers
+    // Two addresses that the compiler cannot see through reach eight rows with the stride as an index. Left
+    // to itself it keeps one a row, runs out of registers, and fetches them back through the multiplier's
+    // port.
+    const int64_t stride = across * int64_t(sizeof(float));
+    const char* low = reinterpret_cast<const char*>(left + begin * along);
+    const char* high = low + 4 * stride;
+    for (int64_t i = begin; i < end; i++) {
+        asm("" : "+r"(low), "+r"(high));
+        Floats vectors[N];
+        for (int v = 0; v < N; v++) vectors[v] = load_floats(right + i * right_stride + v * kWidth);
+        for (int r = 0; r < kRows; r++) {
+            const char* at = r < 4 ? low + r * stride : high + (r - 4) * stride;
+            Floats factor = *reinterpret_cast<const float*>(at) - Floats{};
+            for (int v = 0; v < N; v++) acc[r][v] = multiply_add(factor, vectors[v], acc[r][v]);
         }
+        low += along * int64_t(sizeof(float));
+        high += along * int64_t(sizeof(float));
+        if (i % 2) aside.step();
     }
+    aside_ = aside;
 }
 
+struct Nothing {
+    __attribute__((always_inline)) inline void step() {}
+};
+
+// Asks for the rows that will be read next, a line a step: the hardware does not foresee the jump from a
+// piece of one row to the next row's.
+struct Soon {
+    const char* line;
+    int64_t lines, jump, left;  // lines of a row, bytes from one row's end to the next row
+
+    __attribute__((always_inline)) inline void step() {
+        __builtin_prefetch(line);
+        line += 64;
+        if (--left == 0) {
+            line += jump;
+            left = lines;
+        }
+    }
+};
+
 // sums[r][j] += over i < n of left[r][i] * right[i][j]; kRows rows of `left`, N vectors of columns.
-template <int N>
-AGORA_FN void tile_product(float* sums, int64_t sums_stride, const float* left, int64_t left_stride,
-                           const float* right, int64_t right_stride, int64_t n, Soon soon) {
+// Not inlined: the loop needs the registers of a function of its own.
+template <int N, typename Aside>
+static __attribute__((noinline)) void tile_product(float* sums, int64_t sums_stride, const float* left,
+                                                   int64_t left_stride, const float* right,
+                                                   int64_t right_stride, int64_t n, Aside& aside) {
     for (int64_t run = 0; run < n; run += kRun) {
         Floats acc[kRows][N] = {};
-        accumulate<N>(acc, left, left_stride, right, right_stride, run, run + kRun < n ? run + kRun : n, soon,
-                      n);
+        accumulate<N>(acc, left, left_stride, 1, right, right_stride, run, run + kRun < n ? run + kRun : n,
+                      aside);
         for (int r = 0; r < kRows; r++) {
             for (int v = 0; v < N; v++) {
                 float* to = sums + r * sums_stride + v * kWidth;
@@ -78,112 +91,137 @@ AGORA_FN void tile_product(float* sums, int64_t sums_stride, const float* left, 
 }
 
 // The same for any number of vectors.
-static void product(float* sums, int64_t sums_stride, const float* left, int64_t left_stride,
-                    const float* right, int64_t right_stride, int64_t n, int64_t vectors, Soon soon) {
+template <typename Aside>
+AGORA_FN void product(float* sums, int64_t sums_stride, const float* left, int64_t left_stride,
+                      const float* right, int64_t right_stride, int64_t n, int64_t vectors, Aside& aside) {
+    Nothing nothing;
     int64_t v = 0;
-    for (; v + kVectors <= vectors; v += kVectors, soon = kNothing)
+    if (vectors >= kVectors) {
+        tile_product<kVectors>(sums, sums_stride, left, left_stride, right, right_stride, n, aside);
+        v = kVectors;
+    }
+    for (; v + kVectors <= vectors; v += kVectors)
         tile_product<kVectors>(sums + v * kWidth, sums_stride, left, left_stride, right + v * kWidth,
-                               right_stride, n, soon);
+                               right_stride, n, nothing);
     if (vectors - v == 2)
         tile_product<2>(sums + v * kWidth, sums_stride, left, left_stride, right + v * kWidth, right_stride,
-                        n, soon);
+                        n, nothing);
     else if (vectors - v == 1)
         tile_product<1>(sums + v * kWidth, sums_stride, left, left_stride, right + v * kWidth, right_stride,
-                        n, soon);
+                        n, nothing);
 }
 
-// Rows of fp32: where a tile's addend is read, or its result written.
-struct Tile {
-    float* first;
-    int64_t stride;
+constexpr int64_t kExpandSpan = 8 * kPanel;  // floats of a row that stay in L1 between two passes
+
+// Brings a group's sums to memory, a vector a step, adding rows of the table on the way, while the products
+// of the next group are made.
+struct Delivery {
+    const float *sums, *plus;  // plus: null where the sums are complete
+    float* to;
+    int64_t width, stride;  // floats: of a row here, from row to row of `plus` and `to`
+    int64_t ahead;          // floats from here to where `plus` will be read next
+    int64_t left, rows;
+    bool bypass;
+
+    __attribute__((always_inline)) inline void step() {
+        if (rows == 0) return;
+        Floats h = load_floats(sums);
+        if (plus) {
+            h += load_floats(plus);
+            __builtin_prefetch(plus + ahead);
+            plus += kWidth;
+        }
+        if (bypass)
+            stream_floats(to, h);
+        else
+            store_floats(to, h);
+        sums += kWidth;
+        to += kWidth;
+        left -= kWidth;
+        if (left == 0) {
+            left = width;
+            rows--;
+            sums += kExpandSpan - width;
+            to += stride - width;
+            if (plus) plus += stride - width;
+        }
+    }
 };
 
-// to = c * U^T + plus, N vectors of columns of kRows rows. `basis`: a panel of U^T.
+// sums = c U^T (+ table), N vectors of columns of kRows rows. `c`: k times kRows numbers.
 template <int N>
-AGORA_FN void expand_tile(const float* c, int64_t k, const float* basis, Tile plus, Tile to, bool bypass,
-                          Soon soon) {
+AGORA_FN void expand_tile(float* sums, const float* c, int64_t k, const float* panel, const float* table,
+                          Delivery& aside) {
     Floats acc[kRows][N] = {};
-    accumulate<N>(acc, c, k, basis, kPanel, 0, k < kRun ? k : kRun, soon, k);
+    accumulate<N>(acc, c, 1, kRows, panel, kPanel, 0, k < kRun ? k : kRun, aside);
     for (int64_t run = kRun; run < k; run += kRun) {
         Floats more[kRows][N] = {};
-        accumulate<N>(more, c, k, basis, kPanel, run, run + kRun < k ? run + kRun : k, soon, k);
+        accumulate<N>(more, c, 1, kRows, panel, kPanel, run, run + kRun < k ? run + kRun : k, aside);
         for (int r = 0; r < kRows; r++)
             for (int v = 0; v < N; v++) acc[r][v] += more[r][v];
     }
     for (int r = 0; r < kRows; r++) {
         for (int v = 0; v < N; v++) {
-            Floats h = acc[r][v] + load_floats(plus.first + r * plus.stride + v * kWidth);
-            float* at = to.first + r * to.stride + v * kWidth;
-            if (bypass)
-                stream_floats(at, h);
-            else
-                store_floats(at, h);
+            int64_t at = r * kExpandSpan + v * kWidth;
+            if (table) acc[r][v] += load_floats(table + at);
+            store_floats(sums + at, acc[r][v]);
         }
     }
-}
-
-#ifndef SPAN
-#define SPAN 8
-#endif
-constexpr int64_t kExpandSpan = SPAN * kPanel;  // floats of a row between two looks at the next row
-
-// A group of kRows rows (`count` of them real), columns [column, column + width). fp32 goes straight from
-// registers to memory; other dtypes, and the ragged edges, pass through L1.
-static void expand_group(const ExpandTask& t, const float* c, int64_t first, int count, int64_t column,
-                         int64_t width, Soon soon) {
-    constexpr int64_t kSpan = kExpandSpan;
-    alignas(64) float table[kRows * kSpan], sums[kRows * kSpan];
-    const int64_t at = first * t.d + column;
-    const bool whole = t.h_dtype == kFloat32 && count == kRows && width % kWidth == 0;
-    Tile plus = {table, kSpan}, to = {sums, kSpan};
-    if (whole) to = {static_cast<float*>(t.h) + at, t.d};
-    if (whole && t.table) {
-        plus = {const_cast<float*>(static_cast<const float*>(t.table)) + at, t.d};
-    } else {
-        for (int r = 0; r < count; r++) {
-            float* row = table + r * kSpan;
-            if (t.table)
-                widen(row, t.table, t.h_dtype, at + r * t.d, width);
-            else
-                normal_row(row, t.seed, kTokenTableStream, uint32_t(t.ids[first + r]), uint32_t(column / 4),
-                           width, t.factor);
-        }
-    }
-    const bool lines = reinterpret_cast<uintptr_t>(to.first) % (kWidth * 4) == 0 && t.d % kWidth == 0;
-    const bool bypass = whole && t.bypass && lines;
-    for (int64_t j = 0; j < width; j += kTile) {
-        const float* basis = t.basis + (column + j) / kPanel * kPanel * t.k + (column + j) % kPanel;
-        Tile from = {plus.first + j, plus.stride}, out = {to.first + j, to.stride};
-        // The next tile of these rows; at the end of the piece, what the caller says.
-        Soon next = {soon.first + j * soon.bytes / kTile, soon.stride, soon.bytes};
-        if (width - j > 2 * kWidth)
-            expand_tile<3>(c, t.k, basis, from, out, bypass, next);
-        else if (width - j > kWidth)
-            expand_tile<2>(c, t.k, basis, from, out, bypass, next);
-        else
-            expand_tile<1>(c, t.k, basis, from, out, bypass, next);
-    }
-    if (!whole)
-        for (int r = 0; r < count; r++)
-            narrow(t.h, t.h_dtype, at + r * t.d, sums + r * kSpan, width, t.bypass);
 }
 
 static void expand_block(const ExpandTask& t, int64_t first, int64_t rows) {
-    alignas(64) float c[kRows * kMaxK];
-    const int64_t size = t.h_dtype == kFloat32 ? 4 : 2;
-    for (int64_t column = 0; column < t.d; column += kExpandSpan) {
-        int64_t width = t.d - column < kExpandSpan ? t.d - column : kExpandSpan;
+    constexpr int64_t kSpan = kExpandSpan;
+    alignas(64) float c[kBlockFloats], table[kRows * kSpan], both[2][kRows * kSpan];
+    for (int64_t row = 0; row < padded(rows, kRows); row++) {
+        alignas(64) float one[kMaxK];
+        widen(one, t.c, t.c_dtype, (first + (row < rows ? row : 0)) * t.k, t.k);
+        float* to = c + row / kRows * kRows * t.k + row % kRows;
+        for (int64_t j = 0; j < t.k; j++) to[j * kRows] = one[j];
+    }
+    Delivery delivery = {};
+    for (int64_t column = 0; column < t.d; column += kSpan) {
+        const int64_t width = t.d - column < kSpan ? t.d - column : kSpan;
         for (int64_t group = 0; group < rows; group += kRows) {
-            int count = int(rows - group < kRows ? rows - group : kRows);
-            for (int r = 0; r < kRows; r++)
-                widen(c + r * t.k, t.c, t.c_dtype, (first + group + (r < count ? r : 0)) * t.k, t.k);
-            Soon soon = kNothing;
-            if (t.table && rows - group >= 2 * kRows)
-                soon = {static_cast<const char*>(t.table) + ((first + group + kRows) * t.d + column) * size,
-                        t.d * size, kTile * size};
-            expand_group(t, c, first + group, count, column, width, soon);
+            const int64_t at = (first + group) * t.d + column;
+            const int count = int(rows - group < kRows ? rows - group : kRows);
+            const bool whole = t.h_dtype == kFloat32 && count == kRows && width % kWidth == 0;
+            const bool later = whole && t.table;  // the rows are added on delivery
+            if (!later) {
+                for (int r = 0; r < count; r++) {
+                    if (t.table)
+                        widen(table + r * kSpan, t.table, t.h_dtype, at + r * t.d, width);
+                    else
+                        normal_row(table + r * kSpan, t.seed, kTokenTableStream,
+                                   uint32_t(t.ids[first + group + r]), uint32_t(column / 4), width, t.factor);
+                }
+            }
+            float* sums = both[group / kRows % 2];
+            for (int64_t j = 0; j < width; j += kTile) {
+                const float* panel = t.basis + (column + j) / kPanel * kPanel * t.k + (column + j) % kPanel;
+                const float* plus = later ? nullptr : table + j;
+                if (width - j > 2 * kWidth)
+                    expand_tile<3>(sums + j, c + group * t.k, t.k, panel, plus, delivery);
+                else if (width - j > kWidth)
+                    expand_tile<2>(sums + j, c + group * t.k, t.k, panel, plus, delivery);
+                else
+                    expand_tile<1>(sums + j, c + group * t.k, t.k, panel, plus, delivery);
+            }
+            while (delivery.rows) delivery.step();
+            if (whole) {
+                const float* plus = later ? static_cast<const float*>(t.table) + at : nullptr;
+                float* to = static_cast<float*>(t.h) + at;
+                bool lines = reinterpret_cast<uintptr_t>(to) % 64 == 0 && t.d % kPad == 0;
+                bool last = group + kRows == rows;
+                delivery = {sums,  plus,  to,
+                            width, t.d,   last ? kSpan - group * t.d : kRows * t.d,
+                            width, kRows, t.bypass && lines};
+            } else {
+                for (int r = 0; r < count; r++)
+                    narrow(t.h, t.h_dtype, at + r * t.d, sums + r * kSpan, width, t.bypass);
+            }
         }
     }
+    while (delivery.rows) delivery.step();
     if (t.bypass) finish_streams();
 }
 
@@ -261,10 +299,9 @@ static void project_block(const ProjectTask& t, int64_t first, int64_t rows) {
                     for (int64_t j = width; j < padded(width); j++) left[r * kSpan + j] = 0;
                 }
             }
-            Soon soon = kNothing;
-            if (rows - group >= 2 * kRows)
-                soon = {static_cast<const char*>(t.h) + ((first + group + kRows) * t.d + column) * size,
-                        t.d * size, kSpan * size};
+            const int64_t next = (first + group + kRows) * t.d + column;
+            Soon soon = {static_cast<const char*>(t.h) + next * size, kSpan * size / 64, (t.d - kSpan) * size,
+                         kSpan * size / 64};
             product(sums + group * stride, stride, from, from_stride, t.basis + column * stride, stride,
                     width, vectors, soon);
             float* to = lanes + group * kLast * kWidth;
@@ -303,6 +340,7 @@ static void wire(const WireTask& t, int64_t begin, int64_t end) {
 }
 
 static void subspace_panel(const SubspaceTask& t, int64_t first) {
+    Nothing nothing;
     alignas(64) float block[kRun * kMaxPanel], products[kPanelFloats], sums[kRows * kMaxPanel];
     const int64_t panel = t.panel, width = t.n - first < panel ? t.n - first : panel;
     const int64_t vectors = (width + kWidth - 1) / kWidth, stride = padded(t.k), length = padded(t.d);
@@ -315,11 +353,11 @@ static void subspace_panel(const SubspaceTask& t, int64_t first) {
         }
         for (int64_t j = 0; j < t.k; j += kRows)
             product(products + j * panel, panel, t.columns_of_u + j * length + row, length, block, panel,
-                    depth, vectors, kNothing);
+                    depth, vectors, nothing);
     }
     for (int64_t row = 0; row < t.d; row += kRows) {
         memset(sums, 0, sizeof sums);
-        product(sums, panel, t.rows_of_u + row * stride, stride, products, panel, t.k, vectors, kNothing);
+        product(sums, panel, t.rows_of_u + row * stride, stride, products, panel, t.k, vectors, nothing);
         for (int64_t r = 0; r < kRows && row + r < t.d; r++)
             narrow(t.w, t.w_dtype, (row + r) * t.n + first, sums + r * panel, width, false);
     }

@@ -63,9 +63,9 @@ constexpr int64_t kLast = 3;    // columns of U that project also has as rows (s
 
 constexpr int64_t padded(int64_t n, int64_t unit = kPad) { return (n + unit - 1) / unit * unit; }
 
-constexpr int64_t kMaxK = 1024;     // checked by the bindings: bounds stacks
-constexpr int64_t kRowGroup = 8;    // rows are split over threads in multiples of this
-constexpr int64_t kMaxBlock = 256;  // rows of a unit of expand and project, which share a panel of U in L2
+constexpr int64_t kMaxK = 1024;    // checked by the bindings: bounds stacks
+constexpr int64_t kRowGroup = 8;   // rows are split over threads in multiples of this
+constexpr int64_t kMaxBlock = 64;  // rows of a unit of expand and project, which share a panel of U in L2
 constexpr int64_t kBlockFloats = kMaxBlock * 256;  // sums of one unit of project
 constexpr int64_t kFillChunk = 4096;               // elements of one unit of a flat fill
 constexpr int64_t kMaxPanel = 96;                  // columns of a unit of subspace_weights
