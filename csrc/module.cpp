@@ -15,6 +15,7 @@ PYBIND11_MODULE(agora_kernels, m) {
     m.def("use_instruction_set", &use_instruction_set, py::arg("name"));
 #if defined(AGORA_CUDA)
     m.attr("has_cuda") = true;
+    m.attr("cuda_archs") = py::make_tuple(AGORA_CUDA_ARCHS);  // 80, 90, ...
     bind_cuda_boundary(m);
     bind_cuda_averaging(m);
 #else
