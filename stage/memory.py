@@ -53,8 +53,8 @@ CUDA_SLACK: Final = 0.05
 """Assumed: what the caching allocator cannot use, of activations and workspace."""
 CUDA_HOST_BASE: Final = 1_500_000_000
 """Assumed: a process with torch and CUDA's libraries, before its data."""
-CPU_BASE: Final = 300_000_000
-"""Measured: a process with torch, the kernels and the daemon, before its data (torch 2.13, Linux)."""
+CPU_BASE: Final = 310_000_000
+"""Measured: a process with torch, its libraries in use, and the daemon, before its data (torch 2.13)."""
 
 
 @attrs.frozen
