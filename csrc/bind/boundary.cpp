@@ -159,10 +159,11 @@ void subspace_weights(py::object w, int w_dtype, py::object basis, int basis_dty
     int64_t ww = size_of(w_dtype), uw = size_of(basis_dtype);
     Operand to(w, d * n * ww, true, size_t(ww), "W"), u(basis, d * k * uw, false, size_t(uw), "U");
     py::gil_scoped_release unlocked;
-    Basis whole{u.as<void>(), basis_dtype, d, k};
-    Layout u_rows = rows_of(whole), columns = columns_of(whole);
-    int64_t panel = padded(k, kRowGroup) * kMaxPanel <= kPanelFloats ? kMaxPanel : kMaxPanel / 2;
-    SubspaceTask task{to.as<void>(), u_rows.get(), columns.get(), d, n, k, panel, w_dtype};
+    Layout u_rows = rows_of({u.as<void>(), basis_dtype, d, k});
+    // Columns of a unit: wide, so that pieces of W's rows are long; but every thread gets some.
+    int64_t panel = kMaxPanel;
+    while (panel > kPanel && (padded(k, kRowGroup) * panel > kPanelFloats || n < panel * threads)) panel /= 2;
+    SubspaceTask task{to.as<void>(), u_rows.get(), d, n, k, panel, w_dtype, d * n * ww > kBypassBytes};
     parallel_for(threads, (n + panel - 1) / panel, grain(panel * d),
                  [&](int64_t begin, int64_t end) { cpu().subspace(task, begin, end); });
 }

@@ -51,12 +51,6 @@ Layout rows_of(const Basis& basis) {
     return out;
 }
 
-Layout columns_of(const Basis& basis) {
-    Layout out = zeros(padded(basis.k, kRowGroup) * padded(basis.d));
-    spread(out.get(), basis, 0, basis.d, 0, basis.k, 1, padded(basis.d));
-    return out;
-}
-
 Layout panels_of(const Basis& basis) {
     Layout out = zeros(padded(basis.d, kPanel) * basis.k);
     for (int64_t row = 0; row < basis.d; row += kPanel)

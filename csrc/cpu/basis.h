@@ -23,7 +23,6 @@ struct Basis {
 
 // All throw std::bad_alloc.
 Layout rows_of(const Basis& basis);       // padded(d, kRowGroup) rows of padded(k)
-Layout columns_of(const Basis& basis);    // padded(k, kRowGroup) rows of padded(d): U^T
 Layout panels_of(const Basis& basis);     // U^T in panels of kPanel columns: for each, k rows of kPanel
 Layout last_columns(const Basis& basis);  // the last kLast columns as rows of padded(d); short k: zeros first
 

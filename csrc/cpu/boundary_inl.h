@@ -71,15 +71,19 @@ struct Soon {
     }
 };
 
-// sums[r][j] += over i < n of left[r][i] * right[i][j]; kRows rows of `left`, N vectors of columns.
+// How the left factor lies: row after row, or transposed, column after column.
+enum Left { kByRows, kByColumns };
+
+// sums[r][j] += over i < n of left(r, i) * right[i][j]; kRows rows of `left`, N vectors of columns.
 // Not inlined: the loop needs the registers of a function of its own.
-template <int N, typename Aside>
+template <int N, Left kLeft, typename Aside>
 static __attribute__((noinline)) void tile_product(float* sums, int64_t sums_stride, const float* left,
                                                    int64_t left_stride, const float* right,
                                                    int64_t right_stride, int64_t n, Aside& aside) {
+    const int64_t across = kLeft == kByRows ? left_stride : 1, along = kLeft == kByRows ? 1 : left_stride;
     for (int64_t run = 0; run < n; run += kRun) {
         Floats acc[kRows][N] = {};
-        accumulate<N>(acc, left, left_stride, 1, right, right_stride, run, run + kRun < n ? run + kRun : n,
+        accumulate<N>(acc, left, across, along, right, right_stride, run, run + kRun < n ? run + kRun : n,
                       aside);
         for (int r = 0; r < kRows; r++) {
             for (int v = 0; v < N; v++) {
@@ -91,24 +95,24 @@ static __attribute__((noinline)) void tile_product(float* sums, int64_t sums_str
 }
 
 // The same for any number of vectors.
-template <typename Aside>
+template <Left kLeft, typename Aside>
 AGORA_FN void product(float* sums, int64_t sums_stride, const float* left, int64_t left_stride,
                       const float* right, int64_t right_stride, int64_t n, int64_t vectors, Aside& aside) {
     Nothing nothing;
     int64_t v = 0;
     if (vectors >= kVectors) {
-        tile_product<kVectors>(sums, sums_stride, left, left_stride, right, right_stride, n, aside);
+        tile_product<kVectors, kLeft>(sums, sums_stride, left, left_stride, right, right_stride, n, aside);
         v = kVectors;
     }
     for (; v + kVectors <= vectors; v += kVectors)
-        tile_product<kVectors>(sums + v * kWidth, sums_stride, left, left_stride, right + v * kWidth,
-                               right_stride, n, nothing);
+        tile_product<kVectors, kLeft>(sums + v * kWidth, sums_stride, left, left_stride, right + v * kWidth,
+                                      right_stride, n, nothing);
     if (vectors - v == 2)
-        tile_product<2>(sums + v * kWidth, sums_stride, left, left_stride, right + v * kWidth, right_stride,
-                        n, nothing);
+        tile_product<2, kLeft>(sums + v * kWidth, sums_stride, left, left_stride, right + v * kWidth,
+                               right_stride, n, nothing);
     else if (vectors - v == 1)
-        tile_product<1>(sums + v * kWidth, sums_stride, left, left_stride, right + v * kWidth, right_stride,
-                        n, nothing);
+        tile_product<1, kLeft>(sums + v * kWidth, sums_stride, left, left_stride, right + v * kWidth,
+                               right_stride, n, nothing);
 }
 
 constexpr int64_t kExpandSpan = 8 * kPanel;  // floats of a row that stay in L1 between two passes
@@ -302,8 +306,8 @@ static void project_block(const ProjectTask& t, int64_t first, int64_t rows) {
             const int64_t next = (first + group + kRows) * t.d + column;
             Soon soon = {static_cast<const char*>(t.h) + next * size, kSpan * size / 64, (t.d - kSpan) * size,
                          kSpan * size / 64};
-            product(sums + group * stride, stride, from, from_stride, t.basis + column * stride, stride,
-                    width, vectors, soon);
+            product<kByRows>(sums + group * stride, stride, from, from_stride, t.basis + column * stride,
+                             stride, width, vectors, soon);
             float* to = lanes + group * kLast * kWidth;
             const float* columns = t.last + (kLast - few) * last_stride + column;
             if (few == 3)
@@ -343,24 +347,30 @@ static void subspace_panel(const SubspaceTask& t, int64_t first) {
     Nothing nothing;
     alignas(64) float block[kRun * kMaxPanel], products[kPanelFloats], sums[kRows * kMaxPanel];
     const int64_t panel = t.panel, width = t.n - first < panel ? t.n - first : panel;
-    const int64_t vectors = (width + kWidth - 1) / kWidth, stride = padded(t.k), length = padded(t.d);
+    const int64_t vectors = (width + kWidth - 1) / kWidth, stride = padded(t.k);
+    const int64_t size = t.w_dtype == kFloat32 ? 4 : 2;
+    constexpr int64_t kAhead = 8;  // rows
     memset(products, 0, size_t(padded(t.k, kRowGroup) * panel) * sizeof(float));
     for (int64_t row = 0; row < t.d; row += kRun) {
         int64_t depth = t.d - row < kRun ? t.d - row : kRun;
         for (int64_t i = 0; i < depth; i++) {
-            widen(block + i * panel, t.w, t.w_dtype, (row + i) * t.n + first, width);
+            int64_t at = (row + i) * t.n + first;
+            const char* soon = static_cast<const char*>(t.w) + (at + kAhead * t.n) * size;
+            for (int64_t byte = 0; byte < width * size; byte += 64) __builtin_prefetch(soon + byte);
+            widen(block + i * panel, t.w, t.w_dtype, at, width);
             for (int64_t j = width; j < vectors * kWidth; j++) block[i * panel + j] = 0;
         }
         for (int64_t j = 0; j < t.k; j += kRows)
-            product(products + j * panel, panel, t.columns_of_u + j * length + row, length, block, panel,
-                    depth, vectors, nothing);
+            product<kByColumns>(products + j * panel, panel, t.basis + row * stride + j, stride, block, panel,
+                                depth, vectors, nothing);
     }
     for (int64_t row = 0; row < t.d; row += kRows) {
         memset(sums, 0, sizeof sums);
-        product(sums, panel, t.rows_of_u + row * stride, stride, products, panel, t.k, vectors, nothing);
+        product<kByRows>(sums, panel, t.basis + row * stride, stride, products, panel, t.k, vectors, nothing);
         for (int64_t r = 0; r < kRows && row + r < t.d; r++)
-            narrow(t.w, t.w_dtype, (row + r) * t.n + first, sums + r * panel, width, false);
+            narrow(t.w, t.w_dtype, (row + r) * t.n + first, sums + r * panel, width, t.bypass);
     }
+    if (t.bypass) finish_streams();
 }
 
 static void subspace(const SubspaceTask& t, int64_t begin, int64_t end) {

@@ -51,9 +51,10 @@ struct WireTask {
 // W <- U (U^T W) for panels of W's columns.
 struct SubspaceTask {
     void* w;
-    const float *rows_of_u, *columns_of_u;
+    const float* basis;  // rows of U
     int64_t d, n, k, panel;
     int w_dtype;
+    bool bypass;
 };
 
 // Layouts of U in fp32, padded with zeros to whole vectors of any instruction set.
@@ -68,7 +69,7 @@ constexpr int64_t kRowGroup = 8;   // rows are split over threads in multiples o
 constexpr int64_t kMaxBlock = 64;  // rows of a unit of expand and project, which share a panel of U in L2
 constexpr int64_t kBlockFloats = kMaxBlock * 256;  // sums of one unit of project
 constexpr int64_t kFillChunk = 4096;               // elements of one unit of a flat fill
-constexpr int64_t kMaxPanel = 96;                  // columns of a unit of subspace_weights
-constexpr int64_t kPanelFloats = 64 * kMaxK;       // products of one unit of subspace_weights
+constexpr int64_t kMaxPanel = 192;                 // columns of a unit of subspace_weights
+constexpr int64_t kPanelFloats = 48 * kMaxK;       // products of one unit of subspace_weights
 
 }  // namespace agora
