@@ -183,6 +183,7 @@ static void expand_block(const ExpandTask& t, int64_t first, int64_t rows) {
         for (int64_t j = 0; j < t.k; j++) to[j * kRows] = one[j];
     }
     Delivery delivery = {};
+    int turn = 0;
     for (int64_t column = 0; column < t.d; column += kSpan) {
         const int64_t width = t.d - column < kSpan ? t.d - column : kSpan;
         for (int64_t group = 0; group < rows; group += kRows) {
@@ -199,7 +200,8 @@ static void expand_block(const ExpandTask& t, int64_t first, int64_t rows) {
                                    uint32_t(t.ids[first + group + r]), uint32_t(column / 4), width, t.factor);
                 }
             }
-            float* sums = both[group / kRows % 2];
+            turn = 1 - turn;  // the other half may be on its way to memory
+            float* sums = both[turn];
             for (int64_t j = 0; j < width; j += kTile) {
                 const float* panel = t.basis + (column + j) / kPanel * kPanel * t.k + (column + j) % kPanel;
                 const float* plus = later ? nullptr : table + j;

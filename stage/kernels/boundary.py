@@ -51,7 +51,10 @@ def check_rows(
     assert isinstance(rows, Tensor)
     if rows.shape != shape:
         raise ValueError(f"rows of shape {tuple(rows.shape)} do not fit h of shape {tuple(shape)}")
-    if rows.requires_grad and torch.is_grad_enabled():
+
+
+def _check_constant(rows: object) -> None:
+    if isinstance(rows, Tensor) and rows.requires_grad and torch.is_grad_enabled():
         raise ValueError("rows of the token table are a constant and get no gradient: detach them")
 
 
@@ -287,6 +290,7 @@ def expand_rows(c: Tensor, basis: Tensor, rows: Tensor, *, out: Tensor | None = 
     ``rows``: the token table's rows for these tokens (``token_table``), made once a microbatch. ``out``:
     contiguous memory for h, where autograd does not follow. Differentiable in ``c``.
     """
+    _check_constant(rows)
     if out is not None:
         return _expand_rows(c, basis, rows, out)
     if torch.compiler.is_compiling():
@@ -320,6 +324,7 @@ def project_difference(
     ``rows``: of h's shape and dtype. The difference is taken in fp32. ``dtype``: h's by default. ``out``:
     contiguous memory for the result, where autograd does not follow. Differentiable in ``h``.
     """
+    _check_constant(rows)
     if out is not None:
         return _project(h, rows, basis, dtype or out.dtype, out)
     if torch.compiler.is_compiling():
