@@ -39,7 +39,7 @@ class Chain:
         self.stages = [Stage(model, index, training.seed) for index in range(model.stages)]
         self.weights = [genesis(model, index, training.seed) for index in range(model.stages)]
         self.optimizers = [
-            Optimizer(weights, training, stage=index, stages=model.stages)
+            Optimizer(weights, training, stage=index, stages=model.stages, basis=self.stages[index].U)
             for index, weights in enumerate(self.weights)
         ]
         self.samples = 0

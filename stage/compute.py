@@ -107,7 +107,9 @@ class StageCompute:
         self.index = stage
         self.stage = Stage(model, stage, training.seed)
         self.weights = genesis.genesis(model, stage, training.seed)
-        self.optimizer = Optimizer(self.weights, training, stage=stage, stages=model.stages, emit=emit)
+        self.optimizer = Optimizer(
+            self.weights, training, stage=stage, stages=model.stages, basis=self.stage.U, emit=emit
+        )
         self.samples = 0
         """Samples in the accumulator."""
         self._held: set[HeldMicrobatch] = set()
@@ -233,6 +235,7 @@ class StageCompute:
             self.weights.writable(), packed.values, average, packed.index, self.training.slices,
             packed.key, mode, outcome.averaged,
         )  # fmt: skip
+        self.optimizer.constrain()
         return distance
 
     # State

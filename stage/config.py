@@ -84,6 +84,8 @@ class ModelConfig:
     eps: float = 1e-5
     f_scale: float = 0.1
     """Scale of the frozen token table F."""
+    variant: Literal["subspace", "constrained"] = "subspace"
+    """How what a layer writes is kept in span(U): by form, or by projection. See ``stage.subspace``."""
     full_rank_tail: bool = False
     """Whether the tail's layers write full vectors: nothing of theirs crosses a boundary."""
 

@@ -6,7 +6,7 @@ own part without its neighbours', and another cut of the same model starts from 
 
 from __future__ import annotations
 
-from stage import kernels
+from stage import kernels, subspace
 from stage.config import ModelConfig
 from stage.parameters import parameter_specs, stream
 from stage.weights import Weights
@@ -28,4 +28,7 @@ def genesis(config: ModelConfig, stage: int, seed: int) -> Weights:
     """The weights with which this stage starts."""
     weights = Weights(parameter_specs(config, stage))
     fill(weights, seed)
+    if weights.layout.constrained:
+        U = subspace.basis(config.d, config.k, seed).to(weights.flat.dtype)
+        subspace.constrain(weights.writable(), weights.layout, U)
     return weights

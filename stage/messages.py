@@ -23,6 +23,8 @@ from stage.clock import Reading, readings_from_wire
 from stage.ticket import Ticket
 
 PROTOCOL = "/agora/microbatch/1"
+BASIS = 0
+"""Version of the subspace basis in which this program computes and sends."""
 WIRE_DTYPES = ("fp32", "bf16", "int8")
 MAX_PATH = 64
 MAX_DOCUMENTS = 4096

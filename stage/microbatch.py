@@ -41,7 +41,7 @@ from p2p.rpc import Call
 from stage.clock import StepClock
 from stage.device import BACKWARD, FORWARD, Device
 from stage.events import MicrobatchAdded, ReusedStale
-from stage.messages import MAX_PATH, Accepted, Answer, BusyReply, NoReplica, Request
+from stage.messages import BASIS, MAX_PATH, Accepted, Answer, BusyReply, NoReplica, Request
 from stage.nexthop import NextHop, NoReplicaError
 from stage.ticket import Ticket
 from stage.traffic import BoundaryCount
@@ -211,8 +211,10 @@ class MicrobatchServer:
         before = ("trainer", None) if shape.head else ("worker", shape.stage - 1)
         if member is None or (member.role, member.stage) != before:
             raise Refused("wrong_hop", f"stage {shape.stage} takes microbatches from {before} only")
-        if request.tokens != shape.tokens or request.basis != 0:
-            raise Refused("wrong_shape", f"this run has {shape.tokens} tokens a microbatch and basis 0")
+        if request.tokens != shape.tokens:
+            raise Refused("wrong_shape", f"this run has {shape.tokens} tokens a microbatch")
+        if request.basis != BASIS:
+            raise Refused("wrong_basis", f"c is in basis {request.basis}, this replica computes in {BASIS}")
         if (request.dtype, request.dtype_back) != (shape.dtype, shape.dtype_back):
             raise Refused("wrong_dtype", f"this run's wire is {shape.dtype} / {shape.dtype_back}")
         if len(request.path) >= MAX_PATH or request.path[-1:] != [call.peer]:

@@ -11,7 +11,9 @@ nothing is ever projected, so a wire in fp32 loses nothing.
     tail    loss = cross-entropy(rms(h)·g · Woutᵀ, next token)
 
 Nothing leaves the tail, so its layers need not write into span(U): with ``full_rank_tail`` its residual
-stream is h itself (T×d) and its output projections are full matrices, h += unit(branch·Wᵀ).
+stream is h itself (T×d) and its output projections are full matrices, h += unit(branch·Wᵀ). In the
+``constrained`` variant all stages are like that, their matrices kept in span(U) by the optimizer, and a
+boundary is c = (h − F[token])·U; see ``stage.subspace``.
 
 Attention is causal, grouped-query, with rotary positions and parameter-free RMS norms on queries and
 keys; documents, if given, do not see each other and count positions from their own start.
@@ -33,24 +35,11 @@ from torch.nn import functional as F
 from stage import kernels
 from stage.config import ModelConfig
 from stage.functions import AddUnit, Gate, NormRotate, ReadNorm, ReadWide, output_loss
-from stage.parameters import is_wide, layer_range, stream
+from stage.parameters import is_wide, layer_range
+from stage.subspace import Basis, Window, basis
 
-BASIS = 0
-"""Version of U; stays 0 while U never moves."""
 LOGITS_CHUNK = 1 << 26
 """Most logits (tokens × vocabulary) that exist at a time: 268 MB in fp32."""
-
-
-def basis(d: int, k: int, seed: int) -> Tensor:
-    """U (d×k, fp64), orthonormal, from the seed: QR with the sign of R's diagonal made positive.
-
-    LAPACKs differ in the last bit of a float64; rounding to fp32 afterwards hides nearly all of that,
-    and a last-bit difference of U between nodes is harmless (each node's h is off by 1e-7).
-    """
-    draw = kernels.random_normal(seed, stream("basis"), d * k, 1.0).double().view(d, k)
-    q, r = torch.linalg.qr(draw)
-    signed: Tensor = q * torch.sign(torch.diagonal(r))
-    return signed
 
 
 class TailLoss:
@@ -135,11 +124,19 @@ class Stage:
         self.layers = layer_range(config, stage)
         self.dtype = dtype
         self.state_dtype = torch.float64 if dtype is torch.float64 else torch.float32
-        self.U = basis(config.d, config.k, seed).to(self.state_dtype).to(device)
+        self.device = device
+        self.use(Basis(basis(config.d, config.k, seed)))
+        self.window: Window | None = None
+        """Gathers the gradients of h behind the boundary, where the stage is wide and somebody wants them."""
         half = torch.arange(config.head_dim // 2, dtype=torch.float64) / (config.head_dim // 2)
         angle = torch.arange(config.seq, dtype=torch.float64)[:, None] * config.rope_theta**-half
         self._cos = angle.cos().to(self.state_dtype).to(device)
         self._sin = angle.sin().to(self.state_dtype).to(device)
+
+    def use(self, basis: Basis) -> None:
+        """Compute in this basis from now on; the state of the stage has to be in it too."""
+        self.basis_version = basis.version
+        self.U = basis.U.to(self.device, self.state_dtype)
 
     def forward(
         self,
@@ -172,7 +169,12 @@ class Stage:
         """The state before the first layer: c [B, T, k], or h [B, T, d] where the stage is wide."""
         if c is None:
             c = F.embedding(prepared.ids[:, :-1], leaves["embed"]).to(self.state_dtype)
-        return c @ self.U.t() + prepared.fixed if self.is_wide else c
+        if not self.is_wide:
+            return c
+        h = c @ self.U.t() + prepared.fixed
+        if self.window is not None and h.requires_grad:
+            h.register_hook(self.window.add)
+        return h
 
     def layer(self, leaves: Mapping[str, Tensor], layer: int, state: Tensor, prepared: Prepared) -> Tensor:
         """The state after a layer of the whole model's numbering."""
@@ -188,6 +190,8 @@ class Stage:
         """What follows the last layer: c [B, T, k] for the next stage; the tail's x [B, T, d]."""
         if self.is_tail:
             return self._read(state, prepared) * leaves["norm_out"]
+        if self.is_wide:
+            return kernels.project_difference(state, prepared.fixed.to(state.dtype), self.U)
         return state
 
     def loss(

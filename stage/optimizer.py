@@ -26,6 +26,7 @@ from torch.optim.adamw import adamw
 
 from p2p.errors import LocalError
 from p2p.event import Emit, ignore
+from stage import subspace
 from stage.config import TrainingConfig
 from stage.events import BadGradient
 from stage.schedule import learning_rate
@@ -76,12 +77,17 @@ class Optimizer:
         *,
         stage: int = 0,
         stages: int = 1,
+        basis: Tensor | None = None,
         emit: Emit = ignore,
     ) -> None:
         self.weights = weights
         self.config = config
         self.stage = stage
         self.max_norm = config.max_norm / math.sqrt(stages)
+        self.basis = basis
+        """U (d×k), where the stage has matrices that are kept in its span."""
+        if weights.layout.constrained and basis is None:
+            raise LocalError("optimizer: constrained matrices need the basis that they are kept in")
         self.emit = emit
         self.exp_avg = torch.zeros_like(weights.flat)
         self.exp_avg_sq = torch.zeros_like(weights.flat)
@@ -116,9 +122,13 @@ class Optimizer:
         if self._holds:
             self.exp_avg, self.exp_avg_sq = self.exp_avg.clone(), self.exp_avg_sq.clone()
             self._holds = 0
-        decayed = self.weights.layout.decayed
+        layout, config = self.weights.layout, self.config
+        constrained = layout.constrained[0][0] if layout.constrained else layout.decayed
         with torch.no_grad():
-            for part, decay in ((slice(0, decayed), self.config.weight_decay), (slice(decayed, None), 0.0)):
+            for part, decay in (
+                (slice(0, constrained), config.weight_decay),
+                (slice(layout.decayed, None), 0.0),
+            ):
                 adamw(
                     [flat[part]],
                     [self.weights.gradient[part]],
@@ -128,14 +138,30 @@ class Optimizer:
                     [torch.tensor(float(self.updates), device=flat.device)],
                     fused=True,
                     amsgrad=False,
-                    beta1=self.config.beta1,
-                    beta2=self.config.beta2,
+                    beta1=config.beta1,
+                    beta2=config.beta2,
                     lr=lr,
                     weight_decay=decay,
                     eps=EPS,
                     maximize=False,
                 )
+        self._update_constrained(flat, lr)
         self.updates += 1
+
+    def _update_constrained(self, flat: Tensor, lr: float) -> None:
+        config = self.config
+        vectors = (flat, self.weights.gradient, self.exp_avg, self.exp_avg_sq)
+        for matrices in zip(*map(self.weights.layout.constrained_views, vectors), strict=True):
+            assert self.basis is not None
+            subspace.adamw_columns(
+                *matrices, self.basis, updates=self.updates, lr=lr, beta1=config.beta1, beta2=config.beta2,
+                weight_decay=config.weight_decay, eps=EPS,
+            )  # fmt: skip
+
+    def constrain(self) -> None:
+        """Bring the weights back into span(U) after somebody else changed single elements of them."""
+        if self.basis is not None and self.weights.layout.constrained:
+            subspace.constrain(self.weights.writable(), self.weights.layout, self.basis)
 
     def hold(self, step: int) -> Held:
         """Keep the whole state, which is that of ``step``, for a reader; a copy is made if a step comes."""

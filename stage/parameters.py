@@ -33,6 +33,8 @@ class ParameterSpec:
     decayed: bool
     std: float
     """Standard deviation at genesis; 0 for norm scales, which start at one."""
+    constrained: bool = False
+    """Whether the columns of this matrix [d, n] are kept in span(U) by projection."""
 
     @property
     def numel(self) -> int:
@@ -50,19 +52,24 @@ class Layout:
     """Floats of the leading range that weight decay applies to."""
     size: int
     """Floats in all, a multiple of BLOCK."""
+    constrained: tuple[tuple[int, int], ...] = ()
+    """Start and end of each matrix that is kept in span(U): together, after all others that decay."""
 
     @classmethod
     def of(cls, specs: Iterable[ParameterSpec]) -> Layout:
-        """Decayed tensors first, else in the given order."""
-        ordered = tuple(sorted(specs, key=lambda spec: not spec.decayed))
-        offsets = []
+        """Decayed tensors first, of these the constrained ones last, else in the given order."""
+        ordered = tuple(sorted(specs, key=lambda spec: (not spec.decayed, spec.constrained)))
+        offsets, constrained = [], []
         decayed = position = 0
         for spec in ordered:
             offsets.append(position)
+            if spec.constrained:
+                constrained.append((position, position + spec.numel))
             position += -(-spec.numel // ALIGN) * ALIGN
             if spec.decayed:
                 decayed = position
-        return cls(ordered, tuple(offsets), decayed, -(-position // BLOCK) * BLOCK)
+        size = -(-position // BLOCK) * BLOCK
+        return cls(ordered, tuple(offsets), decayed, size, tuple(constrained))
 
     @property
     def fingerprint(self) -> str:
@@ -77,10 +84,21 @@ class Layout:
             for spec, offset in zip(self.specs, self.offsets, strict=True)
         }
 
+    def constrained_views(self, flat: Any) -> list[Any]:
+        """The constrained matrices [d, n] inside a flat buffer of this layout."""
+        constrained = [spec.name for spec in self.specs if spec.constrained]
+        views = self.views(flat) if constrained else {}
+        return [views[name] for name in constrained]
+
+
+def is_free(config: ModelConfig, stage: int) -> bool:
+    """Whether the stage's layers write where they like, since nothing of theirs crosses a boundary."""
+    return config.full_rank_tail and stage == config.stages - 1
+
 
 def is_wide(config: ModelConfig, stage: int) -> bool:
     """Whether the stage's residual stream is h (T×d) and its output projections are full-size matrices."""
-    return config.full_rank_tail and stage == config.stages - 1
+    return config.variant == "constrained" or is_free(config, stage)
 
 
 def parameter_specs(config: ModelConfig, stage: int) -> tuple[ParameterSpec, ...]:
@@ -98,14 +116,15 @@ def parameter_specs(config: ModelConfig, stage: int) -> tuple[ParameterSpec, ...
     if stage == 0:
         specs.append(ParameterSpec("embed", (config.vocab, k), True, std))
     writes = ("wo", "w2", d) if is_wide(config, stage) else ("zo", "z2", k)
+    constrained = is_wide(config, stage) and not is_free(config, stage)
     for layer in layer_range(config, stage):
         out_std = std / math.sqrt(2 * (layer + 1))
         specs += [
             ParameterSpec(f"layers.{layer}.qkv", (qkv, d), True, std),
-            ParameterSpec(f"layers.{layer}.{writes[0]}", (writes[2], inner), True, out_std),
+            ParameterSpec(f"layers.{layer}.{writes[0]}", (writes[2], inner), True, out_std, constrained),
             ParameterSpec(f"layers.{layer}.gate", (ffn, d), True, std),
             ParameterSpec(f"layers.{layer}.up", (ffn, d), True, std),
-            ParameterSpec(f"layers.{layer}.{writes[1]}", (writes[2], ffn), True, out_std),
+            ParameterSpec(f"layers.{layer}.{writes[1]}", (writes[2], ffn), True, out_std, constrained),
         ]
     if stage == config.stages - 1:
         specs.append(ParameterSpec("out", (config.vocab, d), True, OUT_STD))

@@ -30,7 +30,7 @@ from stage.clock import Reading, StepClock
 from stage.config import ModelConfig, TrainingConfig
 from stage.data import ByteSource, Row
 from stage.events import Evaluated, MicrobatchCompleted, MicrobatchFailed, MicrobatchIssued
-from stage.messages import Request
+from stage.messages import BASIS, Request
 from stage.nexthop import NextHop, NoReplicaError, Passed
 from stage.ticket import Ticket
 
@@ -221,7 +221,7 @@ class Trainer:
             request = Request(
                 ticket=ticket,
                 clock=self._clock.readings,
-                basis=0,
+                basis=BASIS,
                 path=[self._identity.peer_id],
                 tokens=self._model.seq,
                 documents=list(row.starts),

@@ -664,7 +664,7 @@ async def test_no_certificate_is_no_hop(swarm: Swarm) -> None:
     ("fields", "code"),
     [
         ({"tokens": TOKENS + 1}, "wrong_shape"),
-        ({"basis": 1}, "wrong_shape"),
+        ({"basis": 1}, "wrong_basis"),
         ({"dtype": "bf16"}, "wrong_dtype"),
         ({"dtype_back": "int8"}, "wrong_dtype"),
     ],

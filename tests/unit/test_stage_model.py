@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from stage import functions, genesis, kernels
 from stage.config import ModelConfig
-from stage.model import Stage, TailLoss, basis, document_index
+from stage.model import Stage, TailLoss, document_index
 from stage.parameters import parameter_specs
+from stage.subspace import basis
 from stage.weights import Version, Weights
 
 torch.set_num_threads(1)  # OpenMP spins while it waits, and other tests need the cores

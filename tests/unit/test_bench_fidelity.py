@@ -1,0 +1,75 @@
+"""The arms of the fidelity suite run, differ where they should, and keep their budgets."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from stage.config import ModelConfig
+from stage.data import ByteSource
+
+torch.set_num_threads(1)  # OpenMP spins while it waits, and other tests need the cores
+
+BASE = ModelConfig(
+    d=32, k=4, heads=2, kv_heads=1, head_dim=16, ffn=48, seq=16, layers=(1, 1, 1), f_scale=3.0
+)  # fmt: skip
+
+
+@pytest.fixture
+def suite(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    import fidelity
+
+    monkeypatch.setattr(sys.modules["fidelity_run"], "EVAL_ROWS", 8)
+    return fidelity
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i} of a text that is easy to learn\n" for i in range(300)))
+    return path
+
+
+def test_every_arm_trains(suite: Any, text: Path) -> None:
+    source = ByteSource(text, BASE.seq, 1)
+    losses = {}
+    for name, arm in suite.arms(BASE).items():
+        how = suite.training(arm, 1e-2, 1, 2, 4)
+        moving = 1 if arm.move_every else 0
+        curve = suite.train(name, arm.model, how, source, arm.stage, "cpu", moving)
+        assert math.isfinite(curve.loss)
+        assert curve.tokens == 2 * 4 * BASE.seq
+        losses[name] = curve.loss
+    assert losses["wire/int8-int8"] != losses["subspace"]
+    assert losses["wire/int8-int8"] == pytest.approx(losses["subspace"], abs=0.01)
+    assert len(set(losses.values())) > len(losses) // 2
+
+
+def test_budgets(suite: Any) -> None:
+    arms = suite.arms(BASE)
+    assert arms["subspace"].parameters < arms["ffn/wider"].parameters
+    dense = arms["dense/small-embedding"].parameters
+    assert 0.95 * dense < arms["ffn/wider"].parameters <= dense
+    assert arms["constrained/fixed"].parameters > arms["subspace"].parameters
+
+
+def test_it_reports_the_best_learning_rate_of_each_arm(
+    suite: Any, monkeypatch: pytest.MonkeyPatch, text: Path
+) -> None:
+    monkeypatch.setitem(suite.SIZES, "small", BASE)
+    monkeypatch.setattr(suite, "ByteSource", lambda path, seq, seed: ByteSource(text, seq, seed))
+    options = "--steps 2 --batch 2 --arm subspace --lr 1e-3 --lr 1e-2 --seeds 2".split()
+    result = CliRunner().invoke(suite.main, [*options, "--json"], catch_exceptions=False)
+    lines = [json.loads(line) for line in result.output.splitlines()]
+    assert len(lines) == 5
+    runs, last = lines[:4], lines[4]
+    means = {lr: sum(run["loss"] for run in runs if run["lr"] == lr) / 2 for lr in (1e-3, 1e-2)}
+    assert last["best"] == pytest.approx(min(means.values()), abs=1e-3)
+    assert last["best_lr"] == min(means, key=lambda lr: means[lr])
+    assert CliRunner().invoke(suite.main, ["--arm", "none such"]).exit_code == 2
