@@ -88,6 +88,15 @@ def test_table_equals_reference(seed: int, ids: list[int], d: int, scale: float)
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_are_rounded_once(instruction_set: str, dtype: torch.dtype) -> None:
+    tokens = torch.tensor([[3, 128255], [0, (1 << 32) - 1]])
+    for d in (1, 30, 512, 531):
+        table = kernels.token_table(tokens, d, SEED, 0.1, dtype=dtype)
+        assert table.shape == (2, 2, d)
+        assert torch.equal(table, kernels.token_table(tokens, d, SEED, 0.1).to(dtype))
+
+
 def test_distribution() -> None:
     x = kernels.random_normal(SEED, 1, 1 << 20, 1.0).double()
     assert abs(float(x.mean())) < 0.005
