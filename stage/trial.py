@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
@@ -26,7 +26,8 @@ from p2p.errors import LocalError
 from stage.config import ModelConfig, TrainingConfig
 from stage.memory import Mode
 
-TIMEOUT_S = 3600.0
+TIMEOUT_S: Final = 3600.0
+WORKERS_MODE: Final = Mode("fp32", "device", "retain")
 
 
 @attrs.frozen
@@ -44,12 +45,16 @@ class Measured:
 def run(
     model: ModelConfig, training: TrainingConfig, stage: int, mode: Mode, *, graphs: int = 1, threads: int = 2
 ) -> Measured:
-    """Measure a stage. Raises LocalError if the process fails, e.g. for want of memory."""
+    """Measure a stage, with ``graphs`` microbatches waiting for their gradient.
+
+    Raises LocalError for a mode that this version has not, or if the process fails, e.g. for want of memory.
+    """
+    if mode != WORKERS_MODE:
+        raise LocalError(f"workers of this version compute in one mode ({WORKERS_MODE}), not in {mode}")
     wanted = {
         "model": attrs.asdict(model),
         "training": attrs.asdict(training),
         "stage": stage,
-        "mode": attrs.asdict(mode),
         "graphs": graphs,
         "threads": threads,
     }

@@ -40,6 +40,7 @@ DEFAULT_SLOTS: Final = 8
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), help="[default: bf16 on a GPU, else fp32]")
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Only this, instead of the best that fits.")
 @click.option("--graph", type=click.Choice(GRAPHS), help="Only this, instead of the best that fits.")
+@click.option("--measure", type=int, metavar="STAGE", help="Run this stage here, to compare (--device cpu).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def plan(
     path: Path | None,
@@ -56,6 +57,7 @@ def plan(
     dtype: Dtype | None,
     optimizer: OptimizerPlace | None,
     graph: Graph | None,
+    measure: int | None,
     as_json: bool,
 ) -> None:
     """Memory, traffic and speed of every stage on given machines and links.
@@ -87,10 +89,38 @@ def plan(
     except DoesNotFit as error:
         hint = "" if wanted is not None else "; --fit searches a cut that fits"
         raise click.ClickException(f"{error}{hint}") from None
+    measured = None if measure is None else _measured(found, measure)
     if as_json:
-        click.echo(json.dumps(document(found)))
-    else:
-        click.echo("\n".join(table(found)))
+        extra = {} if measured is None else {"measured": measured}
+        click.echo(json.dumps(document(found) | extra))
+        return
+    click.echo("\n".join(table(found)))
+    if measured is not None:
+        planned, peak = measured["planned_bytes"], measured["peak_bytes"]
+        click.echo(
+            f"stage {measured['stage']} measured here: {peak / GB:.2f} GB, planned {planned / GB:.2f} GB "
+            f"({peak / planned - 1:+.1%}), {measured['sequence_s']:.1f} s a sequence "
+            f"({measured['tflops']:.3g} TFLOP/s)"
+        )
+
+
+def _measured(found: Plan, index: int) -> dict[str, Any]:
+    """The real stage at work on this machine, beside what was planned."""
+    from stage import trial
+
+    setting = found.setting
+    if setting.device != "cpu":
+        raise LocalError("--measure runs on this machine's CPU; plan for that: --device cpu")
+    if not 0 <= index < len(found.stages):
+        raise LocalError(f"--measure {index}: the stages are 0 to {len(found.stages) - 1}")
+    stage = found.stages[index]
+    measured = trial.run(setting.model, setting.training, index, stage.mode, graphs=stage.in_flight)
+    return {
+        "stage": index,
+        "planned_bytes": stage.memory.vram_bytes + stage.memory.host_bytes,
+        **attrs.asdict(measured),
+        "tflops": stage.flops / measured.sequence_s / 1e12,
+    }
 
 
 def _described(path: Path | None, preset: str | None) -> tuple[ModelConfig, TrainingConfig]:

@@ -238,6 +238,7 @@ def test_more_latency_needs_more_in_flight() -> None:
         (["--preset", "8b", "--replicas", "0"], "replicas = 0"),
         (["--preset", "8b", "--gpu", "abacus"], "no figures"),
         (["--preset", "8b", "--device", "cpu", "--vram", "8"], "no VRAM"),
+        (["--preset", "demo", "--device", "cpu", "--measure", "1"], "in one mode"),
         (["no-such-file.toml"], "no-such-file.toml"),
     ],
 )
@@ -296,6 +297,18 @@ def test_a_real_stage_takes_what_was_planned(
     chosen = setting("100m")
     chosen = attrs.evolve(chosen, model=attrs.evolve(chosen.model, seq=256, layers=(1, 3, 2)))
     check_trial(chosen, stage, Mode("fp32", "device", "retain"), graphs)
+
+
+def test_a_stage_is_measured_from_the_command_line(run_plan: RunPlan) -> None:
+    done = run_plan("--preset", "demo", "--device", "cpu", "--graph", "retain", "--measure", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)["measured"]
+    assert measured["peak_bytes"] == pytest.approx(measured["planned_bytes"], rel=0.1)
+    assert measured["sequence_s"] > 0
+    for arguments in (["--measure", "1"], ["--device", "cpu", "--measure", "3"]):
+        done = run_plan("--preset", "demo", "--graph", "retain", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "--measure" in done.stderr
 
 
 @pytest.mark.long
