@@ -29,25 +29,26 @@ void bind_cuda_boundary(py::module_& m) {
         check_dimension(n, "n must be positive");
         launched(cuda::fill(device<float>(out), n, seed, number, factor, device<void>(stream)));
     });
-    m.def("cuda_token_rows", [](P out, int out_dtype, P ids, int64_t rows, int64_t d, uint64_t seed,
-                                float factor, P stream) {
-        check_shape(rows, d, 1);
-        size_of(out_dtype);
-        launched(cuda::rows(device<void>(out), out_dtype, device<const int64_t>(ids), rows, d, seed, factor,
-                            device<void>(stream)));
-    });
+    m.def("cuda_token_rows",
+          [](P out, int out_dtype, P ids, int64_t rows, int64_t d, uint64_t seed, float factor, P stream) {
+              check_shape(rows, d, 1);
+              size_of(out_dtype);
+              launched(cuda::rows(device<void>(out), out_dtype, device<const int64_t>(ids), rows, d, seed,
+                                  factor, device<void>(stream)));
+          });
     m.def("cuda_prepared_numbers", &cuda::prepared_numbers,
           "Numbers of h's dtype that U takes for tensor cores; 0: they are not used for these.");
     m.def("cuda_scratch_numbers", [](int64_t rows, int64_t d, int64_t k) {
         check_shape(rows, d, k);
         return cuda::scratch_numbers(rows, d, k);
     });
-    m.def("cuda_prepare_basis", [](P basis, int basis_dtype, P prepared, int h_dtype, int64_t d, int64_t k,
-                                   P stream) {
-        require(cuda::prepared_numbers(h_dtype, basis_dtype, d, k) > 0, "tensor cores are not used for these");
-        launched(cuda::prepare_basis(device<void>(basis), basis_dtype, device<void>(prepared), h_dtype, d, k,
-                                     device<void>(stream)));
-    });
+    m.def("cuda_prepare_basis",
+          [](P basis, int basis_dtype, P prepared, int h_dtype, int64_t d, int64_t k, P stream) {
+              require(cuda::prepared_numbers(h_dtype, basis_dtype, d, k) > 0,
+                      "tensor cores are not used for these");
+              launched(cuda::prepare_basis(device<void>(basis), basis_dtype, device<void>(prepared), h_dtype,
+                                           d, k, device<void>(stream)));
+          });
     m.def("cuda_expand", [](P c, int c_dtype, P basis, int basis_dtype, P ids, P h, int h_dtype, int64_t rows,
                             int64_t d, int64_t k, uint64_t seed, float factor, P prepared, P stream) {
         expand({device<void>(c), device<void>(basis), device<void>(prepared), device<const int64_t>(ids),
@@ -66,10 +67,10 @@ void bind_cuda_boundary(py::module_& m) {
         check_shape(rows, d, k);
         size_of(h_dtype), size_of(basis_dtype);
         require(out_dtype >= kFloat32 && out_dtype <= kInt8, "out_dtype must lie in [0, 3]");
-        launched(cuda::project({device<void>(h), device<void>(table), device<void>(basis),
-                                device<void>(prepared), device<float>(scratch), device<void>(out), rows, d, k,
-                                h_dtype, basis_dtype, out_dtype},
-                               device<void>(stream)));
+        launched(cuda::project(
+            {device<void>(h), device<void>(table), device<void>(basis), device<void>(prepared),
+             device<float>(scratch), device<void>(out), rows, d, k, h_dtype, basis_dtype, out_dtype},
+            device<void>(stream)));
     });
     m.def("cuda_wire_pack", [](P c, int c_dtype, P out, int wire, int64_t rows, int64_t k, P stream) {
         check_shape(rows, 1, k);

@@ -6,6 +6,9 @@
 
 #include <cuda_runtime.h>
 #include <stdint.h>
+#include <string.h>
+
+#include <tuple>
 
 namespace agora::cuda {
 
@@ -35,13 +38,22 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, void* stream,
            Arguments... arguments) {
+    const void* address = reinterpret_cast<const void*>(kernel);
     if (shared > 48 * 1024) {
-        cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        cudaError_t error =
+            cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
         if (error != cudaSuccess) return int(error);
     }
-    kernel<<<grid, threads, size_t(shared), cudaStream_t(stream)>>>(Parameters(arguments)...);
-    return int(cudaGetLastError());
+    std::tuple<Parameters...> values(arguments...);
+    cudaError_t error = std::apply(
+        [&](Parameters&... each) {
+            void* places[] = {const_cast<void*>(static_cast<const void*>(&each))...};
+            return cudaLaunchKernel(address, grid, dim3(unsigned(threads)), places, size_t(shared),
+                                    cudaStream_t(stream));
+        },
+        values);
+    cudaError_t last = cudaGetLastError();  // also clears it
+    return int(error != cudaSuccess ? error : last);
 }
 
 // 16 bytes from global to shared memory, or 16 zeros.

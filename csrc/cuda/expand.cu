@@ -93,8 +93,7 @@ __global__ void __launch_bounds__(Shape<kTable, kLeft, kRight>::kThreads)
                     for (int t = 0; t < kRight; t++) {
                         Right<T, wmma::col_major> right;
                         wmma::load_matrix_sync(
-                            right,
-                            native(basis + (t * kSide + half + n * kFragment) * kLine + p * kFragment),
+                            right, native(basis + (t * kSide + half + n * kFragment) * kLine + p * kFragment),
                             kLine);
 #pragma unroll
                         for (int s = 0; s < kLeft; s++)
@@ -113,8 +112,8 @@ __global__ void __launch_bounds__(Shape<kTable, kLeft, kRight>::kThreads)
                 if (row >= rows || column >= d) continue;
                 float plus[kVector];
                 if (kTable) {
-                    Vector<T> x = *reinterpret_cast<const Vector<T>*>(
-                        slab + (warp * kFragment + r) * kLine + half + v);
+                    Vector<T> x =
+                        *reinterpret_cast<const Vector<T>*>(slab + (warp * kFragment + r) * kLine + half + v);
 #pragma unroll
                     for (int j = 0; j < kVector; j++) plus[j] = load(x.at[j]);
                 } else {

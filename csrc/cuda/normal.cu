@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(T* out, const int64_t* i
     if (group * 4 >= d) return;
     for (int64_t row = blockIdx.y; row < count; row += gridDim.y)
         put(out + row * d + group * 4,
-            values_at<T>(seed, kTokenTableStream, uint32_t(ids[row]), uint32_t(group), factor),
-            d - group * 4, whole);
+            values_at<T>(seed, kTokenTableStream, uint32_t(ids[row]), uint32_t(group), factor), d - group * 4,
+            whole);
 }
 
 bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }

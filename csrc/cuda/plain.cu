@@ -35,8 +35,8 @@ __device__ __forceinline__ void store_any(void* numbers, int dtype, int64_t at, 
 // sums[i][j] = sum over p in [begin, end) of left(row, p) * right(p, column), a thread's part of the tile.
 // Summed in runs of kDepth, then over the runs: a chain over all of d would lose precision.
 template <bool kRightByColumn, typename LeftAt, typename RightAt>
-__device__ __forceinline__ void product(float (&sums)[kEach][kEach], int64_t begin, int64_t end,
-                                        LeftAt left, RightAt right) {
+__device__ __forceinline__ void product(float (&sums)[kEach][kEach], int64_t begin, int64_t end, LeftAt left,
+                                        RightAt right) {
     __shared__ float a[kDepth][kTile + 1];
     __shared__ float b[kDepth][kTile + 1];
     int tx = int(threadIdx.x) % kSide, ty = int(threadIdx.x) / kSide;
@@ -71,7 +71,9 @@ __global__ void __launch_bounds__(kThreads) expand_plain_kernel(Expand t) {
     float sums[kEach][kEach] = {};
     product<true>(
         sums, 0, t.k,
-        [&](int r, int64_t p) { return row0 + r < t.rows ? load_any(t.c, t.c_dtype, (row0 + r) * t.k + p) : 0.0f; },
+        [&](int r, int64_t p) {
+            return row0 + r < t.rows ? load_any(t.c, t.c_dtype, (row0 + r) * t.k + p) : 0.0f;
+        },
         [&](int64_t p, int c) {
             return column0 + c < t.d ? load_any(t.basis, t.basis_dtype, (column0 + c) * t.k + p) : 0.0f;
         });

@@ -45,8 +45,7 @@ __global__ void __launch_bounds__(Shape<kMinus, kTerms>::kThreads)
             T* to = shared + chunk % S::kStages * S::kStageNumbers;
             int64_t column = (first + chunk) * kSide;
             copy_slab<S::kRows, S::kThreads>(to, h, row0, rows, column, d);
-            if (kMinus)
-                copy_slab<S::kRows, S::kThreads>(to + S::kSlabNumbers, table, row0, rows, column, d);
+            if (kMinus) copy_slab<S::kRows, S::kThreads>(to + S::kSlabNumbers, table, row0, rows, column, d);
             copy_basis<kTerms, S::kThreads>(to + S::kSlabs * S::kSlabNumbers, prepared, column, term);
         }
         commit_copies();  // an empty group too: the count of groups is that of chunks

@@ -18,10 +18,10 @@ namespace agora::cuda {
 
 namespace wmma = nvcuda::wmma;
 
-constexpr int kSide = 64;        // columns of a slab, and the largest k
-constexpr int kLine = 72;        // numbers from line to line: 16 bytes more, so that lines meet other banks
-constexpr int kVector = 8;       // 16-bit numbers in 16 bytes
-constexpr int kFragment = 16;    // m, n and k of a tensor core's product
+constexpr int kSide = 64;      // columns of a slab, and the largest k
+constexpr int kLine = 72;      // numbers from line to line: 16 bytes more, so that lines meet other banks
+constexpr int kVector = 8;     // 16-bit numbers in 16 bytes
+constexpr int kFragment = 16;  // m, n and k of a tensor core's product
 constexpr int kPieces = kSide / kFragment;
 constexpr int kBasisBytes = kSide * kLine * 2;
 

@@ -25,6 +25,7 @@ from stage.kernels.checks import (
 )
 from stage.kernels.generator import MAX_D
 from stage.kernels.launch import CODES, compiled, launch
+from stage.kernels.prepared import addresses, prepared_basis, scratch
 
 MAX_K = 1024
 
@@ -79,10 +80,12 @@ def _expand(
     h = new_or_given(out, (*ids.shape, d), dtype or c.dtype, c.device, c=c, U=basis, ids=ids)
     if not compiled(c, basis, h):
         return h.copy_(reference.expand(c, basis, ids, seed, scale, h.dtype))
+    prepared = prepared_basis(basis, h.dtype)
     launch(
         "expand", c.device,
         c.data_ptr(), CODES[c.dtype], basis.data_ptr(), CODES[basis.dtype], ids.data_ptr(),
         h.data_ptr(), CODES[h.dtype], ids.numel(), d, k, seed, scale * reference.UNIT,
+        *addresses(c.device, prepared),
     )  # fmt: skip
     return h
 
@@ -96,10 +99,11 @@ def _expand_rows(c: Tensor, basis: Tensor, rows: Tensor, out: Tensor | None = No
     h = new_or_given(out, shape, rows.dtype, c.device, c=c, U=basis, rows=rows)
     if not compiled(c, basis, rows):
         return h.copy_(reference.expand_rows(c, basis, rows))
+    prepared = prepared_basis(basis, h.dtype)
     launch(
         "expand_rows", c.device,
         c.data_ptr(), CODES[c.dtype], basis.data_ptr(), CODES[basis.dtype], rows.data_ptr(),
-        h.data_ptr(), CODES[h.dtype], h.numel() // d, d, k,
+        h.data_ptr(), CODES[h.dtype], h.numel() // d, d, k, *addresses(c.device, prepared),
     )  # fmt: skip
     return h
 
@@ -119,10 +123,12 @@ def _project(
         if rows is None:
             return c.copy_(reference.project(h, basis, c.dtype))
         return c.copy_(reference.project_difference(h, rows, basis, c.dtype))
+    prepared, sums = prepared_basis(basis, h.dtype), scratch(h, basis)
     launch(
         "project", h.device,
         h.data_ptr(), CODES[h.dtype], 0 if rows is None else rows.data_ptr(),
         basis.data_ptr(), CODES[basis.dtype], c.data_ptr(), CODES[c.dtype], c.numel() // k, d, k,
+        *addresses(h.device, prepared, sums),
     )  # fmt: skip
     return c
 
@@ -347,13 +353,13 @@ def subspace_weights(weights: Tensor, basis: Tensor) -> None:
     check_apart("W", weights, U=basis)
     d, n = weights.shape
     with torch.no_grad():
-        if not compiled(weights, basis):
+        # On a GPU two of torch's products are at the limit already.
+        if weights.device.type == "cuda" or not compiled(weights, basis):
             reference.subspace_weights(weights, basis)
             return
-        place = weights.data_ptr(), CODES[weights.dtype], basis.data_ptr(), CODES[basis.dtype]
-        if weights.device.type == "cuda":
-            scratch = torch.empty((basis.shape[1], n), dtype=torch.float32, device=weights.device)
-            launch("subspace_weights", weights.device, *place, d, n, basis.shape[1], scratch.data_ptr())
-        else:
-            launch("subspace_weights", weights.device, *place, d, n, basis.shape[1])
+        launch(
+            "subspace_weights", weights.device,
+            weights.data_ptr(), CODES[weights.dtype], basis.data_ptr(), CODES[basis.dtype],
+            d, n, basis.shape[1],
+        )  # fmt: skip
         torch.autograd.graph.increment_version(weights)

@@ -27,35 +27,41 @@ _KEPT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """basis -> {dtype of h: its prepared form}"""
 
 
-def prepared_basis(basis: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """U prepared for h of ``dtype``; empty where the kernels do without (CPU, fp32 h, k above 64)."""
+def prepared_basis(basis: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """U prepared for h of ``dtype``; None where the kernels do without (CPU, fp32 h, k above 64)."""
     if basis.device.type != "cuda":
-        return ()
+        return None
     d, k = basis.shape
     size = native.cuda_prepared_numbers(CODES[dtype], CODES[basis.dtype], d, k)
     if size == 0:
-        return ()
+        return None
     kept: dict[torch.dtype, _Prepared] = {}
-    if not basis.is_inference():  # those count no changes
-        kept = _KEPT.setdefault(basis, kept)
-        stream = torch.cuda.current_stream(basis.device).cuda_stream
-        now = basis._version, basis.data_ptr(), stream
-        if dtype in kept and kept[dtype][:3] == now:
-            return (kept[dtype].numbers,)
+    version = -1  # tensors of inference mode count no changes: prepared anew each time
+    if not basis.is_inference():
+        kept, version = _KEPT.setdefault(basis, kept), basis._version
+    now = version, basis.data_ptr(), torch.cuda.current_stream(basis.device).cuda_stream
+    if dtype in kept and kept[dtype][:3] == now:
+        return kept[dtype].numbers
     numbers = torch.empty(size, dtype=dtype, device=basis.device)
     launch(
         "prepare_basis", basis.device,
         basis.data_ptr(), CODES[basis.dtype], numbers.data_ptr(), CODES[dtype], d, k,
     )  # fmt: skip
-    if not basis.is_inference():
-        kept[dtype] = _Prepared(*now, numbers)
-    return (numbers,)
+    kept[dtype] = _Prepared(*now, numbers)
+    return numbers
 
 
-def scratch(h: Tensor, basis: Tensor) -> tuple[Tensor, ...]:
-    """Memory for project's sums of h: fp32, for each span of d; empty on the CPU."""
+def scratch(h: Tensor, basis: Tensor) -> Tensor | None:
+    """Memory for project's sums of h: fp32, for each span of d; None on the CPU."""
     if h.device.type != "cuda":
-        return ()
+        return None
     d, k = basis.shape
     size = native.cuda_scratch_numbers(h.numel() // d, d, k)
-    return (torch.empty(size, dtype=torch.float32, device=h.device),)
+    return torch.empty(size, dtype=torch.float32, device=h.device)
+
+
+def addresses(device: torch.device, *tensors: Tensor | None) -> tuple[int, ...]:
+    """The arguments that only the CUDA binding has. The tensors must outlive the launch."""
+    if device.type != "cuda":
+        return ()
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)

@@ -19,6 +19,7 @@ from stage.kernels import reference
 from stage.kernels.boundary import MAX_K, check_basis, check_rows
 from stage.kernels.checks import FLOATS, check, check_apart
 from stage.kernels.launch import CODES, compiled, launch
+from stage.kernels.prepared import addresses, prepared_basis, scratch
 
 Wire = Literal["fp32", "bf16", "int8"]
 Buffer = bytearray | memoryview
@@ -116,10 +117,12 @@ def project_into(
             c = reference.project(less, basis, torch.float64 if h.dtype is torch.float64 else torch.float32)
             reference.wire_pack(c.reshape(tokens, k), to, wire)
             return
+        prepared, sums = prepared_basis(basis, h.dtype), scratch(h, basis)
         launch(
             "project", h.device,
             h.data_ptr(), CODES[h.dtype], 0 if rows is None else rows.data_ptr(),
             basis.data_ptr(), CODES[basis.dtype], to.data_ptr(), _WIRES[wire], tokens, d, k,
+            *addresses(h.device, prepared, sums),
         )  # fmt: skip
 
     _write(out, wire_bytes(tokens, k, wire), h.device, pack, h=h, U=basis, rows=rows)
