@@ -1,6 +1,6 @@
 """What the subspace costs: small models on Python's source, arm against arm at equal tokens.
 
-    python bench/fidelity.py [--arm NAME ...] [--size small|wide] [--steps 300] [--seeds 1] [--json]
+    python bench/fidelity.py [--arm NAME ...] [--size small|wide] [--steps 300] [--seed 1 ...] [--json]
 
 Every run of a size sees the same rows in the same order, so many steps of the same batch, and is judged on
 the same held-out rows. An arm runs with each of several learning rates; its best (by the mean over the
@@ -133,13 +133,13 @@ def summary(curves: list[Curve]) -> list[dict[str, Any]]:
 @click.option("--steps", default=300)
 @click.option("--batch", default=16, help="Sequences a step.")
 @click.option("--lr", "lrs", multiple=True, type=float, default=LRS)
-@click.option("--seeds", default=1)
+@click.option("--seed", "seeds", multiple=True, type=int, default=(1,))
 @click.option("--minutes", default=float("inf"), help="Begin no run after so many.")
 @click.option("--device", default="cpu")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a run and one an arm.")
 def main(
-    chosen: tuple[str, ...], size: str, steps: int, batch: int, lrs: tuple[float, ...], seeds: int,
-    minutes: float, device: str, as_json: bool,
+    chosen: tuple[str, ...], size: str, steps: int, batch: int, lrs: tuple[float, ...],
+    seeds: tuple[int, ...], minutes: float, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     torch.set_num_threads(1)
     table = arms(SIZES[size])
@@ -148,7 +148,7 @@ def main(
         raise click.UsageError(f"no such arm; there are {', '.join(table)}")
     began = time.monotonic()
     curves: list[Curve] = []
-    for seed in range(1, seeds + 1):
+    for seed in seeds:
         source = ByteSource(None, SIZES[size].seq, seed)
         for name in names:
             for lr in lrs:

@@ -64,20 +64,8 @@ def test_it_reports_the_best_learning_rate_of_each_arm(
 ) -> None:
     monkeypatch.setitem(suite.SIZES, "small", BASE)
     monkeypatch.setattr(suite, "ByteSource", lambda path, seq, seed: ByteSource(text, seq, seed))
-    options = [
-        "--steps",
-        "2",
-        "--batch",
-        "2",
-        "--seeds",
-        "2",
-        "--arm",
-        "subspace",
-        "--lr",
-        "1e-3",
-        "--lr",
-        "1e-2",
-    ]
+    options = ["--arm", "subspace", "--steps", "2", "--batch", "2", "--lr", "1e-3", "--lr", "1e-2"]
+    options += ["--seed", "1", "--seed", "2"]
     result = CliRunner().invoke(suite.main, [*options, "--json"], catch_exceptions=False)
     lines = [json.loads(line) for line in result.output.splitlines()]
     assert len(lines) == 5
