@@ -21,6 +21,7 @@ from agorad import __version__, preflight
 from agorad.config import ROLES, Config, default_path, load
 from agorad.exitcodes import ExitCode, verdict
 from agorad.node import run_node, start_time
+from agorad.pages import use_large_pages
 from agorad.usage import NamedPath, complain
 
 DESCRIPTORS = 8192
@@ -71,6 +72,7 @@ def _live(settings: Config) -> None:
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    use_large_pages()
     # Importing torch takes seconds; being asked to stop in that time is a clean end as well.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: sys.exit(ExitCode.CLEAN))

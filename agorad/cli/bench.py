@@ -8,6 +8,7 @@ from typing import Any, Final
 import click
 
 from agorad.ask import CommandFailed
+from agorad.pages import use_large_pages
 
 _SIZES: Final = ("demo", "100m", "1b", "8b")
 
@@ -36,6 +37,7 @@ def kernels(
 
     Takes a few minutes and, at 8b, 6 GB of memory. Example: agoractl bench kernels --size 8b --no-compile
     """
+    use_large_pages()
     import torch
 
     from agorad.bench import kernels as benchmark
