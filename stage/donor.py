@@ -87,13 +87,23 @@ class Fetched:
     """A whole, verified state."""
 
     manifest: SnapshotManifest
-    data: bytearray
+    data: bytearray | mmap.mmap
 
 
 async def fetch(
-    host: Host, donor: PeerId, addrs: Sequence[Multiaddr], stage: int, *, floats: int, fingerprint: str
+    host: Host,
+    donor: PeerId,
+    addrs: Sequence[Multiaddr],
+    stage: int,
+    *,
+    floats: int,
+    fingerprint: str,
+    room: Callable[[int], bytearray | mmap.mmap],
 ) -> Fetched:
-    """A mate's state. Raises P2PError, or trio.TooSlowError when the donor stalls."""
+    """A mate's state, in memory that ``room`` gives for its size.
+
+    Raises P2PError, or trio.TooSlowError when the donor stalls.
+    """
     async with await host.call(donor, PROTOCOL, addrs=addrs, deadline=DIAL_S) as call:
         await call.send({"t": "want", "stage": stage})
         with trio.fail_after(CHUNK_S):
@@ -102,7 +112,7 @@ async def fetch(
         if answer.header.get("t") != "manifest" or not isinstance(signature, bytes):
             raise RemoteError("state: the donor's first answer is not a manifest")
         manifest = open_manifest(donor, bytes(answer.payload), signature)
-        assembly = Assembly(manifest, floats=floats, fingerprint=fingerprint)
+        assembly = Assembly(manifest, floats=floats, fingerprint=fingerprint, room=room)
         wanted = assembly.missing()
         asked = 0
         while not assembly.complete:

@@ -6,9 +6,15 @@ stages, so each stage clips to its share of it, ``max_norm / sqrt(stages)``: if 
 the whole. With fewer than ``min_step_samples`` the gradient is carried over to the next step; with none
 nothing is touched and only the number advances. A gradient that is not finite is thrown away.
 
-Moments lie in two flat buffers like the weights, so a snapshot is three vectors. ``hold()`` lets a
-writer read them while training goes on: a step that meets a hold works on a copy. Bias correction counts
-the updates that were made, not the steps of the run.
+A step goes over the vectors once, in pieces, so that it needs no room of the size of the weights. Where the
+moments lie is a setting: ``device`` (fp32 beside the weights), ``8bit`` (codes beside the weights, see
+``stage.moments``), ``host`` (masters and moments in host memory: the gradient comes piece by piece, AdamW runs
+on the CPU, the compute copy on the device is refreshed piece by piece).
+
+A snapshot is three fp32 vectors: weights, first and second moment, read piece by piece. ``hold()`` lets a writer
+read them while training goes on: a step that meets a hold works on a copy, or waits for the reader where
+there is no room for one (``Weights.max_copies``). Bias correction counts the updates that were made, not the
+steps of the run.
 
 Not thread-safe, like ``Weights``. Sources: AdamW, arXiv 1711.05101; 1/sqrt(stages) as in production at
 Pluralis (reference: papers.md, summary 8).
@@ -16,7 +22,10 @@ Pluralis (reference: papers.md, summary 8).
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
 from typing import Literal
 
 import attrs
@@ -29,8 +38,10 @@ from p2p.event import Emit, ignore
 from stage import subspace
 from stage.config import TrainingConfig
 from stage.events import BadGradient
+from stage.moments import FullMoments, Moments8
 from stage.schedule import learning_rate
-from stage.weights import Version, Weights
+from stage.settings import OptimizerKind
+from stage.weights import CHUNK, Weights
 
 EPS = 1e-8
 
@@ -48,23 +59,31 @@ class StepTaken:
     """Of the mean gradient, before clipping."""
 
 
-@attrs.frozen
 class Held:
-    """Weights and moments as they were, until ``release()``; for a snapshot writer."""
+    """The state as it was, until ``release()``; for a reader on any thread."""
 
-    flat: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: int
-    updates: int
-    fingerprint: str
-    _version: Version
-    _optimizer: Optimizer
+    def __init__(self, optimizer: Optimizer, step: int) -> None:
+        self.step = step
+        self.updates = optimizer.updates
+        self.fingerprint = optimizer.weights.layout.fingerprint
+        self.version = optimizer.weights.hold()
+        self.moments = optimizer.moments
+        self._returned = optimizer._returned
+
+    @property
+    def floats(self) -> int:
+        """Length of one vector."""
+        return self.version.flat.numel()
+
+    def read(self, vector: int, start: int, stop: int) -> Tensor:
+        """A range of vector 0 (weights), 1 or 2 (moments), fp32, on the CPU; whole groups of 256."""
+        if vector == 0:
+            return self.version.flat[start:stop].cpu()
+        return self.moments.read("exp_avg" if vector == 1 else "exp_avg_sq", start, stop).cpu()
 
     def release(self) -> None:
-        """Call once, from the thread that owns the optimizer."""
-        self._version.release()
-        self._optimizer._release(self.exp_avg)
+        """Call once, from any thread: the owner of the optimizer takes it back when it next needs to."""
+        self._returned.put(self)
 
 
 class Optimizer:
@@ -78,6 +97,7 @@ class Optimizer:
         stage: int = 0,
         stages: int = 1,
         basis: Tensor | None = None,
+        kind: OptimizerKind = "device",
         emit: Emit = ignore,
     ) -> None:
         self.weights = weights
@@ -88,12 +108,20 @@ class Optimizer:
         """U (d×k), where the stage has matrices that are kept in its span."""
         if weights.layout.constrained and basis is None:
             raise LocalError("optimizer: constrained matrices need the basis that they are kept in")
+        if weights.layout.constrained and kind != "device":
+            raise LocalError(
+                f"compute.optimizer = {kind!r} does not work with the constrained variant; use 'device'"
+            )
         self.emit = emit
-        self.exp_avg = torch.zeros_like(weights.flat)
-        self.exp_avg_sq = torch.zeros_like(weights.flat)
+        eight = kind == "8bit"
+        self.moments: FullMoments | Moments8 = (
+            Moments8(weights.flat, config.seed) if eight else FullMoments(weights.flat)
+        )
+        self.staging = HostStaging(weights) if kind == "host" else None
         self.updates = 0
         """Updates made so far: Adam's own count, part of the state."""
-        self._holds = 0
+        self._held: set[Held] = set()
+        self._returned: SimpleQueue[Held] = SimpleQueue()
 
     def step(self, step: int, samples: int) -> StepTaken:
         """The clock reached ``step`` with ``samples`` gradients in the accumulator.
@@ -104,98 +132,205 @@ class Optimizer:
             return StepTaken(step, "empty", 0)
         if samples < self.config.min_step_samples:
             return StepTaken(step, "carried", 0)
-        gradient = self.weights.gradient
-        norm = float(torch.linalg.vector_norm(gradient)) / samples
+        norm = self._norm() / samples
         if not math.isfinite(norm):
             self.weights.zero_gradient()
             self.emit(BadGradient(stage=self.stage, step=step, samples=samples))
             return StepTaken(step, "not finite", samples)
         lr = learning_rate(step, self.config)
-        flat = self.weights.writable()
         clip = min(1.0, self.max_norm / norm) if self.max_norm and norm else 1.0
-        gradient.mul_(clip / samples)
-        self._update(flat, lr)
+        self._update(lr, clip / samples)
         self.weights.zero_gradient()
         return StepTaken(step, "updated", samples, lr, norm)
 
-    def _update(self, flat: Tensor, lr: float) -> None:
-        if self._holds:
-            self.exp_avg, self.exp_avg_sq = self.exp_avg.clone(), self.exp_avg_sq.clone()
-            self._holds = 0
-        layout, config = self.weights.layout, self.config
+    def _norm(self) -> float:
+        """Of the accumulator; pieces are joined in double precision."""
+        gradient = self.weights.gradient
+        norms = [torch.linalg.vector_norm(part) for part in gradient.split(CHUNK)]
+        return float(torch.linalg.vector_norm(torch.stack(norms).double()))
+
+    def _update(self, lr: float, factor: float) -> None:
+        self._take_back()
+        flat = self.weights.writable()
+        if any(held.moments is self.moments for held in self._held):
+            self.moments = self.moments.copy()
+        size, window = self.weights.layout.size, self.moments.window
+        pieces = [(start, min(start + window, size)) for start in range(0, size, window)]
+        gradients = self._gradients() if self.staging is None else self.staging.gradients(pieces)
+        for start, stop in pieces:
+            gradient = gradients(start, stop)
+            moments = self.moments.open(start, stop)
+            self._adamw(flat[start:stop], gradient.mul_(factor), moments, start, lr)
+            self.moments.close(start, stop)
+            if self.staging is None:
+                self.weights.refresh(start, stop)
+            else:
+                self.staging.refresh(start, stop)
+        self._update_constrained(flat, lr)
+        self.updates += 1
+
+    def _gradients(self) -> Callable[[int, int], Tensor]:
+        return lambda start, stop: self.weights.gradient[start:stop]
+
+    def _adamw(
+        self, flat: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], start: int, lr: float
+    ) -> None:
+        """One piece, which begins at float ``start``: matrices decay, norm scales do not, and the constrained
+        ones between them are not for this."""
+        layout = self.weights.layout
         constrained = layout.constrained[0][0] if layout.constrained else layout.decayed
+        first, last = (min(max(edge - start, 0), flat.numel()) for edge in (constrained, layout.decayed))
         with torch.no_grad():
-            for part, decay in (
-                (slice(0, constrained), config.weight_decay),
-                (slice(layout.decayed, None), 0.0),
-            ):
+            for part, decay in ((slice(0, first), self.config.weight_decay), (slice(last, None), 0.0)):
+                if not flat[part].numel():
+                    continue
                 adamw(
                     [flat[part]],
-                    [self.weights.gradient[part]],
-                    [self.exp_avg[part]],
-                    [self.exp_avg_sq[part]],
+                    [gradient[part]],
+                    [moments[0][part]],
+                    [moments[1][part]],
                     [],
                     [torch.tensor(float(self.updates), device=flat.device)],
                     fused=True,
                     amsgrad=False,
-                    beta1=config.beta1,
-                    beta2=config.beta2,
+                    beta1=self.config.beta1,
+                    beta2=self.config.beta2,
                     lr=lr,
                     weight_decay=decay,
                     eps=EPS,
                     maximize=False,
                 )
-        self._update_constrained(flat, lr)
-        self.updates += 1
 
     def _update_constrained(self, flat: Tensor, lr: float) -> None:
-        config = self.config
-        vectors = (flat, self.weights.gradient, self.exp_avg, self.exp_avg_sq)
+        if not self.weights.layout.constrained:
+            return
+        config, moments = self.config, self.moments
+        assert isinstance(moments, FullMoments)
+        vectors = (flat, self.weights.gradient, moments.exp_avg, moments.exp_avg_sq)
         for matrices in zip(*map(self.weights.layout.constrained_views, vectors), strict=True):
             assert self.basis is not None
             subspace.adamw_columns(
                 *matrices, self.basis, updates=self.updates, lr=lr, beta1=config.beta1, beta2=config.beta2,
                 weight_decay=config.weight_decay, eps=EPS,
             )  # fmt: skip
+        self.weights.refresh(self.weights.layout.constrained[0][0], self.weights.layout.decayed)
 
     def constrain(self) -> None:
         """Bring the weights back into span(U) after somebody else changed single elements of them."""
         if self.basis is not None and self.weights.layout.constrained:
             subspace.constrain(self.weights.writable(), self.weights.layout, self.basis)
+            self.weights.refresh()
 
     def hold(self, step: int) -> Held:
-        """Keep the whole state, which is that of ``step``, for a reader; a copy is made if a step comes."""
-        self._holds += 1
-        version = self.weights.begin()
-        return Held(
-            version.flat,
-            self.exp_avg,
-            self.exp_avg_sq,
-            step,
-            self.updates,
-            self.weights.layout.fingerprint,
-            version,
-            self,
-        )
+        """Keep the whole state, which is that of ``step``, for a reader."""
+        held = Held(self, step)
+        self._held.add(held)
+        return held
 
-    def _release(self, exp_avg: Tensor) -> None:
-        if exp_avg is self.exp_avg and self._holds:
-            self._holds -= 1
+    def wait_for_readers(self) -> None:
+        """Return when no reader stands in the way of writing; they run on other threads."""
+        self._take_back()
+        while self._held and not self.weights.can_write:
+            self._take_back(self._returned.get())
+
+    def _take_back(self, first: Held | None = None) -> None:
+        returned = [] if first is None else [first]
+        while not self._returned.empty():
+            returned.append(self._returned.get())
+        for held in returned:
+            held.version.release()
+            self._held.discard(held)
 
     def load(
         self,
-        flat: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
+        vectors: Sequence[Tensor],
         updates: int,
         fingerprint: str | None = None,
     ) -> None:
-        """Take over a whole state: a snapshot's or a donor's. Raises LocalError if it does not fit."""
+        """Take over a whole state, a snapshot's or a donor's: weights, first and second moment, fp32.
+
+        Raises LocalError if it does not fit, before anything is changed.
+        """
         if fingerprint is not None and fingerprint != self.weights.layout.fingerprint:
             raise LocalError("state: it is of another stage or another model")
-        for name, tensor in (("weights", flat), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-            if tensor.shape != self.exp_avg.shape or not bool(torch.isfinite(tensor).all()):
+        for name, vector in zip(("weights", "exp_avg", "exp_avg_sq"), vectors, strict=True):
+            good = vector.shape == self.weights.flat.shape
+            if not good or not all(bool(torch.isfinite(part).all()) for part in vector.split(CHUNK)):
                 raise LocalError(f"state: {name} has the wrong size for this stage or is not finite")
-        self.weights.writable().copy_(flat)
-        self.exp_avg, self.exp_avg_sq, self._holds = exp_avg.clone(), exp_avg_sq.clone(), 0
+        self.wait_for_readers()
+        flat = self.weights.writable()
+        if any(held.moments is self.moments for held in self._held):
+            self.moments = self.moments.copy()
+        for start in range(0, self.weights.layout.size, CHUNK):
+            part = slice(start, start + CHUNK)
+            flat[part].copy_(vectors[0][part])
+            self.moments.write("exp_avg", start, vectors[1][part])
+            self.moments.write("exp_avg_sq", start, vectors[2][part])
+        self.weights.refresh()
         self.updates = updates
+
+
+class HostStaging:
+    """Pieces on their way between the device and host memory, in two pairs of bounded buffers.
+
+    While AdamW works on one piece on the CPU, the next gradient and the last weights travel. On a CPU the
+    copies are plain ones; the lines are the same.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        compute = weights.compute
+        assert compute is not None
+        self._cuda = weights.device.type == "cuda"
+        room = min(CHUNK, weights.layout.size)
+        self._in = [self._buffer(room, weights.gradient.dtype) for _ in range(2)]
+        self._out = [self._buffer(room, compute.dtype) for _ in range(2)]
+        self._arrived: dict[int, torch.cuda.Event] = {}
+        self._left: dict[int, torch.cuda.Event] = {}
+
+    def _buffer(self, room: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(room, dtype=dtype, pin_memory=self._cuda)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, in host memory."""
+        return sum(buffer.nbytes for buffer in (*self._in, *self._out))
+
+    def gradients(self, pieces: Sequence[tuple[int, int]]) -> Callable[[int, int], Tensor]:
+        """A function that gives the gradient of each piece, in this order."""
+        following = dict(itertools.pairwise(pieces))
+        self._fetch(*pieces[0])
+
+        def get(start: int, stop: int) -> Tensor:
+            if (start, stop) in following:
+                self._fetch(*following[start, stop])
+            if self._cuda:
+                self._arrived.pop(start).synchronize()
+            return self._in[start // CHUNK % 2][: stop - start]
+
+        return get
+
+    def _fetch(self, start: int, stop: int) -> None:
+        room = self._in[start // CHUNK % 2][: stop - start]
+        room.copy_(self._weights.gradient[start:stop], non_blocking=True)
+        if self._cuda:
+            self._arrived[start] = _now()
+
+    def refresh(self, start: int, stop: int) -> None:
+        """Send a piece of the masters to the compute copy, rounded on the way."""
+        turn = start // CHUNK % 2
+        if turn in self._left:
+            self._left.pop(turn).synchronize()
+        compute = self._weights.compute
+        assert compute is not None
+        room = self._out[turn][: stop - start]
+        room.copy_(self._weights.flat[start:stop])
+        compute[start:stop].copy_(room, non_blocking=True)
+        if self._cuda:
+            self._left[turn] = _now()
+
+
+def _now() -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record()
+    return event

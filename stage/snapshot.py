@@ -13,8 +13,10 @@ Reading verifies every chunk. ``load`` raises LocalError with a sentence that na
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from p2p.errors import LocalError, RemoteError
-from stage.state import CHUNK, FLOAT_BYTES, SnapshotManifest
+from stage.state import CHUNK, FLOAT_BYTES, VECTORS, SnapshotManifest
 
 KEEP = 2
 _NAME = re.compile(r"(\d{8})-step-(\d+)\.manifest")
@@ -36,37 +38,32 @@ class Source(Protocol):
     """What is written: ``stage.optimizer.Held`` is one."""
 
     @property
-    def flat(self) -> Tensor: ...
-    @property
-    def exp_avg(self) -> Tensor: ...
-    @property
-    def exp_avg_sq(self) -> Tensor: ...
+    def floats(self) -> int: ...
     @property
     def step(self) -> int: ...
     @property
     def updates(self) -> int: ...
     @property
     def fingerprint(self) -> str: ...
+    def read(self, vector: int, start: int, stop: int) -> Tensor: ...
 
 
 @attrs.frozen
 class State:
-    """The whole state of a stage, read from disk or from a donor."""
+    """The whole state of a stage, read from disk or from a donor. Its vectors may lie in a mapped file."""
 
-    flat: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    vectors: tuple[Tensor, ...]
+    """Weights, first and second moment, fp32."""
     step: int
     """Step of the run's clock that it belongs to."""
     updates: int
     fingerprint: str
 
     @classmethod
-    def of(cls, manifest: SnapshotManifest, data: bytearray) -> State:
+    def of(cls, manifest: SnapshotManifest, data: bytearray | mmap.mmap) -> State:
         """The vectors inside verified data, whose memory they share."""
-        vectors = torch.frombuffer(data, dtype=torch.float32).view(3, manifest.floats)
-        flat, exp_avg, exp_avg_sq = vectors.unbind()
-        return cls(flat, exp_avg, exp_avg_sq, manifest.step, manifest.updates, manifest.fingerprint)
+        vectors = torch.frombuffer(data, dtype=torch.float32).view(VECTORS, manifest.floats)
+        return cls(vectors.unbind(), manifest.step, manifest.updates, manifest.fingerprint)
 
 
 class SnapshotFile:
@@ -114,13 +111,11 @@ class SnapshotFile:
             yield self.chunk(index)
 
     def load(self) -> State:
-        """The whole state. Raises LocalError if a byte of it is not what was written."""
-        data = bytearray(self.manifest.size)
-        position = 0
-        for chunk in self.chunks():
-            data[position : position + len(chunk)] = chunk
-            position += len(chunk)
-        return State.of(self.manifest, data)
+        """The whole state, mapped, not copied. Raises LocalError if a byte of it is not what was written."""
+        for _ in self.chunks():
+            pass
+        # A private mapping: torch wants memory that it may write to, and the file stays as it is.
+        return State.of(self.manifest, mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 class SnapshotStore:
@@ -166,11 +161,22 @@ class SnapshotStore:
 
     def save(self, source: Source) -> int:
         """Write a snapshot; returns its size in bytes. Raises LocalError, e.g. when the disk is full."""
-        floats = source.flat.numel()
-        vectors = (source.flat, source.exp_avg, source.exp_avg_sq)
-        return self._write(source.step, source.updates, source.fingerprint, floats, _pieces(vectors))
+        return self._write(source.step, source.updates, source.fingerprint, source.floats, _pieces(source))
 
-    def install(self, manifest: SnapshotManifest, data: bytearray) -> int:
+    def scratch(self, size: int) -> mmap.mmap:
+        """Room on the disk for a state that is being downloaded, as memory; gone when it is let go.
+
+        A state can be larger than the host's memory has room for. Raises LocalError when the disk is full.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+                return mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise LocalError(f"no room for a state of {size} bytes in {self.folder}: {error.strerror}") from None
+
+    def install(self, manifest: SnapshotManifest, data: bytearray | mmap.mmap) -> int:
         """Keep a downloaded snapshot (``Assembly.result()``) as if we had saved it."""
         view = memoryview(data)
         pieces = (view[start : start + CHUNK] for start in range(0, len(view), CHUNK))
@@ -209,13 +215,13 @@ class SnapshotStore:
             os.close(folder)
 
 
-def _pieces(vectors: Iterable[Tensor]) -> Iterator[memoryview]:
+def _pieces(source: Source) -> Iterator[memoryview]:
     """The vectors' bytes, at most a chunk at a time, without a copy of the whole."""
     floats = CHUNK // FLOAT_BYTES
-    for vector in vectors:
-        for start in range(0, vector.numel(), floats):
-            part = vector[start : start + floats].detach().to("cpu", torch.float32)
-            yield part.numpy().data.cast("B")
+    for vector in range(VECTORS):
+        for start in range(0, source.floats, floats):
+            part = source.read(vector, start, min(start + floats, source.floats))
+            yield part.detach().numpy().data.cast("B")
 
 
 def _write_file(path: Path, pieces: Iterable[memoryview]) -> list[bytes]:

@@ -12,6 +12,8 @@ Manifest: msgpack list [format, step, updates, fingerprint, floats, [hash, ...]]
 from __future__ import annotations
 
 import hashlib
+import mmap
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -110,12 +112,20 @@ def open_manifest(donor: PeerId, data: bytes, signature: bytes) -> SnapshotManif
 class Assembly:
     """A snapshot being downloaded: knows what is missing, takes chunks in any order."""
 
-    def __init__(self, manifest: SnapshotManifest, *, floats: int, fingerprint: str) -> None:
-        """``floats`` and ``fingerprint`` are those of our own stage's layout. Raises RemoteError."""
+    def __init__(
+        self,
+        manifest: SnapshotManifest,
+        *,
+        floats: int,
+        fingerprint: str,
+        room: Callable[[int], bytearray | mmap.mmap] = bytearray,
+    ) -> None:
+        """``floats`` and ``fingerprint`` are those of our own stage's layout; ``room`` gives the memory for
+        the data, once the manifest was found to fit. Raises RemoteError."""
         if manifest.floats != floats or manifest.fingerprint != fingerprint:
             raise RemoteError("snapshot: it is of another stage or another model")
         self.manifest = manifest
-        self.data = bytearray(manifest.size)
+        self.data = room(manifest.size)
         self._missing = set(range(len(manifest.chunks)))
 
     @property
@@ -137,7 +147,7 @@ class Assembly:
             self.data[index * CHUNK : index * CHUNK + len(data)] = data
             self._missing.discard(index)
 
-    def result(self) -> tuple[SnapshotManifest, bytearray]:
+    def result(self) -> tuple[SnapshotManifest, bytearray | mmap.mmap]:
         """Manifest and data, once complete."""
         if self._missing:
             raise LocalError(f"snapshot: {len(self._missing)} chunks are still missing")

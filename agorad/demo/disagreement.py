@@ -22,7 +22,7 @@ def mean_distance(stages: list[list[Path]]) -> float | None:
             except LocalError:
                 continue
             if state is not None:
-                weights.append(state.flat)
+                weights.append(state.vectors[0])
         if len(weights) < 2:
             continue
         mean = torch.stack(weights).mean(0)

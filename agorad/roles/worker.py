@@ -200,8 +200,7 @@ class _Worker:
             try:
                 size = await trio.to_thread.run_sync(self.store.save, held)
             finally:
-                with trio.CancelScope(shield=True):
-                    await self.device.run(STEP, held.release)
+                held.release()
         self.node.emit(Saved(step=step, bytes=size))
 
     async def donated(self) -> None:
@@ -222,6 +221,7 @@ class _Worker:
             self.stage,
             floats=self.compute.floats,
             fingerprint=self.compute.fingerprint,
+            room=self.store.scratch,
         )
         manifest = fetched.manifest
         state = State.of(manifest, fetched.data)

@@ -13,21 +13,28 @@ MAX_D = 1 << 20
 
 
 def random_normal(
-    seed: int, stream: int, n: int, std: float, *, device: torch.device | str = "cpu"
+    seed: int,
+    stream: int,
+    n: int,
+    std: float,
+    *,
+    device: torch.device | str = "cpu",
+    out: Tensor | None = None,
 ) -> Tensor:
     """``n`` nearly normal fp32 values, mean 0: element i of a stream is the same on every machine.
 
     Sum of four uniform bytes, so at most 3.451 ``std`` in size. ``stream``: 64 bits that name the tensor.
+    ``out``: contiguous fp32 memory for n values, on any device, to write to.
     """
     check_seed("seed", seed)
     check_seed("stream", stream)
     check_scale("std", std)
     if n <= 0:
         raise ValueError(f"n must be positive, not {n}")
-    where = torch.device(device)
-    out = torch.empty(n, dtype=torch.float32, device=where)
+    where = torch.device(device) if out is None else out.device
+    out = new_or_given(out, (n,), torch.float32, where)
     if not compiled(out):
-        return reference.random_normal(seed, stream, n, std, where)
+        return out.copy_(reference.random_normal(seed, stream, n, std, where))
     launch("normal", out.device, out.data_ptr(), n, seed, stream, std * reference.UNIT)
     return out
 
