@@ -2,10 +2,12 @@
 
 ``StageCompute`` joins model, weights and optimizer under the rules that keep them honest:
 
-- A microbatch's graph is retained from its forward to its backward pass, on the weights that it started
-  with (copy-on-write, ``stage.weights``). If steps and merges would pile up more versions than are
-  allowed, the graphs on old versions are dropped, and those microbatches run their forward pass again
-  when their gradient comes: never on a mixture of old and new weights.
+- As many microbatches as memory has room for retain their graph from the forward to the backward pass, on
+  the weights that they started with (copy-on-write, ``stage.weights``). If steps and merges would pile up
+  more versions than are allowed, the graphs on old versions are dropped. Microbatches without a graph are
+  computed again when their gradient comes, layer by layer from what each layer was given, or all of it if
+  the weights changed meanwhile: never on a mixture of old and new weights.
+- The tail's two passes are one job at the commit, since nobody waits for its output in between.
 - The accumulator's count of samples changes in the same job as the accumulator.
 - A merge adds what a round taught to weights that have moved on since the slice was packed; if the whole
   state was replaced meanwhile, there is nothing left to add it to.
@@ -27,13 +29,17 @@ from p2p.errors import LocalError
 from p2p.event import Emit, ignore
 from stage import boundary, genesis, kernels
 from stage.config import ModelConfig, TrainingConfig
+from stage.events import Computing
+from stage.memory import Memory
 from stage.messages import Request
 from stage.microbatch import Shape
 from stage.model import Stage, TailLoss, document_index
 from stage.optimizer import Held as HeldState
 from stage.optimizer import Optimizer
+from stage.placement import Peak, SavedBytes, compiles, compute_dtype, memory_budget
+from stage.settings import ComputeSettings
 from stage.snapshot import State
-from stage.weights import Version
+from stage.weights import CHUNK, MAX_VERSIONS, Version
 
 
 def wire_shape(model: ModelConfig, training: TrainingConfig, stage: int) -> Shape:
@@ -65,13 +71,18 @@ class HeldMicrobatch:
         self.docs = docs
         self.weight = weight
         self.c_in: Tensor | None = None
-        self.out: Tensor | TailLoss | None = None
+        self.out: Tensor | None = None
+        """Retained: the end of the graph."""
         self.version: Version | None = None
+        self.states: list[Tensor] = []
+        """Not retained: what each layer was given, on the weights of ``generation``."""
+        self.generation = -1
         self._released = released
 
     def drop_graph(self) -> None:
         """Free the graph and its hold on the weights."""
         self.out = None
+        self.states = []
         if self.version is not None:
             self.version.release()
             self.version = None
@@ -100,16 +111,42 @@ class StageCompute:
     """See the module's docstring."""
 
     def __init__(
-        self, model: ModelConfig, training: TrainingConfig, stage: int, *, emit: Emit = ignore
+        self,
+        model: ModelConfig,
+        training: TrainingConfig,
+        stage: int,
+        *,
+        settings: ComputeSettings = ComputeSettings(),
+        device: torch.device | str = "cpu",
+        in_flight: int = 8,
+        emit: Emit = ignore,
     ) -> None:
         self.model = model
         self.training = training
         self.index = stage
-        self.stage = Stage(model, stage, training.seed)
-        self.weights = genesis.genesis(model, stage, training.seed)
+        self.settings = settings
+        self.device = torch.device(device)
+        self.dtype = compute_dtype(settings.dtype, self.device)
+        self.in_flight = in_flight
+        self.emit = emit
+        self.stage = Stage(model, stage, training.seed, dtype=self.dtype, device=self.device)
+        self.weights = genesis.genesis(
+            model, stage, training.seed,
+            device=self.device, compute_dtype=self.dtype, host=settings.optimizer == "host",
+        )  # fmt: skip
         self.optimizer = Optimizer(
-            self.weights, training, stage=stage, stages=model.stages, basis=self.stage.U, emit=emit
-        )
+            self.weights, training, stage=stage, stages=model.stages,
+            kind=settings.optimizer, basis=self.stage.U, emit=emit,
+        )  # fmt: skip
+        self.retain = 0 if settings.graph == "recompute" else in_flight
+        """Graphs that may wait for their gradient at a time; the rest is computed again."""
+        self._layer = self.stage.layer
+        if compiles(settings.compile, self.device):
+            self._layer = torch.compile(self.stage.layer)
+        self.graph_bytes = 0
+        """Of one retained graph, once ``warm_up`` has measured it."""
+        self.peak_bytes = 0
+        """What a microbatch needs at most while it is computed layer by layer, as measured."""
         self.samples = 0
         """Samples in the accumulator."""
         self._held: set[HeldMicrobatch] = set()
@@ -125,32 +162,54 @@ class StageCompute:
         tokens = boundary.unpack_ids(ids, request.tokens, self.model.vocab)
         docs = None
         if request.documents:
-            docs = document_index(tuple(request.documents), request.tokens).unsqueeze(0)
-        held = HeldMicrobatch(self._released, tokens.unsqueeze(0), docs, request.ticket.weight)
+            docs = document_index(tuple(request.documents), request.tokens).unsqueeze(0).to(self.device)
+        ids_here = tokens.unsqueeze(0).to(self.device)
+        held = HeldMicrobatch(self._released, ids_here, docs, request.ticket.weight)
         if not self.stage.is_head:
             c_in = boundary.unpack(c, request.tokens, self.model.k, self.training.wire_dtype)
-            held.c_in = c_in.unsqueeze(0)
-        if request.ticket.kind == "train":
+            held.c_in = c_in.unsqueeze(0).to(self.device)
+        train = request.ticket.kind == "train"
+        if train:
             self._held.add(held)
-            self._run_forward(held)
-            out = held.out
-        else:
+        if not train:
             with torch.no_grad():
-                out = self.stage.forward(self.weights.named(), held.ids, held.c_in, docs=held.docs)
-        if isinstance(out, TailLoss):
-            if request.ticket.kind != "train":
+                out = self.stage.forward(self.weights.passing(), held.ids, held.c_in, docs=held.docs)
+            if isinstance(out, TailLoss):
                 held.loss = float(out.losses[0])
-        elif out is not None:
-            held.c = boundary.pack(out.detach()[0], self.training.wire_dtype)
+                return held
+        elif self.stage.is_tail:
+            return held  # nobody waits for its output: its two passes run in one go, at the commit
+        elif sum(other.out is not None for other in self._held) < self.retain:
+            out = self._run_whole(held)
+        else:
+            out = self._run_states(held)
+        held.c = boundary.pack(out.detach()[0], self.training.wire_dtype)
         return held
 
-    def _run_forward(self, held: HeldMicrobatch) -> None:
+    def _run_whole(self, held: HeldMicrobatch) -> Tensor:
+        """A forward pass that retains its graph, on the weights as they are now: c, or the tail's x."""
+        held.version = self.weights.begin()
+        prepared = self.stage.prepare(held.ids, held.docs)
         if held.c_in is not None:
             held.c_in = held.c_in.detach().requires_grad_()
-        held.version = self.weights.begin()
-        held.out = self.stage.forward(
-            held.version.leaves, held.ids, held.c_in, docs=held.docs, weights=torch.tensor([held.weight])
-        )
+        state = self.stage.enter(held.version.leaves, prepared, held.c_in)
+        for layer in self.stage.layers:
+            state = self._layer(held.version.leaves, layer, state, prepared)
+        held.out = self.stage.leave(held.version.leaves, state, prepared)
+        return held.out
+
+    def _run_states(self, held: HeldMicrobatch) -> Tensor:
+        """A forward pass that keeps what each layer was given, and what the last one answered."""
+        with torch.no_grad():
+            leaves = self.weights.passing()
+            prepared = self.stage.prepare(held.ids, held.docs)
+            state = self.stage.enter(leaves, prepared, held.c_in)
+            held.states = [state]
+            for layer in self.stage.layers:
+                state = self._layer(leaves, layer, state, prepared)
+                held.states.append(state)
+        held.generation = self.weights.generation
+        return state
 
     def backward(self, held: HeldMicrobatch, dc: memoryview) -> Any:
         """Adds the gradient of a microbatch; the packed gradient of ``c_in`` (empty at the head).
@@ -161,15 +220,14 @@ class StageCompute:
         back = self.training.wire_dtype_backward
         gradient = None
         if not self.stage.is_tail:
-            gradient = boundary.unpack(dc, self.model.seq, self.model.k, back).unsqueeze(0)
-        if held.out is None:
-            self._run_forward(held)
-        if isinstance(held.out, TailLoss):
-            held.out.backward()
-            held.loss = float(held.out.losses[0])
+            here = boundary.unpack(dc, self.model.seq, self.model.k, back)
+            gradient = here.unsqueeze(0).to(self.device)
+        if held.out is None and self.retain:
+            self._run_whole(held)
+        if held.out is not None:
+            self._backward_whole(held, gradient)
         else:
-            assert held.out is not None
-            held.out.backward(gradient)  # type: ignore[no-untyped-call]
+            self._backward_states(held, gradient)
         held.drop_graph()
         self._held.discard(held)
         self.samples += 1
@@ -178,6 +236,41 @@ class StageCompute:
         assert held.c_in.grad is not None
         return boundary.pack(held.c_in.grad[0], back)
 
+    def _backward_whole(self, held: HeldMicrobatch, gradient: Tensor | None) -> None:
+        assert held.out is not None
+        assert held.version is not None
+        if gradient is None:
+            gradient = self._commit_loss(held, held.out, held.version.leaves)
+        torch.autograd.backward(held.out, gradient)
+
+    def _backward_states(self, held: HeldMicrobatch, gradient: Tensor | None) -> None:
+        """Layer by layer from the last, each run again with its graph: one layer's graph at a time."""
+        if held.generation != self.weights.generation or not held.states:
+            self._run_states(held)  # never a mixture of what old and new weights computed
+        version = held.version = self.weights.begin()
+        prepared = self.stage.prepare(held.ids, held.docs)
+        state = held.states.pop()
+        if gradient is None:
+            state.requires_grad_()
+            out = self.stage.leave(version.leaves, state, prepared)
+            torch.autograd.backward(out, self._commit_loss(held, out, version.leaves))
+            gradient = state.grad
+        for layer in reversed(self.stage.layers):
+            given = held.states.pop().detach().requires_grad_()
+            torch.autograd.backward(self._layer(version.leaves, layer, given, prepared), gradient)
+            gradient = given.grad
+        if held.c_in is not None:
+            held.c_in = held.c_in.detach().requires_grad_()
+        torch.autograd.backward(self.stage.enter(version.leaves, prepared, held.c_in), gradient)
+
+    def _commit_loss(self, held: HeldMicrobatch, x: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+        """The tail's loss; the gradient of the output matrix is added, that of x returned."""
+        weight = torch.tensor([held.weight], device=self.device)
+        loss = TailLoss(x, leaves["out"], held.ids[:, 1:], weight.to(self.stage.state_dtype))
+        dx = loss.seed(self.weights.gradients["out"])
+        held.loss = float(loss.losses[0])
+        return dx
+
     def _sweep(self) -> None:
         while self._released:
             held = self._released.pop()
@@ -185,15 +278,16 @@ class StageCompute:
             self._held.discard(held)
 
     def _make_writable(self) -> None:
-        """Let go of graphs on old weights where the bound on versions asks for it.
-
-        What may still hold an old version after that is the one snapshot that is being written.
-        """
+        """Let go of graphs on old weights where the bound on versions asks for it, then wait for readers
+        that there is no room to copy for: the one snapshot that is being written."""
         self._sweep()
         if not self.weights.can_write:
             for held in self._held:
-                if held.version is not None and held.version.flat is not self.weights.flat:
+                if held.version is not None and (
+                    self.weights.max_versions == 0 or held.version.leaves is not self.weights.leaves
+                ):
                     held.drop_graph()
+        self.optimizer.wait_for_readers()
 
     # Steps and slices
 
@@ -216,7 +310,7 @@ class StageCompute:
         slices = self.training.slices
         cycle, index = divmod(number, slices)
         key = kernels.slice_key(self.training.seed, self.index, cycle)
-        values = kernels.slice_pack(self.weights.flat, index, slices, key)
+        values = kernels.slice_pack(self.weights.flat, index, slices, key).cpu()
         return PackedSlice(index, key, values, self._generation)
 
     def merge(self, packed: PackedSlice, outcome: Outcome) -> float:
@@ -231,12 +325,97 @@ class StageCompute:
         distance = _distance(packed.values, average, outcome.averaged)
         mode = self.training.merge
         assert mode != "ema"  # refused by the manifest
+        flat, compute = self.weights.writable(), self.weights.compute
+        together = compute is not None and compute.device == flat.device and compute.dtype != flat.dtype
         kernels.slice_merge(
-            self.weights.writable(), packed.values, average, packed.index, self.training.slices,
-            packed.key, mode, outcome.averaged,
+            flat, packed.values.to(flat.device), average.to(flat.device), packed.index, self.training.slices,
+            packed.key, mode, outcome.averaged, compute=compute if together else None,
         )  # fmt: skip
+        if not together:
+            self.weights.refresh()
         self.optimizer.constrain()
         return distance
+
+    # Memory
+
+    def memory(self) -> Memory:
+        """Bytes by component as they are now, named as in ``stage.memory``."""
+        weights, optimizer = self.weights, self.optimizer
+        graphs = sum(held.out is not None for held in self._held)
+        inputs = sum(state.nbytes for held in self._held for state in held.states)
+        device = {
+            "compute": 0 if weights.compute is None else weights.compute.nbytes,
+            "gradients": weights.gradient.nbytes,
+            "activations": graphs * self.graph_bytes + inputs,
+        }
+        on_host = self.settings.optimizer == "host"
+        masters = {"weights": weights.flat.nbytes, "optimizer": optimizer.moments.nbytes}
+        if on_host and optimizer.staging is not None:
+            return Memory(device, {**masters, "staging": optimizer.staging.nbytes})
+        return Memory({**masters, **device}, {})
+
+    def warm_up(self) -> None:
+        """Run one microbatch of noise, measure it, and decide how many graphs may wait; before serving.
+
+        With ``graph = auto`` as many graphs are retained as fit the budget beside everything else; what then
+        remains bounds old versions of the weights and copies of the state for readers.
+        """
+        generator = torch.Generator().manual_seed(self.training.seed)
+        size = (1, self.model.seq + 1)
+        ids = torch.randint(self.model.vocab, size, generator=generator).to(self.device)
+        held = HeldMicrobatch(self._released, ids, None, 1.0)
+        shape = 1, self.model.seq, self.model.k
+        noise = torch.randn(shape, generator=generator).to(self.device)
+        if not self.stage.is_head:
+            held.c_in = noise
+        prepared = self.stage.prepare(ids)
+        with Peak(self.device) as peak:
+            self._run_states(held)
+            self._backward_states(held, None if self.stage.is_tail else noise)
+        held.drop_graph()
+        state = self.stage.enter(self.weights.leaves, prepared, held.c_in).detach().requires_grad_()
+        known = [*self.weights.leaves.values(), self.stage.U, *prepared.rotary]
+        with SavedBytes(known) as saved:
+            end = self._layer(self.weights.leaves, self.stage.layers[0], state, prepared)
+        del end, state, prepared
+        self.weights.zero_gradient()
+        self.graph_bytes = saved.bytes * len(self.stage.layers)
+        self.peak_bytes = peak.bytes
+        self._decide()
+
+    def _decide(self) -> None:
+        memory, weights = self.memory(), self.weights
+        on_cpu = self.device.type == "cpu"
+        fixed = memory.vram_bytes + (memory.host_bytes if on_cpu else 0)
+        budget = memory_budget(self.settings.memory_gib, self.device)
+        room = budget - fixed - self.peak_bytes
+        wanted = 1 if self.stage.is_tail else self.in_flight
+        if self.settings.graph == "auto":
+            self.retain = min(wanted, max(0, room // max(1, self.graph_bytes)))
+        room = max(0, room - self.retain * self.graph_bytes)
+        copy = weights.flat.nbytes + self.optimizer.moments.nbytes
+        if self.settings.optimizer == "host" and not on_cpu:
+            weights.max_copies = 0  # host memory is what this mode is short of
+        else:
+            weights.max_copies = int(room >= copy)
+            room -= weights.max_copies * copy
+        version = weights.flat.nbytes if weights.compute is None else weights.compute.nbytes
+        shared = int(weights.compute is None and weights.max_copies > 0)
+        weights.max_versions = min(MAX_VERSIONS, shared + room // version)
+        self.emit(
+            Computing(
+                stage=self.index,
+                device=str(self.device),
+                dtype=str(self.dtype).removeprefix("torch."),
+                optimizer=self.settings.optimizer,
+                graphs=self.retain,
+                versions=weights.max_versions,
+                fixed_bytes=fixed,
+                graph_bytes=self.graph_bytes,
+                peak_bytes=self.peak_bytes,
+                budget_bytes=budget,
+            )
+        )
 
     # State
 
@@ -259,7 +438,7 @@ class StageCompute:
         self._sweep()
         for held in self._held:
             held.drop_graph()
-        self.optimizer.load(state.flat, state.exp_avg, state.exp_avg_sq, state.updates, state.fingerprint)
+        self.optimizer.load(state.vectors, state.updates, state.fingerprint)
         self.forget()
         self._generation += 1
 
@@ -268,6 +447,8 @@ def _distance(own: Tensor, average: Tensor, ranges: Sequence[tuple[int, int]]) -
     """‖own − average‖ / ‖average‖ over the averaged ranges of floats."""
     apart = norm = 0.0
     for start, stop in ranges:
-        apart += float((own[start:stop] - average[start:stop]).square().sum())
-        norm += float(average[start:stop].square().sum())
+        for at in range(start, stop, CHUNK):
+            part = slice(at, min(at + CHUNK, stop))
+            apart += float((own[part] - average[part]).square().sum())
+            norm += float(average[part].square().sum())
     return (apart / norm) ** 0.5 if norm else 0.0

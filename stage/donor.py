@@ -11,6 +11,7 @@ the next message of either side; a manifest no larger than one of this stage's s
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 

@@ -79,6 +79,22 @@ class Step(Event):
 
 
 @attrs.frozen(kw_only=True)
+class Computing(Event):
+    """A worker measured a microbatch and decided how it computes: graphs that may wait, old versions."""
+
+    stage: int
+    device: str
+    dtype: str
+    optimizer: str
+    graphs: int
+    versions: int
+    fixed_bytes: int
+    graph_bytes: int
+    peak_bytes: int
+    budget_bytes: int
+
+
+@attrs.frozen(kw_only=True)
 class BadGradient(Event):
     """An accumulated gradient was not finite and was thrown away."""
 

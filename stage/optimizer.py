@@ -6,15 +6,15 @@ stages, so each stage clips to its share of it, ``max_norm / sqrt(stages)``: if 
 the whole. With fewer than ``min_step_samples`` the gradient is carried over to the next step; with none
 nothing is touched and only the number advances. A gradient that is not finite is thrown away.
 
-A step goes over the vectors once, in pieces, so that it needs no room of the size of the weights. Where the
-moments lie is a setting: ``device`` (fp32 beside the weights), ``8bit`` (codes beside the weights, see
-``stage.moments``), ``host`` (masters and moments in host memory: the gradient comes piece by piece, AdamW runs
-on the CPU, the compute copy on the device is refreshed piece by piece).
+A step goes over the vectors once, in pieces, so that it needs no room of the size of the weights. Where
+the moments lie is a setting: ``device`` (fp32 beside the weights), ``8bit`` (codes beside the weights, see
+``stage.moments``), ``host`` (masters and moments in host memory: the gradient comes piece by piece, AdamW
+runs on the CPU, the compute copy on the device is refreshed piece by piece).
 
-A snapshot is three fp32 vectors: weights, first and second moment, read piece by piece. ``hold()`` lets a writer
-read them while training goes on: a step that meets a hold works on a copy, or waits for the reader where
-there is no room for one (``Weights.max_copies``). Bias correction counts the updates that were made, not the
-steps of the run.
+A snapshot is three fp32 vectors: weights, first and second moment, read piece by piece. ``hold()`` lets a
+writer read them while training goes on: a step that meets a hold works on a copy, or waits for the reader
+where there is no room for one (``Weights.max_copies``). Bias correction counts the updates that were made,
+not the steps of the run.
 
 Not thread-safe, like ``Weights``. Sources: AdamW, arXiv 1711.05101; 1/sqrt(stages) as in production at
 Pluralis (reference: papers.md, summary 8).

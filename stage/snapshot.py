@@ -174,7 +174,9 @@ class SnapshotStore:
                 os.posix_fallocate(file.fileno(), 0, size)
                 return mmap.mmap(file.fileno(), size)
         except OSError as error:
-            raise LocalError(f"no room for a state of {size} bytes in {self.folder}: {error.strerror}") from None
+            raise LocalError(
+                f"no room for a state of {size} bytes in {self.folder}: {error.strerror}"
+            ) from None
 
     def install(self, manifest: SnapshotManifest, data: bytearray | mmap.mmap) -> int:
         """Keep a downloaded snapshot (``Assembly.result()``) as if we had saved it."""

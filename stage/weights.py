@@ -15,7 +15,7 @@ on another thread holds them with ``hold()``. Whoever wants to change weights as
 current storage if nobody holds it, otherwise a copy, while the old graphs keep the old storage. Gradients of
 all versions land in the one accumulator: a step taken in between makes them stale by a step, never wrong.
 
-Bounds. At most ``max_versions`` old storages of leaves exist at a time, and at most ``max_copies`` old masters
+Bounds. At most ``max_versions`` old storages of leaves exist at a time, and ``max_copies`` old masters
 for readers; both may be 0. When ``can_write`` is False, holders have to let go first.
 
 Not thread-safe: one thread owns a ``Weights``. Others may read a held version's tensors.
@@ -33,6 +33,9 @@ from stage.parameters import Layout, ParameterSpec
 
 CHUNK = 1 << 22
 """Floats that passes over whole vectors take at a time, where they need room of their own (16 MiB)."""
+
+MAX_VERSIONS = 3
+"""Old storages of leaves that may exist at a time, however much memory there is."""
 
 
 class Version:
@@ -80,7 +83,7 @@ class Weights:
         device: torch.device | str = "cpu",
         compute_dtype: torch.dtype | None = None,
         host: bool = False,
-        max_versions: int = 3,
+        max_versions: int = MAX_VERSIONS,
         max_copies: int = 1,
     ) -> None:
         self.layout = Layout.of(specs)
@@ -118,6 +121,11 @@ class Weights:
         """The current masters by name, without gradients; writing needs ``writable()`` first."""
         views: dict[str, Tensor] = self.layout.views(self.flat)
         return views
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The current leaves; to use them in a graph, ``begin()``."""
+        return self._leaves
 
     def passing(self) -> dict[str, Tensor]:
         """What a pass without gradients uses now, by name."""

@@ -27,8 +27,8 @@ def make_optimizer(value: float = 1.0) -> Optimizer:
     weights = Weights([ParameterSpec("w", (FLOATS,), True, 1.0)])
     optimizer = Optimizer(weights, TrainingConfig(seed=1))
     weights.writable().copy_(torch.arange(FLOATS) * value)
-    optimizer.exp_avg.fill_(value + 1)
-    optimizer.exp_avg_sq.fill_(value + 2)
+    optimizer.moments.write("exp_avg", 0, torch.full((FLOATS,), value + 1))
+    optimizer.moments.write("exp_avg_sq", 0, torch.full((FLOATS,), value + 2))
     optimizer.updates = 9
     return optimizer
 
@@ -45,9 +45,11 @@ def test_saved_state_comes_back(tmp_path: Path) -> None:
     assert state is not None
     assert (state.step, state.updates, store.newest_step()) == (5, 9, 5)
     fresh = make_optimizer(7.0)
-    fresh.load(state.flat, state.exp_avg, state.exp_avg_sq, state.updates, state.fingerprint)
+    fresh.load(state.vectors, state.updates, state.fingerprint)
     assert torch.equal(fresh.weights.flat, optimizer.weights.flat)
-    assert torch.equal(fresh.exp_avg_sq, optimizer.exp_avg_sq)
+    assert torch.equal(
+        fresh.moments.read("exp_avg_sq", 0, FLOATS), optimizer.moments.read("exp_avg_sq", 0, FLOATS)
+    )
 
 
 def test_the_newest_two_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_download_in_any_order_and_install(tmp_path: Path) -> None:
     newcomer.install(*assembly.result())
     state = newcomer.load_newest()
     assert state is not None
-    assert torch.equal(state.flat, optimizer.weights.flat)
+    assert torch.equal(state.vectors[0], optimizer.weights.flat)
     with pytest.raises(RemoteError, match="no chunk"):
         assembly.add(len(order), b"")
 
