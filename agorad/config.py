@@ -12,6 +12,7 @@ Defaults follow the state folder: identity ``identity.key``, control socket ``co
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -20,6 +21,7 @@ import attrs
 
 from agorad.settings import override, read_toml, structure
 from p2p.errors import LocalError
+from stage.settings import ComputeSettings
 
 Role = Literal["seed", "worker", "trainer", "authority"]
 ROLES: Final[tuple[str, ...]] = get_args(Role)
@@ -47,8 +49,8 @@ class NodeSection:
     """JSON lines go here too; always to stderr."""
     threads: int = 1
     """Threads that computing may use."""
-    device: Literal["cpu"] = "cpu"
-    """What computes; accelerators come with a later version."""
+    device: str = "cpu"
+    """What computes: auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
 
 @attrs.frozen(kw_only=True)
@@ -99,6 +101,7 @@ class Config:
 
     node: NodeSection
     worker: WorkerSection = WorkerSection()
+    compute: ComputeSettings = ComputeSettings()
     trainer: TrainerSection = TrainerSection()
     authority: AuthoritySection = AuthoritySection()
     _source: Path | None = None
@@ -118,6 +121,8 @@ class Config:
         for name, value, low, high in bounds:
             if value is not None and not low <= value <= high:
                 raise LocalError(f"{name} = {value} must be between {low} and {high}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.node.device):
+            raise LocalError(f"node.device = {self.node.device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:N'")
         if not self.node.listen:
             raise LocalError("node.listen is empty; name at least one multiaddr, like /ip4/0.0.0.0/tcp/49200")
 

@@ -128,7 +128,6 @@ class StageCompute:
         self.device = torch.device(device)
         self.dtype = compute_dtype(settings.dtype, self.device)
         self.in_flight = in_flight
-        self.emit = emit
         self.stage = Stage(model, stage, training.seed, dtype=self.dtype, device=self.device)
         self.weights = genesis.genesis(
             model, stage, training.seed,
@@ -354,7 +353,7 @@ class StageCompute:
             return Memory(device, {**masters, "staging": optimizer.staging.nbytes})
         return Memory({**masters, **device}, {})
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> Computing:
         """Run one microbatch of noise, measure it, and decide how many graphs may wait; before serving.
 
         With ``graph = auto`` as many graphs are retained as fit the budget beside everything else; what then
@@ -381,9 +380,9 @@ class StageCompute:
         self.weights.zero_gradient()
         self.graph_bytes = saved.bytes * len(self.stage.layers)
         self.peak_bytes = peak.bytes
-        self._decide()
+        return self._decide()
 
-    def _decide(self) -> None:
+    def _decide(self) -> Computing:
         memory, weights = self.memory(), self.weights
         on_cpu = self.device.type == "cpu"
         fixed = memory.vram_bytes + (memory.host_bytes if on_cpu else 0)
@@ -402,19 +401,17 @@ class StageCompute:
         version = weights.flat.nbytes if weights.compute is None else weights.compute.nbytes
         shared = int(weights.compute is None and weights.max_copies > 0)
         weights.max_versions = min(MAX_VERSIONS, shared + room // version)
-        self.emit(
-            Computing(
-                stage=self.index,
-                device=str(self.device),
-                dtype=str(self.dtype).removeprefix("torch."),
-                optimizer=self.settings.optimizer,
-                graphs=self.retain,
-                versions=weights.max_versions,
-                fixed_bytes=fixed,
-                graph_bytes=self.graph_bytes,
-                peak_bytes=self.peak_bytes,
-                budget_bytes=budget,
-            )
+        return Computing(
+            stage=self.index,
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            optimizer=self.settings.optimizer,
+            graphs=self.retain,
+            versions=weights.max_versions,
+            fixed_bytes=fixed,
+            graph_bytes=self.graph_bytes,
+            peak_bytes=self.peak_bytes,
+            budget_bytes=budget,
         )
 
     # State

@@ -14,6 +14,7 @@ import torch
 import trio
 
 from agorad.clockwatch import read_clock, watch_clock
+from agorad.exitcodes import DaemonExit, ExitCode
 from agorad.joining import obtain_certificate
 from agorad.node import Node
 from p2p.averaging import Averager, RoundConfig
@@ -29,6 +30,7 @@ from stage.donor import Donor, fetch
 from stage.events import Resumed, Saved, StateFetched
 from stage.microbatch import MicrobatchServer
 from stage.nexthop import NextHop
+from stage.placement import DeviceError, choose_device
 from stage.reduce import KernelReducer
 from stage.replica import Replica
 from stage.roster import Declaration, Roster
@@ -56,8 +58,26 @@ async def run(node: Node) -> None:
         frozenset(ref.peer_id for ref in manifest.trainers),
         manifest.training.target_batch,
     )
-    compute = await trio.to_thread.run_sync(StageCompute, manifest.model, manifest.training, stage)
+    settings = node.config
+
+    def make() -> StageCompute:
+        return StageCompute(
+            manifest.model,
+            manifest.training,
+            stage,
+            settings=settings.compute,
+            device=choose_device(settings.node.device),
+            in_flight=settings.worker.slots,
+            emit=node.emit,
+        )
+
+    try:
+        compute = await trio.to_thread.run_sync(make)
+    except DeviceError as error:
+        raise DaemonExit(ExitCode.ACCELERATOR, str(error)) from error
     with Device() as device:
+        # Events are for the trio thread: what the warm-up decides is said after it.
+        node.emit(await device.run(STEP, compute.warm_up))
         await _Worker(node, stage, clock, compute, device).run()
 
 
