@@ -101,7 +101,7 @@ class Config:
 
     node: NodeSection
     worker: WorkerSection = WorkerSection()
-    compute: ComputeSettings = ComputeSettings()
+    compute: ComputeSettings = attrs.field(factory=ComputeSettings)
     trainer: TrainerSection = TrainerSection()
     authority: AuthoritySection = AuthoritySection()
     _source: Path | None = None
