@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stage import kernels
+
+THIN = 128
+"""Up to this rank the kernels' single pass over h is as fast as a matrix product or faster."""
 VOCAB_BLOCK = 1 << 14
 """Rows of the output matrix whose gradient exists at a time in the compute dtype."""
 
@@ -34,17 +38,16 @@ def _without_mean(dx: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
 class ReadNorm(torch.autograd.Function):
     """x = rms(c·Uᵀ + fixed): how a layer reads a residual stream of k numbers a token.
 
-    c [B, T, k] and U [d, k] in the state's dtype, fixed [B, T, d] in that of the result [B, T, d].
+    c [B, T, k] and U [d, k] in the state's dtype, fixed [B, T, d] in that of the result [B, T, d]. Sums over
+    k and over d, and so the gradient of c, are in the state's dtype whatever that of the result is.
     """
 
     @staticmethod
     def forward(ctx: Any, c: Tensor, fixed: Tensor, U: Tensor, eps: float) -> Tensor:
-        low = U.to(fixed.dtype)
-        h = torch.addmm(fixed.flatten(0, 1), c.flatten(0, 1).to(fixed.dtype), low.t())
-        inverse = _inverse_rms(h, h.shape[1], eps, c.dtype)
-        h *= inverse
-        x = h.view_as(fixed)
-        ctx.save_for_backward(x, inverse, low)
+        h = _expand(c, U, fixed)
+        inverse = _inverse_rms(h, h.shape[-1], eps, c.dtype)
+        x = h.mul_(inverse)
+        ctx.save_for_backward(x, inverse, U)
         return x
 
     @staticmethod
@@ -52,9 +55,23 @@ class ReadNorm(torch.autograd.Function):
         x, inverse, U = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        dh = _without_mean(grads[0].flatten(0, 1), x.flatten(0, 1), inverse.dtype)
-        dc = (dh @ U).to(inverse.dtype).mul_(inverse)
-        return dc.view(*x.shape[:-1], U.shape[1]), None, None, None
+        dh = _without_mean(grads[0], x, inverse.dtype)
+        return _project(dh, U).mul_(inverse), None, None, None
+
+
+def _expand(c: Tensor, U: Tensor, rows: Tensor) -> Tensor:
+    """c·Uᵀ + rows, in the dtype of ``rows``."""
+    if U.shape[1] <= THIN:
+        return kernels.expand_rows(c.contiguous(), U, rows)
+    product = torch.addmm(rows.flatten(0, 1).to(c.dtype), c.flatten(0, 1), U.t())
+    return product.view_as(rows).to(rows.dtype)
+
+
+def _project(dh: Tensor, U: Tensor) -> Tensor:
+    """dh·U, in U's dtype."""
+    if U.shape[1] <= THIN:
+        return kernels.project(dh.contiguous(), U, dtype=U.dtype)
+    return dh.to(U.dtype) @ U
 
 
 class ReadWide(torch.autograd.Function):
@@ -121,12 +138,11 @@ class NormRotate(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    low, high = x.chunk(2, dim=-1)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    first, second = out.chunk(2, dim=-1)
-    torch.mul(low, cos, out=first).addcmul_(high, sin, value=-sign)
-    torch.mul(high, cos, out=second).addcmul_(low, sin, value=sign)
-    return out
+    halves = x.unflatten(-1, (2, -1))
+    out = halves * cos.unsqueeze(-2)
+    out.select(-2, 0).addcmul_(halves.select(-2, 1), sin, value=-sign)
+    out.select(-2, 1).addcmul_(halves.select(-2, 0), sin, value=sign)
+    return out.flatten(-2)
 
 
 class Gate(torch.autograd.Function):

@@ -178,12 +178,17 @@ class Stage:
 
     def layer(self, leaves: Mapping[str, Tensor], layer: int, state: Tensor, prepared: Prepared) -> Tensor:
         """The state after a layer of the whole model's numbering."""
-        at = f"layers.{layer}."
-        wo, w2 = (leaves[at + name] for name in (("wo", "w2") if self.is_wide else ("zo", "z2")))
+        wo, w2 = ("wo", "w2") if self.is_wide else ("zo", "z2")
+        names = ("qkv", wo, "gate", "up", w2)
+        return self.block(*(leaves[f"layers.{layer}.{name}"] for name in names), state, prepared)
+
+    def block(
+        self, qkv: Tensor, wo: Tensor, gate: Tensor, up: Tensor, w2: Tensor, state: Tensor, prepared: Prepared
+    ) -> Tensor:
+        """A layer by its tensors alone: what torch.compile takes, once for all layers of the stage."""
+        state = self._write(state, self._attention(self._read(state, prepared), qkv, prepared) @ wo.t())
         x = self._read(state, prepared)
-        state = self._write(state, self._attention(x, leaves[at + "qkv"], prepared) @ wo.t())
-        x = self._read(state, prepared)
-        inner: Tensor = Gate.apply(x @ leaves[at + "gate"].t(), x @ leaves[at + "up"].t())  # type: ignore[no-untyped-call]
+        inner: Tensor = Gate.apply(x @ gate.t(), x @ up.t())  # type: ignore[no-untyped-call]
         return self._write(state, inner @ w2.t())
 
     def leave(self, leaves: Mapping[str, Tensor], state: Tensor, prepared: Prepared) -> Tensor:

@@ -46,7 +46,8 @@ run.add_command(plan)
 @click.option(
     "--port", type=click.IntRange(1, 65533), default=49200, show_default=True, help="First of three."
 )
-@click.option("--stages", type=int, default=3, show_default=True)
+@click.option("--preset", default="demo", show_default=True, help="Model and training to start from.")
+@click.option("--stages", type=int, help="Cut the preset's layers in so many; its own cut by default.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="A setting of the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def init(
@@ -54,11 +55,14 @@ def init(
     folder: Path | None,
     host: str,
     port: int,
-    stages: int,
+    preset: str,
+    stages: int | None,
     assignments: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Create a run: keys, settings of its first nodes, and the signed manifest.
+
+    A preset is one of demo, 100m, 1b and 8b; --set model.layers='[4, 6]' cuts it by hand.
 
     Example: agoractl run init my-run --host 203.0.113.9 --set training.target_batch=32
     """
@@ -72,7 +76,9 @@ def init(
         role: NodeRef(peer_id=key.peer_id, addrs=(f"/{kind}/{host}/tcp/{port + offset}",))
         for offset, (role, key) in enumerate(keys.items())
     }
-    model, training = presets.demo(split_layers(presets.DEMO_LAYERS, stages))
+    model, training = presets.preset(preset)
+    if stages is not None:
+        model = attrs.evolve(model, layers=split_layers(sum(model.layers), stages))
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:48] or "run"
     base = Manifest(
         run=RunInfo(

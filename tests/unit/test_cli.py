@@ -95,6 +95,7 @@ def test_identity_is_made_only_when_asked(tmp_path: Path) -> None:
         (("run", "show", "none.toml"), 2, "cannot read the run manifest none.toml"),
         (("run", "init", "x", "--set", "model.kv_heads=3"), 2, "must divide"),
         (("run", "init", "x", "--stages", "99"), 2, "cannot be cut"),
+        (("run", "init", "x", "--preset", "9b"), 2, "there is no preset '9b'"),
         (("run", "init", "x", "--host", "bad host"), 2, "neither an IP address nor a host name"),
         (("run", "init", "x", "--host", "999.1.1.1"), 2, "neither an IP address nor a host name"),
     ],
