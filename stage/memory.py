@@ -44,6 +44,8 @@ LOGITS: Final = 1 << 26
 """Most logits at a time, as in ``stage.model``."""
 VOCAB_ROWS: Final = 1 << 14
 """Rows of the output matrix whose gradient exists at a time in bf16, as in ``stage.functions``."""
+STAGING: Final = 1 << 22
+"""Floats in each of a host optimizer's two buffers a direction, as ``stage.weights.CHUNK``."""
 SLICE_COPIES: Final = 3
 """A slice as packed, its average, and sums of our share with what is on its way."""
 
@@ -124,6 +126,7 @@ def stage_memory(
         "slices": SLICE_COPIES * slice_bytes,
         "weights": 4 * floats if on_host else 0,
         "optimizer": 8 * floats if on_host else 0,
+        "staging": 2 * (4 + WIDTH[mode.dtype]) * min(STAGING, floats) if on_host else 0,
     }
     if device == "cuda":
         on_device["runtime"] = CUDA_CONTEXT + round(CUDA_SLACK * (activations + workspace))

@@ -27,7 +27,6 @@ from stage.config import ModelConfig, TrainingConfig
 from stage.memory import Mode
 
 TIMEOUT_S: Final = 3600.0
-WORKERS_MODE: Final = Mode("fp32", "device", "retain")
 
 
 @attrs.frozen
@@ -47,15 +46,14 @@ def run(
 ) -> Measured:
     """Measure a stage, with ``graphs`` microbatches waiting for their gradient.
 
-    Raises LocalError for a mode that this version has not, or if the process fails, e.g. for want of memory.
+    Raises LocalError if the process fails, e.g. for want of memory.
     """
-    if mode != WORKERS_MODE:
-        raise LocalError(f"workers of this version compute in one mode ({WORKERS_MODE}), not in {mode}")
     wanted = {
         "model": attrs.asdict(model),
         "training": attrs.asdict(training),
         "stage": stage,
         "graphs": graphs,
+        "mode": attrs.asdict(mode),
         "threads": threads,
     }
     done = subprocess.run(
@@ -82,21 +80,24 @@ def _work(wanted: dict[str, Any]) -> Measured:
     small = attrs.evolve(
         model, vocab=256, seq=256, layers=(1, 1, 1), d=512, k=8, heads=4, kv_heads=4, head_dim=128, ffn=512
     )
-    _live(small, training, 1, 1)
+    mode = Mode(**wanted["mode"])
+    _live(small, training, 1, 1, mode)
     bare = _memory("VmRSS")
-    sequence_s = _live(model, training, wanted["stage"], wanted["graphs"])
+    sequence_s = _live(model, training, wanted["stage"], wanted["graphs"], mode)
     return Measured(bare, _memory("VmHWM"), sequence_s)
 
 
-def _live(model: ModelConfig, training: TrainingConfig, stage: int, graphs: int) -> float:
+def _live(model: ModelConfig, training: TrainingConfig, stage: int, graphs: int, mode: Mode) -> float:
     """A replica's life in short; seconds of a sequence."""
     import torch
 
     from stage.compute import StageCompute, wire_shape
     from stage.messages import Request
+    from stage.settings import ComputeSettings
     from stage.ticket import Ticket
 
-    compute = StageCompute(model, training, stage)
+    settings = ComputeSettings(dtype=mode.dtype, optimizer=mode.optimizer, graph=mode.graph)
+    compute = StageCompute(model, training, stage, settings=settings, in_flight=graphs)
     shape = wire_shape(model, training, stage)
     ids = torch.randint(model.vocab, (model.seq + 1,), dtype=torch.int32).numpy().tobytes()
     ticket = Ticket(

@@ -24,6 +24,7 @@ from stage.memory import Mode
 from stage.model import LOGITS_CHUNK, Stage, TailLoss
 from stage.parameters import forward_flops
 from stage.plan import ROUND_S, DoesNotFit, Setting, _cut, fit, plan
+from stage.weights import CHUNK
 
 SMALL = ModelConfig(
     vocab=512, d=256, k=8, heads=8, kv_heads=2, head_dim=32, ffn=704, seq=128, layers=(3, 2, 2)
@@ -131,6 +132,7 @@ def test_activations_are_what_autograd_saves(dtype: memory.Dtype, stage: int, wi
 
 
 def test_constants_are_those_of_the_code() -> None:
+    assert memory.STAGING == CHUNK
     assert (memory.LOGITS, memory.VOCAB_ROWS, ROUND_S) == (LOGITS_CHUNK, VOCAB_BLOCK, replica.ROUND_S)
     model, training = presets.preset("demo")
     for wire in ("fp32", "bf16", "int8"):
@@ -238,7 +240,6 @@ def test_more_latency_needs_more_in_flight() -> None:
         (["--preset", "8b", "--replicas", "0"], "replicas = 0"),
         (["--preset", "8b", "--gpu", "abacus"], "no figures"),
         (["--preset", "8b", "--device", "cpu", "--vram", "8"], "no VRAM"),
-        (["--preset", "demo", "--device", "cpu", "--measure", "1"], "in one mode"),
         (["no-such-file.toml"], "no-such-file.toml"),
     ],
 )
@@ -287,16 +288,25 @@ def check_trial(chosen: Setting, stage: int, mode: Mode, graphs: int = 1) -> Non
     assert above == pytest.approx(planned - need.host["process"], rel=0.1)
 
 
-@pytest.mark.parametrize(("stage", "graphs"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("stage", "graphs", "mode"),
+    [
+        (1, 2, Mode("fp32", "device", "retain")),
+        (2, 1, Mode("fp32", "8bit", "recompute")),
+        pytest.param(1, 2, Mode("fp32", "host", "recompute"), marks=pytest.mark.long),
+        pytest.param(1, 2, Mode("bf16", "device", "recompute"), marks=pytest.mark.long),
+        pytest.param(2, 1, Mode("bf16", "8bit", "retain"), marks=pytest.mark.long),
+    ],
+)
 def test_a_real_stage_takes_what_was_planned(
-    monkeypatch: pytest.MonkeyPatch, stage: int, graphs: int
+    monkeypatch: pytest.MonkeyPatch, stage: int, graphs: int, mode: Mode
 ) -> None:
     """Small enough for every run. glibc keeps freed blocks below 32 MB, which is much of a stage as small as
     this one: here they go back to the system. Real stages are measured as they are, in the long tests."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")
     chosen = setting("100m")
     chosen = attrs.evolve(chosen, model=attrs.evolve(chosen.model, seq=256, layers=(1, 3, 2)))
-    check_trial(chosen, stage, Mode("fp32", "device", "retain"), graphs)
+    check_trial(chosen, stage, mode, graphs)
 
 
 def test_a_stage_is_measured_from_the_command_line(run_plan: RunPlan) -> None:
