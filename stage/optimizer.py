@@ -152,8 +152,7 @@ class Optimizer:
     def _update(self, lr: float, factor: float) -> None:
         self._take_back()
         flat = self.weights.writable()
-        if any(held.moments is self.moments for held in self._held):
-            self.moments = self.moments.copy()
+        self.writable_moments()
         size, window = self.weights.layout.size, self.moments.window
         pieces = [(start, min(start + window, size)) for start in range(0, size, window)]
         gradients = self._gradients() if self.staging is None else self.staging.gradients(pieces)
@@ -168,6 +167,12 @@ class Optimizer:
                 self.staging.refresh(start, stop)
         self._update_constrained(flat, lr)
         self.updates += 1
+
+    def writable_moments(self) -> FullMoments | Moments8:
+        """The moments, to be changed in place now; readers keep theirs."""
+        if any(held.moments is self.moments for held in self._held):
+            self.moments = self.moments.copy()
+        return self.moments
 
     def _gradients(self) -> Callable[[int, int], Tensor]:
         return lambda start, stop: self.weights.gradient[start:stop]
@@ -259,8 +264,7 @@ class Optimizer:
                 raise LocalError(f"state: {name} has the wrong size for this stage or is not finite")
         self.wait_for_readers()
         flat = self.weights.writable()
-        if any(held.moments is self.moments for held in self._held):
-            self.moments = self.moments.copy()
+        self.writable_moments()
         for start in range(0, self.weights.layout.size, CHUNK):
             part = slice(start, start + CHUNK)
             flat[part].copy_(vectors[0][part])

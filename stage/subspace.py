@@ -33,6 +33,7 @@ from torch import Tensor
 from p2p.errors import LocalError
 from stage import kernels
 from stage.messages import BASIS
+from stage.moments import FullMoments
 from stage.parameters import Layout, stream
 
 if TYPE_CHECKING:
@@ -144,12 +145,16 @@ def switch(optimizer: Optimizer, old: Tensor, new: Tensor) -> None:
     Second moments stay: they are a scale a column, whatever the columns' directions. Ask
     ``weights.can_write`` first.
     """
-    flat = optimizer.weights.writable()
-    layout = optimizer.weights.layout
-    turn = old.t() @ new
-    for vector in (flat, optimizer.exp_avg):
+    weights, moments = optimizer.weights, optimizer.writable_moments()
+    if not isinstance(moments, FullMoments):
+        raise LocalError(
+            "subspace: the basis moves only where moments are fp32 (compute.optimizer = 'device')"
+        )
+    layout, turn = weights.layout, old.t() @ new
+    for vector in (weights.writable(), moments.exp_avg):
         constrain(vector, layout, new)
         named = layout.views(vector)
         if "embed" in named:
             named["embed"].copy_(named["embed"] @ turn)
+    weights.refresh()
     optimizer.basis = new

@@ -142,7 +142,7 @@ def test_a_hundred_steps_and_a_new_basis_stay_in_the_span(full_rank_tail: bool) 
             stage.use(new)
             subspace.switch(optimizer, old.U, stage.U)
             if optimizer.weights.layout.constrained:
-                moments = optimizer.weights.layout.constrained_views(optimizer.exp_avg)
+                moments = optimizer.weights.layout.constrained_views(optimizer.moments.exp_avg)
                 assert max(subspace.outside(moment, stage.U) for moment in moments) < 1e-5
     assert subspace.outside(chain.stages[0].U, start) > 1e-3
     assert chain.farthest() < 1e-5
