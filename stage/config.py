@@ -82,8 +82,8 @@ class ModelConfig:
     """Layers of each stage, head first."""
     rope_theta: float = 10000.0
     eps: float = 1e-5
-    f_scale: float = 0.1
-    """Scale of the frozen token table F."""
+    f_scale: float = 3.0
+    """Scale of the frozen token table F: it has to be heard among the branches. Measured."""
     variant: Literal["subspace", "constrained"] = "subspace"
     """How what a layer writes is kept in span(U): by form, or by projection. See ``stage.subspace``."""
     full_rank_tail: bool = False
