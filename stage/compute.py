@@ -139,9 +139,8 @@ class StageCompute:
         )  # fmt: skip
         self.retain = 0 if settings.graph == "recompute" else in_flight
         """Graphs that may wait for their gradient at a time; the rest is computed again."""
-        self._layer = self.stage.layer
         if compiles(settings.compile, self.device):
-            self._layer = torch.compile(self.stage.layer)
+            self.stage.compile()
         self.graph_bytes = 0
         """Of one retained graph, once ``warm_up`` has measured it."""
         self.peak_bytes = 0
@@ -193,7 +192,7 @@ class StageCompute:
             held.c_in = held.c_in.detach().requires_grad_()
         state = self.stage.enter(held.version.leaves, prepared, held.c_in)
         for layer in self.stage.layers:
-            state = self._layer(held.version.leaves, layer, state, prepared)
+            state = self.stage.layer(held.version.leaves, layer, state, prepared)
         held.out = self.stage.leave(held.version.leaves, state, prepared)
         return held.out
 
@@ -205,7 +204,7 @@ class StageCompute:
             state = self.stage.enter(leaves, prepared, held.c_in)
             held.states = [state]
             for layer in self.stage.layers:
-                state = self._layer(leaves, layer, state, prepared)
+                state = self.stage.layer(leaves, layer, state, prepared)
                 held.states.append(state)
         held.generation = self.weights.generation
         return state
@@ -256,7 +255,7 @@ class StageCompute:
             gradient = state.grad
         for layer in reversed(self.stage.layers):
             given = held.states.pop().detach().requires_grad_()
-            torch.autograd.backward(self._layer(version.leaves, layer, given, prepared), gradient)
+            torch.autograd.backward(self.stage.layer(version.leaves, layer, given, prepared), gradient)
             gradient = given.grad
         if held.c_in is not None:
             held.c_in = held.c_in.detach().requires_grad_()
@@ -375,7 +374,7 @@ class StageCompute:
         state = self.stage.enter(self.weights.leaves, prepared, held.c_in).detach().requires_grad_()
         known = [*self.weights.leaves.values(), self.stage.U, *prepared.rotary]
         with SavedBytes(known) as saved:
-            end = self._layer(self.weights.leaves, self.stage.layers[0], state, prepared)
+            end = self.stage.layer(self.weights.leaves, self.stage.layers[0], state, prepared)
         del end, state, prepared
         self.weights.zero_gradient()
         self.graph_bytes = saved.bytes * len(self.stage.layers)

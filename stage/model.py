@@ -138,6 +138,14 @@ class Stage:
         self.basis_version = basis.version
         self.U = basis.U.to(self.device, self.state_dtype)
 
+    def compile(self) -> None:
+        """Send layers through torch.compile from now on; the first passes then take long.
+
+        All layers share one graph. A compiled backward pass may write over what its forward pass kept, so a
+        graph gives its gradients once: no ``retain_graph``.
+        """
+        self.block = torch.compile(self.block)  # type: ignore[method-assign]
+
     def forward(
         self,
         leaves: Mapping[str, Tensor],

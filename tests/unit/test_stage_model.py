@@ -359,6 +359,7 @@ def test_a_compiled_layer_is_the_layer(full_rank_tail: bool) -> None:
     config = attrs.evolve(CONFIG, layers=(1, 2), full_rank_tail=full_rank_tail)
     stage, weights = make(config, 1, torch.float32)
     prepared, leaves = stage.prepare(tokens()), weights.begin().leaves
+    torch.manual_seed(0)
     state = torch.randn(2, CONFIG.seq, CONFIG.d if full_rank_tail else CONFIG.k, requires_grad=True)
     weigh = torch.arange(state.numel()).view_as(state).cos()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("inductor")
@@ -366,9 +367,12 @@ def test_a_compiled_layer_is_the_layer(full_rank_tail: bool) -> None:
     for block in (stage.block, torch.compile(stage.block, fullgraph=True, backend=graphs)):
         stage.block = block  # type: ignore[method-assign]
         weights.zero_gradient()
+        state.grad = None
         after = stage.layer(leaves, 2, stage.layer(leaves, 1, state, prepared), prepared)
-        (dc,) = torch.autograd.grad((after * weigh).sum(), state, retain_graph=True)
-        (after * weigh).sum().backward(inputs=list(leaves.values()))
-        results.append((after.detach(), dc, weights.gradient.clone()))
+        # Once: a compiled backward pass may write over what its forward pass kept.
+        (after * weigh).sum().backward(inputs=[state, *leaves.values()])
+        assert state.grad is not None
+        results.append((after.detach(), state.grad, weights.gradient.clone()))
     assert graphs.frame_count == 1
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    for eager, compiled in zip(*results, strict=True):
+        assert float((compiled - eager).norm() / eager.norm()) < 5e-6

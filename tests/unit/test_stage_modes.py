@@ -10,7 +10,7 @@ from stage.compute import StageCompute, wire_shape
 from stage.config import ModelConfig, TrainingConfig
 from stage.messages import Request
 from stage.moments import GROUP, Moments8
-from stage.settings import ComputeSettings
+from stage.settings import ComputeSettings, GraphMode
 from stage.ticket import Ticket
 
 torch.set_num_threads(1)
@@ -63,6 +63,18 @@ def test_the_same_training_to_the_bit(stage: int, settings: ComputeSettings) -> 
     assert torch.equal(plain.weights.flat, other.weights.flat)
     compute = other.weights.compute
     assert compute is None or torch.equal(compute, plain.weights.flat)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("stage", "graph"), [(0, "retain"), (1, "recompute"), (2, "retain")])
+def test_compiled_layers_train_as_eager_ones(stage: int, graph: GraphMode) -> None:
+    torch.compiler.reset()
+    plain = train(stage, ComputeSettings(graph=graph, compile="off"), 2)
+    other = train(stage, ComputeSettings(graph=graph, compile="on"), 2)
+    assert other.graph_bytes > 0
+    for moment in ("exp_avg", "exp_avg_sq"):
+        mine, expected = (each.optimizer.moments.read(moment, 0, each.floats) for each in (other, plain))
+        assert float((mine - expected).norm() / expected.norm()) < 1e-4
 
 
 @pytest.mark.parametrize("graph", ["retain", "recompute"])
