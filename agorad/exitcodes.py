@@ -42,6 +42,38 @@ class DaemonExit(Exception):  # noqa: N818, it is a decision, not an error
         self.why = why
 
 
+_HARDWARE: Final = {
+    "builtins.MemoryError": (ExitCode.MEMORY, "out of memory"),
+    "torch.OutOfMemoryError": (ExitCode.MEMORY, "out of memory on the accelerator"),
+    "torch.AcceleratorError": (ExitCode.ACCELERATOR, "the accelerator failed"),
+}
+"""By class, since torch is not imported here."""
+_HARDWARE_TEXTS: Final = {
+    "DefaultCPUAllocator": (ExitCode.MEMORY, "out of memory"),
+    "CUDA error": (ExitCode.ACCELERATOR, "the accelerator failed"),
+    "CUDA kernel not launched": (ExitCode.ACCELERATOR, "the accelerator failed"),
+}
+"""What torch and our kernels say in a plain RuntimeError."""
+_ADVICE: Final = {
+    ExitCode.MEMORY: "; give it more, or less to do: worker.slots, compute.optimizer, compute.graph",
+    ExitCode.ACCELERATOR: "; if that returns after a restart, look at the system's log",
+}
+
+
+def hardware(error: BaseException) -> DaemonExit | None:
+    """How the daemon ends if this failure is one of the hardware: memory or accelerator; None otherwise."""
+    found = None
+    for kind in type(error).__mro__:
+        found = found or _HARDWARE.get(f"{kind.__module__}.{kind.__qualname__}")
+    if found is None and isinstance(error, RuntimeError):
+        found = next((end for text, end in _HARDWARE_TEXTS.items() if text in str(error)), None)
+    if found is None:
+        return None
+    code, why = found
+    said = str(error).strip().partition("\n")[0][:200]
+    return DaemonExit(code, f"{why}{': ' if said else ''}{said}{_ADVICE[code]}")
+
+
 def verdict(error: BaseException) -> tuple[ExitCode, str | None]:
     """Exit code and sentence for what escaped; the sentence is None where only a traceback helps."""
     leaves = list(_leaves(error))
@@ -49,8 +81,8 @@ def verdict(error: BaseException) -> tuple[ExitCode, str | None]:
         if isinstance(leaf, DaemonExit):
             return leaf.code, leaf.why
     for leaf in leaves:
-        if isinstance(leaf, MemoryError):
-            return ExitCode.MEMORY, "out of memory"
+        if (end := hardware(leaf)) is not None:
+            return end.code, end.why
     if all(isinstance(leaf, LocalError | Refused) for leaf in leaves):
         code = ExitCode.USAGE if isinstance(leaves[0], LocalError) else ExitCode.REFUSED
         return code, str(leaves[0])

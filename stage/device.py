@@ -40,7 +40,11 @@ class _Job:
 class Device:
     """Runs jobs on one thread by priority. Use as a context manager around the worker's life."""
 
-    def __init__(self, name: str = "device") -> None:
+    def __init__(
+        self, name: str = "device", *, failed: Callable[[BaseException], None] | None = None
+    ) -> None:
+        """``failed`` is told, on the waiter's thread, what a job raised, whoever handles it afterwards."""
+        self._failed = failed
         self._condition = threading.Condition()
         self._heap: list[tuple[int, int, _Job]] = []
         self._order = itertools.count()
@@ -84,6 +88,8 @@ class Device:
             with trio.CancelScope(shield=True):
                 await job.done.wait()
         assert job.result is not None
+        if self._failed is not None and isinstance(job.result, outcome.Error):
+            self._failed(job.result.error)
         result: T = job.result.unwrap()
         return result
 

@@ -14,7 +14,7 @@ import torch
 import trio
 
 from agorad.clockwatch import read_clock, watch_clock
-from agorad.exitcodes import DaemonExit, ExitCode
+from agorad.exitcodes import DaemonExit, ExitCode, hardware
 from agorad.joining import obtain_certificate
 from agorad.node import Node
 from p2p.averaging import Averager, RoundConfig
@@ -75,10 +75,40 @@ async def run(node: Node) -> None:
         compute = await trio.to_thread.run_sync(make)
     except DeviceError as error:
         raise DaemonExit(ExitCode.ACCELERATOR, str(error)) from error
-    with Device() as device:
+    faults = Faults()
+    with Device(failed=faults.note) as device:
+        # OpenMP keeps the number for each thread that starts it.
+        await device.run(STEP, torch.set_num_threads, node.config.node.threads)
         # Events are for the trio thread: what the warm-up decides is said after it.
         node.emit(await device.run(STEP, compute.warm_up))
-        await _Worker(node, stage, clock, compute, device).run()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(faults.watch)
+            await _Worker(node, stage, clock, compute, device).run()
+            nursery.cancel_scope.cancel()
+
+
+class Faults:
+    """Ends the worker when a job finds memory or accelerator failing.
+
+    Most jobs belong to a peer's call, whose failure costs the call alone: the worker would take microbatch
+    after microbatch and lose each.
+    """
+
+    def __init__(self) -> None:
+        self._end: DaemonExit | None = None
+        self._found = trio.Event()
+
+    def note(self, error: BaseException) -> None:
+        """What a job raised."""
+        if self._end is None and (end := hardware(error)) is not None:
+            self._end = end
+            self._found.set()
+
+    async def watch(self) -> None:
+        """Raises DaemonExit once there is a reason."""
+        await self._found.wait()
+        assert self._end is not None
+        raise self._end
 
 
 class _Worker:

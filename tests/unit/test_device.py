@@ -186,3 +186,19 @@ def test_an_idle_device_holds_nobodys_job() -> None:
         assert await trio.to_thread.run_sync(freed.wait, PATIENCE_S / 2)
 
     run(test)
+
+
+def test_what_a_job_raised_is_told_whoever_handles_it() -> None:
+    told: list[BaseException] = []
+
+    def fail() -> None:
+        raise ValueError("of the job")
+
+    async def main() -> None:
+        with trio.fail_after(PATIENCE_S), Device(failed=told.append) as device:
+            assert await device.run(STEP, lambda: 7) == 7
+            with pytest.raises(ValueError, match="of the job"):
+                await device.run(STEP, fail)
+
+    trio.run(main)
+    assert [str(error) for error in told] == ["of the job"]
