@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from stage import kernels
 
 THIN = 128
-"""Up to this rank the kernels' single pass over h is as fast as a matrix product or faster."""
+"""Up to this rank the kernels' single pass over h pays: where dtypes differ, and at widths from WIDE on."""
+WIDE = 2048
+"""Below it, in one dtype, torch's product of a few rows is over before a kernel has laid out U."""
 VOCAB_BLOCK = 1 << 14
 """Rows of the output matrix whose gradient exists at a time in the compute dtype."""
 
@@ -59,9 +61,15 @@ class ReadNorm(torch.autograd.Function):
         return _project(dh, U).mul_(inverse), None, None, None
 
 
+def _one_pass(U: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels of the boundary take c to h and back, and not a matrix product."""
+    d, k = U.shape
+    return k <= THIN and (d >= WIDE or dtype != U.dtype)
+
+
 def _expand(c: Tensor, U: Tensor, rows: Tensor) -> Tensor:
     """c·Uᵀ + rows, in the dtype of ``rows``."""
-    if U.shape[1] <= THIN:
+    if _one_pass(U, rows.dtype):
         return kernels.expand_rows(c.contiguous(), U, rows)
     product = torch.addmm(rows.flatten(0, 1).to(c.dtype), c.flatten(0, 1), U.t())
     return product.view_as(rows).to(rows.dtype)
@@ -69,7 +77,7 @@ def _expand(c: Tensor, U: Tensor, rows: Tensor) -> Tensor:
 
 def _project(dh: Tensor, U: Tensor) -> Tensor:
     """dh·U, in U's dtype."""
-    if U.shape[1] <= THIN:
+    if _one_pass(U, dh.dtype):
         return kernels.project(dh.contiguous(), U, dtype=U.dtype)
     return dh.to(U.dtype) @ U
 
