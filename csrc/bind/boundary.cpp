@@ -52,7 +52,7 @@ void check_shape(const Shape& shape) {
 // Rows of one unit: enough to share a panel of U, few enough that every thread gets some, and that the sums
 // of a unit stay bounded.
 int64_t block_of(const Shape& s, int threads) {
-    int64_t share = (s.rows + 2 * threads - 1) / std::max(2 * threads, 1);
+    int64_t shares = 2 * std::max<int64_t>(threads, 1), share = (s.rows + shares - 1) / shares;
     int64_t most = std::min(kMaxBlock, kBlockFloats / padded(s.k) / kRowGroup * kRowGroup);
     return std::min(padded(std::max<int64_t>(share, 1), kRowGroup), most);
 }

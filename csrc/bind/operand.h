@@ -15,7 +15,10 @@ class Operand {
     Operand(pybind11::handle value, int64_t bytes, bool writable, size_t align, const char* name) {
         if (PyLong_Check(value.ptr())) {
             address_ = PyLong_AsVoidPtr(value.ptr());
-            if (PyErr_Occurred()) throw pybind11::error_already_set();
+            if (PyErr_Occurred()) {
+                PyErr_Clear();
+                fail(name, "is a number too large for an address");
+            }
             if (address_ == nullptr && bytes > 0) fail(name, "is a null pointer");
         } else {
             int flags = writable ? PyBUF_WRITABLE : PyBUF_SIMPLE;

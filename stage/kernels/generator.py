@@ -10,6 +10,7 @@ from stage.kernels.checks import check, check_dtype, check_scale, check_seed, ne
 from stage.kernels.launch import CODES, compiled, launch
 
 MAX_D = 1 << 20
+MAX_N = 1 << 40
 
 
 def random_normal(
@@ -29,8 +30,8 @@ def random_normal(
     check_seed("seed", seed)
     check_seed("stream", stream)
     check_scale("std", std)
-    if n <= 0:
-        raise ValueError(f"n must be positive, not {n}")
+    if not 0 < n < MAX_N:
+        raise ValueError(f"n must be positive and below {MAX_N}, not {n}")
     where = torch.device(device) if out is None else out.device
     out = new_or_given(out, (n,), torch.float32, where)
     if not compiled(out):

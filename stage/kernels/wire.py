@@ -69,6 +69,8 @@ def _write(
             pack(to)
         elif isinstance(out, Tensor):
             raise ValueError(f"out is on {out.device}, the other tensors are on {device}")
+        elif device.type == "meta":
+            raise ValueError("tensors on meta have no numbers to pack: give tensors with memory")
         else:
             staged = torch.empty(size, dtype=torch.uint8, device=device)
             pack(staged)

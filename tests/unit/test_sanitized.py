@@ -16,7 +16,7 @@ import pybind11
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["boundary", "reduce", "slices", "table", "wire"]
+TESTS = ["boundary", "misuse", "reduce", "slices", "table", "wire"]
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS -g1"
 
 # Run in the sanitized process: that build and no other, then what the arguments say.
