@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 # -fno-gnu-unique: two libraries in one process must not share the emulator's state.
 # The kernels are a library of their own: all its thread-local memory is their shared memory.
-KERNELS = [ROOT / "csrc/cuda/slices.cu", ROOT / "csrc/cuda/reduce.cu", HERE / "errors.cpp"]
-BINDINGS = [HERE / "module.cpp", ROOT / "csrc/bind/cuda_averaging.cpp"]
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+BINDINGS = [HERE / "module.cpp", *sorted((ROOT / "csrc/bind").glob("cuda_*.cpp"))]
 FLAGS = [
     "-std=c++17",
     "-fPIC",

@@ -30,11 +30,6 @@ SIZES = [[1], [5 * BLOCK + 3], [BLOCK, 77, 70 * BLOCK + 255, 2, 3 * BLOCK]]
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="there is no g++")
 
 
-@pytest.fixture(scope="module")
-def cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return emulation.load(emulation.build(tmp_path_factory.mktemp("emulated")))
-
-
 @pytest.fixture(params=["0", "1"], autouse=True)
 def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGORA_EMULATION_SEED", request.param)
