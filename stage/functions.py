@@ -27,7 +27,7 @@ VOCAB_BLOCK = 1 << 14
 
 def _inverse_rms(x: Tensor, width: int, eps: float, dtype: torch.dtype) -> Tensor:
     """1 / sqrt(‖x‖²/width + ε) over the last dimension, summed in ``dtype``."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     return norm.square_().div_(width).add_(eps).rsqrt_()
 
 
@@ -146,7 +146,7 @@ class NormRotate(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    halves = x.unflatten(-1, (2, -1))
+    halves: Tensor = x.unflatten(-1, (2, -1))  # type: ignore[no-untyped-call]
     out = halves * cos.unsqueeze(-2)
     out.select(-2, 0).addcmul_(halves.select(-2, 1), sin, value=-sign)
     out.select(-2, 1).addcmul_(halves.select(-2, 0), sin, value=sign)

@@ -181,14 +181,17 @@ class Stage:
             return c
         h = c @ self.U.t() + prepared.fixed
         if self.window is not None and h.requires_grad:
-            h.register_hook(self.window.add)
+            h.register_hook(self.window.add)  # type: ignore[no-untyped-call]
         return h
 
     def layer(self, leaves: Mapping[str, Tensor], layer: int, state: Tensor, prepared: Prepared) -> Tensor:
         """The state after a layer of the whole model's numbering."""
         wo, w2 = ("wo", "w2") if self.is_wide else ("zo", "z2")
-        names = ("qkv", wo, "gate", "up", w2)
-        return self.block(*(leaves[f"layers.{layer}.{name}"] for name in names), state, prepared)
+        at = f"layers.{layer}."
+        return self.block(
+            leaves[at + "qkv"], leaves[at + wo], leaves[at + "gate"], leaves[at + "up"], leaves[at + w2],
+            state, prepared,
+        )  # fmt: skip
 
     def block(
         self, qkv: Tensor, wo: Tensor, gate: Tensor, up: Tensor, w2: Tensor, state: Tensor, prepared: Prepared

@@ -146,7 +146,7 @@ class Optimizer:
     def _norm(self) -> float:
         """Of the accumulator; pieces are joined in double precision."""
         gradient = self.weights.gradient
-        norms = [torch.linalg.vector_norm(part) for part in gradient.split(CHUNK)]
+        norms = [torch.linalg.vector_norm(part) for part in torch.split(gradient, CHUNK)]
         return float(torch.linalg.vector_norm(torch.stack(norms).double()))
 
     def _update(self, lr: float, factor: float) -> None:
@@ -212,10 +212,13 @@ class Optimizer:
         config, moments = self.config, self.moments
         assert isinstance(moments, FullMoments)
         vectors = (flat, self.weights.gradient, moments.exp_avg, moments.exp_avg_sq)
-        for matrices in zip(*map(self.weights.layout.constrained_views, vectors), strict=True):
+        for weight, gradient, first, second in zip(
+            *map(self.weights.layout.constrained_views, vectors), strict=True
+        ):
             assert self.basis is not None
             subspace.adamw_columns(
-                *matrices, self.basis, updates=self.updates, lr=lr, beta1=config.beta1, beta2=config.beta2,
+                weight, gradient, first, second, self.basis, updates=self.updates, lr=lr,
+                beta1=config.beta1, beta2=config.beta2,
                 weight_decay=config.weight_decay, eps=EPS,
             )  # fmt: skip
         self.weights.refresh(self.weights.layout.constrained[0][0], self.weights.layout.decayed)
@@ -260,7 +263,7 @@ class Optimizer:
             raise LocalError("state: it is of another stage or another model")
         for name, vector in zip(("weights", "exp_avg", "exp_avg_sq"), vectors, strict=True):
             good = vector.shape == self.weights.flat.shape
-            if not good or not all(bool(torch.isfinite(part).all()) for part in vector.split(CHUNK)):
+            if not good or not all(bool(torch.isfinite(part).all()) for part in torch.split(vector, CHUNK)):
                 raise LocalError(f"state: {name} has the wrong size for this stage or is not finite")
         self.wait_for_readers()
         flat = self.weights.writable()
@@ -335,6 +338,6 @@ class HostStaging:
 
 
 def _now() -> torch.cuda.Event:
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event

@@ -91,6 +91,7 @@ def _live(model: ModelConfig, training: TrainingConfig, stage: int, graphs: int,
     """A replica's life in short; seconds of a sequence."""
     import torch
 
+    from p2p.identity import PeerId
     from stage.compute import StageCompute, wire_shape
     from stage.messages import Request
     from stage.settings import ComputeSettings
@@ -101,7 +102,7 @@ def _live(model: ModelConfig, training: TrainingConfig, stage: int, graphs: int,
     shape = wire_shape(model, training, stage)
     ids = torch.randint(model.vocab, (model.seq + 1,), dtype=torch.int32).numpy().tobytes()
     ticket = Ticket(
-        run="trial", trainer="", kind="train", shard=0, position=0,
+        run="trial", trainer=PeerId(""), kind="train", shard=0, position=0,
         ids_hash=hashlib.sha256(ids).digest(), weight=1.0,
     )  # fmt: skip
     header = Request(

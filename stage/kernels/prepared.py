@@ -38,7 +38,8 @@ def prepared_basis(basis: Tensor, dtype: torch.dtype) -> Tensor | None:
     kept: dict[torch.dtype, _Prepared] = {}
     version = -1  # tensors of inference mode count no changes: prepared anew each time
     if not basis.is_inference():
-        kept, version = _KEPT.setdefault(basis, kept), basis._version
+        kept = _KEPT.setdefault(basis, kept)  # type: ignore[no-untyped-call]
+        version = basis._version
     now = version, basis.data_ptr(), torch.cuda.current_stream(basis.device).cuda_stream
     if dtype in kept and kept[dtype][:3] == now:
         return kept[dtype].numbers
