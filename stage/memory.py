@@ -157,8 +157,7 @@ def layer_bytes(model: ModelConfig, stage: int, dtype: Dtype) -> int:
     written = model.d if is_wide(model, stage) else model.k
     low = 3 * model.d + (heads + 2 * turned) * model.head_dim + 3 * model.ffn + 2 * written
     sums = 4 + turned + model.heads
-    basis = 0 if dtype == "fp32" or is_wide(model, stage) else 2 * model.d * model.k * 2
-    return model.seq * (low * WIDTH[dtype] + sums * 4) + basis
+    return model.seq * (low * WIDTH[dtype] + sums * 4)
 
 
 def graph_bytes(model: ModelConfig, stage: int, dtype: Dtype) -> int:
@@ -168,7 +167,6 @@ def graph_bytes(model: ModelConfig, stage: int, dtype: Dtype) -> int:
     ends = 0
     if stage == model.stages - 1:  # x before and after the last norm's scale
         ends = model.seq * (2 * model.d * WIDTH[dtype] + 4)
-        ends += 0 if dtype == "fp32" or is_wide(model, stage) else model.d * model.k * 2
     return layers + rotary + ends + 8 * (model.seq + 1)
 
 

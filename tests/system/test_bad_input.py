@@ -113,7 +113,7 @@ def place(tmp_path: Path) -> Path:
         (("--set", "model.d.x=3"), "unknown setting 'model.d.x'"),
         (("--set", "worker.slots=0"), "worker.slots = 0 must be between"),
         (("--set", "worker.slot=1"), "did you mean 'slots'?"),
-        (("--set", "node.device=cuda"), "node.device = 'cuda' is none of 'cpu'"),
+        (("--set", "node.device=tpu"), "node.device = 'tpu' is none of 'auto', 'cpu', 'cuda'"),
         (("--set", "node.listen=/ip4/127.0.0.1/tcp/1"), "the demo decides it; it is different for each"),
         (("--set", "trainer.steps=3"), "the demo decides it; use --steps"),
         (("--dir", "no-text"), "no-text: is not empty"),
