@@ -75,6 +75,10 @@ __device__ __forceinline__ void wait_copies() {
 
 #endif
 
-inline unsigned blocks_for(int64_t n, int64_t each) { return unsigned((n + each - 1) / each); }
+// Blocks of a grid for n pieces: at most `most`, for kernels that stride over the rest.
+inline unsigned blocks_for(int64_t n, int64_t each, int64_t most = int64_t(1) << 30) {
+    int64_t blocks = (n + each - 1) / each;
+    return unsigned(blocks < most ? blocks : most);
+}
 
 }  // namespace agora::cuda

@@ -3,7 +3,7 @@
 // The sum reads the verdict on the device, so that both are queued at once and nobody waits in between.
 #include "../functors/reduce.h"
 #include "averaging.h"
-#include "start.cuh"
+#include "device.cuh"
 
 namespace agora::cuda {
 namespace {
@@ -75,7 +75,7 @@ int inspect(const void* part, int part_dtype, int64_t n, float weight, Verdict* 
                   : part_dtype == kBfloat16 ? inspect_kernel<Bf16>
                   : part_dtype == kFloat16  ? inspect_kernel<Fp16>
                                             : inspect_kernel<Codes>;
-    return start(kernel, grid_of(n, kChunk), kThreads, stream, part, n, weight, verdicts);
+    return launch(kernel, blocks_for(n, kChunk), kThreads, 0, stream, part, n, weight, verdicts);
 }
 
 int add(const float* sum, const void* part, float* out, int64_t n, int part_dtype, float weight,
@@ -84,13 +84,13 @@ int add(const float* sum, const void* part, float* out, int64_t n, int part_dtyp
                   : part_dtype == kBfloat16 ? add_kernel<Bf16>
                   : part_dtype == kFloat16  ? add_kernel<Fp16>
                                             : add_kernel<Codes>;
-    return start(kernel, grid_of(n, 4 * kThreads, kMostGrid), kThreads, stream, sum, part, out, n, weight,
-                 verdict);
+    return launch(kernel, blocks_for(n, 4 * kThreads, kMostGrid), kThreads, 0, stream, sum, part, out, n,
+                  weight, verdict);
 }
 
 int finish(const float* sum, float* out, int64_t n, float weight_sum, void* stream) {
-    return start(finish_kernel, grid_of(n, 4 * kThreads, kMostGrid), kThreads, stream, sum, out, n,
-                 weight_sum);
+    return launch(finish_kernel, blocks_for(n, 4 * kThreads, kMostGrid), kThreads, 0, stream, sum, out, n,
+                  weight_sum);
 }
 
 }  // namespace agora::cuda

@@ -4,7 +4,7 @@
 // the others hear it by shuffle. Several blocks are loaded before the first is stored, so that enough bytes
 // are in flight. Whole, aligned blocks move 16 bytes a lane and access; all others element by element.
 #include "averaging.h"
-#include "start.cuh"
+#include "device.cuh"
 
 namespace agora::cuda {
 namespace {
@@ -250,22 +250,22 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(Slice slice, Permutatio
     }
 }
 
-unsigned grid_for(int64_t blocks) { return grid_of(blocks, kTurn * (kThreads / kLanes), kMostGrid); }
+unsigned grid_for(int64_t blocks) { return blocks_for(blocks, kTurn * (kThreads / kLanes), kMostGrid); }
 
 }  // namespace
 
 int pack(const Slice& slice, const TensorRow* consensus, void* packed, int dtype, float* snapshot,
          void* stream) {
     if (slice.count == 0) return 0;
-    return start(pack_kernel, grid_for(slice.count), kThreads, stream, slice,
-                 make_permutation(uint64_t(slice.blocks), slice.key), consensus, packed, dtype, snapshot);
+    return launch(pack_kernel, grid_for(slice.count), kThreads, 0, stream, slice,
+                  make_permutation(uint64_t(slice.blocks), slice.key), consensus, packed, dtype, snapshot);
 }
 
 int merge(const Slice& slice, const Merge& merge, void* stream) {
     int64_t touched = (merge.stop + kBlock - 1) / kBlock - merge.start / kBlock;
     if (merge.start >= merge.stop) return 0;
-    return start(merge_kernel, grid_for(touched), kThreads, stream, slice,
-                 make_permutation(uint64_t(slice.blocks), slice.key), merge);
+    return launch(merge_kernel, grid_for(touched), kThreads, 0, stream, slice,
+                  make_permutation(uint64_t(slice.blocks), slice.key), merge);
 }
 
 }  // namespace agora::cuda
