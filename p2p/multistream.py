@@ -54,7 +54,9 @@ class _Lines:
         length, offset = protobuf.decode_varint(bytes(self._buffer[:2]))
         if not 1 <= length <= MAX_MESSAGE:
             raise RemoteError(f"a multistream-select message of {length} bytes")
-        return offset + length - len(self._buffer)
+        if (missing := offset + length - len(self._buffer)) < 0:  # shorter than any that is allowed here
+            raise RemoteError(f"a multistream-select message of {length} bytes where no such short one may be")
+        return missing
 
     def feed(self, data: bytes) -> str | None:
         """Add at most ``missing`` bytes; the message once it is whole."""

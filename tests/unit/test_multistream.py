@@ -63,6 +63,12 @@ def test_too_many_proposals() -> None:
         drive(Listener(lambda _wish: False), encode("/multistream/1.0.0") + encode("/x") * 8)
 
 
+def test_a_first_message_shorter_than_the_greeting() -> None:
+    for machine in (Listener({"/b"}.__contains__), Confirmation("/b")):
+        with pytest.raises(RemoteError):
+            drive(machine, b"\x03na\n" + b"\x07/noise\n" * 3)
+
+
 @given(st.binary(max_size=300))
 def test_any_bytes_end_in_agreement_waiting_or_remote_error(data: bytes) -> None:
     for machine in (Listener({"/b"}.__contains__), Confirmation("/b")):
