@@ -21,6 +21,7 @@ from stage.kernels.checks import (
     check_dtype,
     check_scale,
     check_seed,
+    dtype_of,
     new_or_given,
 )
 from stage.kernels.generator import MAX_D
@@ -280,7 +281,7 @@ def expand(
     """
     check_seed("seed", seed)
     if out is not None:
-        return _expand(c, basis, ids, seed, scale, dtype or out.dtype, out)
+        return _expand(c, basis, ids, seed, scale, dtype or dtype_of(out), out)
     if torch.compiler.is_compiling():
         # An operator's integers are signed.
         signed = seed - (1 << 64) if seed >> 63 else seed
@@ -314,7 +315,7 @@ def project(
     ``out``: contiguous memory for the result, where autograd does not follow.
     """
     if out is not None:
-        return _project(dh, None, basis, dtype or out.dtype, out)
+        return _project(dh, None, basis, dtype or dtype_of(out), out)
     if torch.compiler.is_compiling():
         compiled: Tensor = _project_op(dh, basis, dtype)
         return compiled
@@ -332,7 +333,7 @@ def project_difference(
     """
     _check_constant(rows)
     if out is not None:
-        return _project(h, rows, basis, dtype or out.dtype, out)
+        return _project(h, rows, basis, dtype or dtype_of(out), out)
     if torch.compiler.is_compiling():
         compiled: Tensor = _project_difference_op(h, rows, basis, dtype)
         return compiled

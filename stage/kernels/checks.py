@@ -29,6 +29,12 @@ def check(
         raise ValueError(f"{name} must be contiguous")
 
 
+def dtype_of(out: Tensor) -> torch.dtype:
+    """That of the tensor to write to; TypeError if it is none."""
+    check("out", out, FLOATS)
+    return out.dtype
+
+
 def check_seed(name: str, value: int) -> int:
     if not 0 <= value <= MASK64:
         raise ValueError(f"{name} must lie in [0, 2^64), not {value}")
