@@ -55,9 +55,7 @@ class _Lines:
         if not 1 <= length <= MAX_MESSAGE:
             raise RemoteError(f"a multistream-select message of {length} bytes")
         if (missing := offset + length - len(self._buffer)) < 0:  # shorter than any that is allowed here
-            raise RemoteError(
-                f"a multistream-select message of {length} bytes where no such short one may be"
-            )
+            raise RemoteError(f"a multistream-select message of {length} bytes is none of ours")
         return missing
 
     def feed(self, data: bytes) -> str | None:
