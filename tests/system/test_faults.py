@@ -30,7 +30,7 @@ def test_the_seed_is_needed_only_to_come_together(tmp_path: Path) -> None:
 def test_a_frozen_worker_is_left_and_taken_back(tmp_path: Path) -> None:
     """SIGSTOP closes no connection: only its silence shows. Woken up, it must not add what others did."""
     folder = tmp_path / "swarm"
-    with demo(folder, "--stages", "2", "--workers", "2", "--seconds", "30", *SMALL) as swarm:
+    with demo(folder, "--stages", "2", "--workers", "2", "--seconds", "45", *SMALL) as swarm:
         swarm.wait_for(lambda: swarm.count("trainer-0", "microbatch_completed") > 20, 60, "first work")
         pid = swarm.node("worker-1-1")["pid"]
         before = swarm.count("worker-1-1", "microbatch_added")
