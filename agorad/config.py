@@ -93,6 +93,10 @@ class AuthoritySection:
     """Of a certificate; members renew at half of it."""
     grace_s: float = 3600.0
     """How long beyond it members are believed when no authority is there to renew."""
+    database: str = attrs.field(default="", repr=False)
+    """SQLAlchemy URL; empty: AGORA_DATABASE_URL of the environment, else SQLite in the state folder."""
+    hub_endpoint: str = "https://huggingface.co"
+    """Who is asked whose a token is, with ``admission.accounts = "huggingface"``."""
 
 
 @attrs.frozen(kw_only=True)

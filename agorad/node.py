@@ -76,6 +76,8 @@ class Node:
     """What this node presents in hello; set by ``joining``."""
     stopping: trio.Event = attrs.field(factory=trio.Event)
     """Set when the node is to leave."""
+    session: bytes = attrs.field(factory=lambda: os.urandom(16), repr=False)
+    """Random, one a process: tells a restart of this node from a second one with the same key."""
     clock: Callable[[], float] = time.time
     rng: random.Random = attrs.field(factory=random.Random)
     warnings: dict[str, str] = attrs.field(factory=dict)

@@ -77,10 +77,60 @@ class NodeRef:
 class Admission:
     """``[admission]``: whom the authority lets in."""
 
-    accounts: Literal["file"] = "file"
-    """Where accounts come from."""
+    accounts: Literal["file", "huggingface"] = "file"
+    """Where accounts come from: the authority's file, or who the hub says that a token is."""
     max_nodes: int = 1000
     max_nodes_per_account: int = 2
+    min_vram_gib: float = 0.0
+    """Here and below, 0 is no rule."""
+    min_ram_gib: float = 0.0
+    min_disk_gib: float = 0.0
+    """Free, where the node keeps its state."""
+    min_mbps: float = 0.0
+    """Each way, measured against peers of this run."""
+    max_rtt_ms: float = 80.0
+    """Median over peers of this run."""
+    max_clock_skew_s: float = 30.0
+    port_test: bool = True
+    """Whether an announced address must be reachable from outside."""
+    joins_per_minute: float = 0.0
+    """Pace of grants; joins beyond it queue. 0: not paced."""
+    queue_limit: int = 2000
+    queue_timeout_s: float = 3600.0
+    place_kept_s: float = 300.0
+    """How long a place in the queue outlives a dropped stream or a restart."""
+    max_download_s: float = 0.0
+    """A joiner whose download of the state will take longer is told so."""
+    min_version: str = ""
+    """Oldest agorad that may join or renew, like "0.3.0"."""
+    min_version_from: float = 0.0
+    """Unix time; before it ``min_version`` is an announcement only."""
+
+    def __attrs_post_init__(self) -> None:
+        for name, low, high in _ADMISSION_BOUNDS:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise LocalError(f"admission.{name} = {value:g} must be between {low:g} and {high:g}")
+        if not re.fullmatch(r"(\d{1,6}(\.\d{1,6}){0,2})?", self.min_version):
+            raise LocalError(f"admission.min_version = {self.min_version!r} is not a version like '0.3.0'")
+
+
+_ADMISSION_BOUNDS: Final = (
+    ("max_nodes", 1, 1_000_000),
+    ("max_nodes_per_account", 1, 1_000_000),
+    ("min_vram_gib", 0, 1e5),
+    ("min_ram_gib", 0, 1e5),
+    ("min_disk_gib", 0, 1e6),
+    ("min_mbps", 0, 1e6),
+    ("max_rtt_ms", 0, 60_000),
+    ("max_clock_skew_s", 0, 86_400),
+    ("joins_per_minute", 0, 1e6),
+    ("queue_limit", 1, 100_000),
+    ("queue_timeout_s", 0, 30 * 86_400),
+    ("place_kept_s", 0, 86_400),
+    ("max_download_s", 0, 30 * 86_400),
+    ("min_version_from", 0, 1e11),
+)
 
 
 @attrs.frozen(kw_only=True)
@@ -132,8 +182,6 @@ class Manifest:
             raise LocalError(
                 f"model.vocab = {self.model.vocab} must be at least 256, since the data are bytes"
             )
-        if min(self.admission.max_nodes, self.admission.max_nodes_per_account) < 1:
-            raise LocalError("admission.max_nodes and admission.max_nodes_per_account must be at least 1")
 
     @property
     def content(self) -> bytes:

@@ -121,7 +121,11 @@ def test_a_resigned_manifest_is_another_run() -> None:
         ("run", {"id": "Not/A Key"}, "run.id"),
         ("run", {"format": 2}, "reads format 1"),
         ("run", {"operator": "12D3Koo"}, "peer id"),
-        ("admission", {"accounts": "huggingface"}, "admission.accounts"),
+        ("admission", {"accounts": "facebook"}, "admission.accounts"),
+        ("admission", {"max_nodes": 0}, "admission.max_nodes"),
+        ("admission", {"min_vram_gib": -1.0}, "admission.min_vram_gib"),
+        ("admission", {"max_rtt_ms": float("nan")}, "admission.max_rtt_ms"),
+        ("admission", {"min_version": "new"}, "admission.min_version"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(section: str, change: dict[str, Any], sentence: str) -> None:
