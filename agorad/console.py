@@ -38,6 +38,33 @@ def _round(e: Mapping[str, Any]) -> str:
     )
 
 
+def _queued(e: Mapping[str, Any]) -> str:
+    if e["paused"]:
+        return f"place {e['position']} in the queue; the operator has paused joins"
+    if e["eta_s"] is None:
+        when = "waiting for a node to leave" if e["waitlisted"] else "nobody can say how long it takes"
+    else:
+        when = f"about {_duration(e['eta_s'])} to go"
+    return f"place {e['position']} in the queue; {'the run is full; ' if e['waitlisted'] else ''}{when}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _granted(e: Mapping[str, Any]) -> str:
+    return f"access granted by {short(e['authority'])}{': ' if e.get('why') else ''}{e.get('why', '')}"
+
+
+_CHECKING: Final = {
+    "account": "the authority asks the Hugging Face hub whose token this is",
+    "port": "the authority has this node's port dialled from outside",
+    "network": "peers of the run measure the line to this node",
+}
+
+
 def _joined(e: Mapping[str, Any]) -> str:
     stage = "" if e["stage"] is None else f" for stage {e['stage']}"
     return f"{short(e['peer'])} ({e['account']}): {e['outcome']}{stage}"
@@ -54,7 +81,10 @@ _LINES: Final[dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]]] = {
     "stopping": ("NODE", lambda e: f"leaving: {e['why']}"),
     "stopped": ("NODE", lambda e: f"ended with {e['code']}: {e['why']}"),
     "reloaded": ("NODE", lambda e: "settings read again" if e["ok"] else f"settings kept: {e['why']}"),
-    "certificate_granted": ("JOIN", lambda e: f"access granted by {short(e['authority'])}"),
+    "certificate_granted": ("JOIN", _granted),
+    "join_checking": ("JOIN", lambda e: _CHECKING.get(e["what"], e["what"])),
+    "join_queued": ("JOIN", _queued),
+    "renewal_overdue": ("JOIN", lambda e: f"the certificate ran out, in grace now: {e['why']}"),
     "join_delayed": ("JOIN", lambda e: f"not in yet ({e['why']}); asking again in {e['retry_s']:.0f} s"),
     "join_answered": ("JOIN", _joined),
     "subscriber_failed": ("BUG", lambda e: f"{e['subscriber']} failed: {e['error']}"),

@@ -85,6 +85,34 @@ class CertificateGranted(Event):
     stage: int | None
     expires: float
     authority: str
+    why: str = ""
+    """Explains the stage; a warning may follow."""
+
+
+@attrs.frozen(kw_only=True)
+class JoinChecking(Event):
+    """An authority looks at something that takes a moment: ``account``, ``port`` or ``network``."""
+
+    what: str
+
+
+@attrs.frozen(kw_only=True)
+class JoinQueued(Event):
+    """This node's place in the queue; ``waitlisted``: the run is full, ``eta_s`` null: nobody can tell."""
+
+    position: int
+    eta_s: float | None
+    paused: bool
+    waitlisted: bool
+    stage: int
+
+
+@attrs.frozen(kw_only=True)
+class RenewalOverdue(Event):
+    """The certificate ran out and no authority renewed it; members believe it until ``grace_until``."""
+
+    why: str
+    grace_until: float
 
 
 @attrs.frozen(kw_only=True)

@@ -1,80 +1,111 @@
 """How a worker gets its certificate, and keeps having one.
 
-``obtain_certificate`` asks the run's authorities, in random order, until one grants; it waits and asks
-again (jittered, from 0.2 s to 30 s) as long as the trouble may pass, and ends the daemon with code 11
-when the answer is a no that asking again cannot change. ``keep_certificate`` renews at half life. The
-certificate is kept in the state folder, so that a restart does not need an authority; the account's
-secret goes out only while there is none.
+``obtain_certificate`` gives a certificate that holds. One that an earlier life kept in the state folder is
+used at once and renewed in the background; without one the node asks the run's authorities, in random order,
+and stays on the stream of the first that talks: it is told what is checked and its place in the queue, and
+reports how its download is doing. When an authority cannot be reached, or says to come again, it asks again
+(jittered, from 0.2 s to 30 s); a no that asking again cannot change ends the daemon with the code that
+``agorad.authority.refusals`` has for it.
+
+``keep_certificate`` renews at half life. With the authorities away it goes on trying until the grace of the
+certificate ends; then nobody believes the node any more and it ends with code 13. The account's secret or
+token leaves this machine only while the node holds no certificate, once a request, and is kept nowhere here.
+A node that stops gives its place back (``Leave``), within ``LEAVE_S``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Protocol
 
+import attrs
 import trio
 
-from agorad.authority.issue import PROTOCOL, JoinRequest
-from agorad.events import CertificateGranted, JoinDelayed
+from agorad import __version__, facts
+from agorad.authority.messages import (
+    ADDRS_LIMIT,
+    PROTOCOL,
+    Checking,
+    Granted,
+    Join,
+    Leave,
+    Progress,
+    Queued,
+    Renew,
+    read_answer,
+)
+from agorad.authority.refusals import meaning
+from agorad.events import CertificateGranted, JoinChecking, JoinDelayed, JoinQueued, RenewalOverdue
 from agorad.exitcodes import DaemonExit, ExitCode
 from agorad.node import Node
 from agorad.preflight import read_secret
-from p2p.errors import LocalError, P2PError, Refused, RemoteError
+from p2p.errors import LocalError, P2PError, PeerGone, Refused, RemoteError
+from p2p.groups import plain
 from p2p.identity import PeerId
 from p2p.membership import CERTIFICATE_LIMIT, Certificate
+from p2p.rpc import Call
 
-ANSWER_S: Final = 10.0
+ANSWER_S: Final = 60.0
+"""Between two words of an authority that checks something."""
+RENEWAL_S: Final = 45.0
+LEAVE_S: Final = 1.0
 FIRST_WAIT_S: Final = 0.2
 MOST_WAIT_S: Final = 30.0
 LONGEST_WAIT_S: Final = 300.0
 """However late the authority says to come again."""
 LOOK_S: Final = 30.0
-FINAL: Final = frozenset(
-    {
-        "unknown_account",
-        "wrong_secret",
-        "secret_needed",
-        "banned",
-        "identity_bound",
-        "account_full",
-        "wrong_stage",
-    }
-)
-"""Refusals that asking again does not change."""
+PROGRESS_S: Final = 5.0
 
 
-async def obtain_certificate(node: Node) -> Certificate | None:
+class Download(Protocol):
+    """Fetching the state while queued: told the probable stage, it runs until cancelled or done."""
+
+    finished: bool
+    eta_s: float | None
+
+    async def run(self, stage: int) -> None:
+        """Fetch."""
+
+
+async def obtain_certificate(node: Node, download: Download | None = None) -> Certificate | None:
     """A valid certificate, presented by this node from now on and renewed in ``node.nursery``.
 
     None if the node was asked to stop while it waited for one.
     """
-    kept = _read(node)
-    if kept is None:
+    certificate = _read(node)
+    fresh = certificate is None
+    if certificate is None:
         secret = _secret(node)
-        refusal: Exception | None = None
+        ending: BaseException | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_cancel_when_stopping, node, nursery.cancel_scope)
             try:
-                kept = await _ask_until_granted(node, secret)
+                certificate = await _join_until_granted(node, secret, download)
             except (DaemonExit, LocalError) as error:
-                refusal = error  # raised below, as it is and not in a group
+                ending = error  # raised below, as it is and not in a group
             nursery.cancel_scope.cancel()
-        if refusal is not None:
-            raise refusal
-    if kept is not None:
-        node.certificate = kept
-        node.nursery.start_soon(keep_certificate, node, kept)
-    return kept
+        node.status.pop("queue", None)
+        if ending is not None:
+            raise ending
+    if certificate is not None:
+        node.certificate = certificate
+        node.farewells.append(lambda: _leave(node))
+        node.nursery.start_soon(keep_certificate, node, certificate, fresh)
+    return certificate
 
 
-async def keep_certificate(node: Node, certificate: Certificate) -> None:
-    """Renew at half life, for as long as the node runs."""
-    left_s = (certificate.issued + certificate.expires) / 2 - node.clock()
+async def keep_certificate(node: Node, certificate: Certificate, fresh: bool = True) -> None:
+    """Renew at half life, for as long as the node runs; at once if it is one of an earlier life."""
+    left_s = (certificate.issued + certificate.expires) / 2 - node.clock() if fresh else 0.0
     while True:
         # Spread, so that nodes that joined together do not renew together.
         await pause(left_s * node.rng.uniform(0.9, 1.1), node.clock)
-        certificate = await _ask_until_granted(node, None)
+        try:
+            certificate = await _renew_until_granted(node, certificate)
+        except DaemonExit as end:
+            node.end(end)
+            return
         # From here on by our own clock alone: the authority's may be far off.
         left_s = max(1.0, (certificate.expires - certificate.issued) / 2)
 
@@ -94,50 +125,219 @@ async def _cancel_when_stopping(node: Node, scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
-async def _ask_until_granted(node: Node, secret: str | None) -> Certificate:
-    wait_s = FIRST_WAIT_S
+async def _join_until_granted(node: Node, secret: str | None, download: Download | None) -> Certificate:
+    async def ask(authority: PeerId) -> Granted:
+        # Gathered anew each time: the clock is among them.
+        known = await trio.to_thread.run_sync(facts.gather, node.config, node.clock())
+        join = Join(
+            account=_account(node),
+            secret=secret,
+            stage=node.config.worker.stage,
+            addrs=_addrs(node),
+            session=node.session,
+            facts=attrs.evolve(known, clock=node.clock()),
+        )
+        return await _join(node, authority, join, download)
+
+    waits = _Waits(node)
+    while True:
+        found, trouble = await _from_any(node, ask)
+        if found is not None:
+            return found
+        await waits.after(trouble)
+
+
+async def _renew_until_granted(node: Node, certificate: Certificate) -> Certificate:
+    waits = _Waits(node)
+    while True:
+        found, trouble = await _from_any(node, lambda authority: _renew(node, authority))
+        if found is None and isinstance(trouble, Refused) and trouble.code == "unknown_peer":
+            # The authority's memory is a new one, or we were away for long: from the beginning, then.
+            found, trouble = await _from_any(node, lambda authority: _join_again(node, authority))
+        if found is not None:
+            node.warnings.pop("renewal", None)
+            return found
+        now, last = node.clock(), max(certificate.expires, certificate.grace_until)
+        if now > last:
+            raise DaemonExit(
+                ExitCode.NETWORK,
+                f"no authority renewed the certificate, and its grace ended {now - last:.0f} s ago "
+                f"({trouble}); start again once the run's authorities can be reached",
+            )
+        if now > certificate.expires:
+            if "renewal" not in node.warnings:
+                node.emit(RenewalOverdue(why=str(trouble), grace_until=last))
+            node.warnings["renewal"] = (
+                f"no authority renews the certificate; members believe it for another {last - now:.0f} s"
+            )
+        await waits.after(trouble, at_most_s=max(0.1, last - now))
+
+
+class _Waits:
+    """Longer and longer between two rounds through the authorities."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._wait_s = FIRST_WAIT_S
+
+    async def after(self, trouble: Exception, at_most_s: float = LONGEST_WAIT_S) -> None:
+        retry_s = self._wait_s * self._node.rng.uniform(0.5, 1.5)
+        why = str(trouble) or "no answer"
+        if isinstance(trouble, Refused):
+            why, retry_s = trouble.why, trouble.retry_after or retry_s
+        retry_s = min(retry_s, LONGEST_WAIT_S, at_most_s)
+        self._node.emit(JoinDelayed(why=why, retry_s=round(retry_s, 1)))
+        await pause(retry_s, self._node.clock)
+        self._wait_s = min(MOST_WAIT_S, 2 * self._wait_s)
+
+
+async def _from_any(
+    node: Node, ask: Callable[[PeerId], Awaitable[Granted]]
+) -> tuple[Certificate | None, Exception]:
+    """A certificate of the first authority that grants one; else None and the last trouble.
+
+    Raises DaemonExit for a refusal that is final.
+    """
     authorities = [ref.peer_id for ref in node.manifest.authorities]
     if not authorities:
         raise LocalError(f"run {node.manifest.run.id!r} lists no authority that could let this node in")
-    while True:
-        node.rng.shuffle(authorities)
-        why, retry_s = "", wait_s * node.rng.uniform(0.5, 1.5)
-        for authority in authorities:
-            try:
-                certificate = await _ask(node, authority, secret)
-            except Refused as refusal:
-                if refusal.code in FINAL:
-                    raise DaemonExit(
-                        ExitCode.REMOVED if refusal.code == "banned" else ExitCode.REFUSED,
-                        f"the authority refused: {refusal.why} ({refusal.code})",
-                    ) from refusal
-                why, retry_s = refusal.why, min(LONGEST_WAIT_S, refusal.retry_after or retry_s)
-            except (P2PError, trio.TooSlowError) as error:
-                why = str(error) or "no answer"
-            else:
-                _keep(node, certificate)
-                return certificate
-        node.emit(JoinDelayed(why=why, retry_s=round(retry_s, 1)))
-        await trio.sleep(retry_s)
-        wait_s = min(MOST_WAIT_S, 2 * wait_s)
+    node.rng.shuffle(authorities)
+    trouble: Exception = PeerGone("no answer")
+    for authority in authorities:
+        try:
+            granted = await ask(authority)
+            certificate = Certificate.decode(granted.certificate)
+            node.manifest.trust().check(certificate, node.identity.peer_id, node.clock())
+        except Refused as refusal:
+            trouble = _judged(refusal)
+        except trio.TooSlowError:
+            trouble = PeerGone("an authority took too long to answer")
+        except P2PError as error:
+            trouble = error
+        else:
+            _keep(node, certificate, granted.why)
+            return certificate, trouble
+    return None, trouble
 
 
-async def _ask(node: Node, authority: PeerId, secret: str | None) -> Certificate:
-    settings = node.config.worker
-    request = JoinRequest(account=settings.account or node.config.name, secret=secret, stage=settings.stage)
+def _judged(refusal: Refused) -> Refused:
+    """The refusal, if asking again may help; DaemonExit if not."""
+    if meaning(refusal.code).retry:
+        return refusal
+    raise DaemonExit(
+        meaning(refusal.code).exit, f"the authority refused: {refusal.why} ({refusal.code})"
+    ) from refusal
+
+
+async def _join(node: Node, authority: PeerId, join: Join, download: Download | None) -> Granted:
     with trio.fail_after(ANSWER_S):
-        async with await node.host.call(authority, PROTOCOL, deadline=ANSWER_S) as call:
-            await call.send(request.to_header())
-            answer = (await call.receive()).header
-    data = answer.get("certificate")
-    if answer.get("t") != "granted" or not isinstance(data, bytes):
-        raise RemoteError("the authority's answer is not a certificate")
-    certificate = Certificate.decode(data)
-    node.manifest.trust().check(certificate, node.identity.peer_id, node.clock())
-    return certificate
+        call = await node.host.call(authority, PROTOCOL, deadline=ANSWER_S)
+    try:
+        async with call, trio.open_nursery() as nursery:
+            await call.send(join.to_header())
+            granted = await _listen(node, call, nursery, download)
+            nursery.cancel_scope.cancel()
+        return granted
+    except BaseExceptionGroup as group:
+        raise plain(group) from None
+    finally:
+        if node.status.pop("queue", None) is not None:
+            node.status["phase"] = "joining"
 
 
-def _keep(node: Node, certificate: Certificate) -> None:
+async def _listen(node: Node, call: Call, nursery: trio.Nursery, download: Download | None) -> Granted:
+    """Follow the authority's words to the last."""
+    patience_s, begun = ANSWER_S, False
+    while True:
+        with trio.fail_after(patience_s):
+            answer = read_answer((await call.receive()).header)
+        if isinstance(answer, Granted):
+            return answer
+        if isinstance(answer, Checking):
+            node.emit(JoinChecking(what=answer.what))
+        elif isinstance(answer, Queued):
+            # What is known to be alive below may be silent above: a paused queue has no news.
+            patience_s = float("inf")
+            _queued(node, answer)
+            if download is not None and not begun:
+                begun = True
+                nursery.start_soon(download.run, answer.stage)
+                nursery.start_soon(_report, call, download)
+        else:
+            raise RemoteError("the authority says goodbye to a join")
+
+
+def _queued(node: Node, place: Queued) -> None:
+    node.status["phase"] = "queued"
+    node.status["queue"] = {
+        "position": place.position,
+        "eta_s": place.eta_s,
+        "paused": place.paused,
+        "waitlisted": place.waitlisted,
+    }
+    node.emit(
+        JoinQueued(
+            position=place.position,
+            eta_s=place.eta_s,
+            paused=place.paused,
+            waitlisted=place.waitlisted,
+            stage=place.stage,
+        )
+    )
+
+
+async def _report(call: Call, download: Download) -> None:
+    while True:
+        finished = download.finished
+        await call.send(Progress(finished=finished, eta_s=download.eta_s).to_header())
+        if finished:
+            return
+        await trio.sleep(PROGRESS_S)
+
+
+async def _renew(node: Node, authority: PeerId) -> Granted:
+    request = Renew(session=node.session, addrs=_addrs(node), software=__version__)
+    return await _short(node, authority, request.to_header())
+
+
+async def _join_again(node: Node, authority: PeerId) -> Granted:
+    known = await trio.to_thread.run_sync(facts.gather, node.config, node.clock())
+    stage = None if node.certificate is None else node.certificate.stage
+    join = Join(
+        account=_account(node),
+        secret=_secret(node),
+        stage=stage,  # the one that this process computes
+        addrs=_addrs(node),
+        session=node.session,
+        facts=attrs.evolve(known, clock=node.clock()),
+    )
+    return await _short(node, authority, join.to_header())
+
+
+async def _short(node: Node, authority: PeerId, header: dict[str, Any]) -> Granted:
+    with trio.fail_after(RENEWAL_S):
+        async with await node.host.call(authority, PROTOCOL, deadline=RENEWAL_S) as call:
+            await call.send(header)
+            while True:
+                answer = read_answer((await call.receive()).header)
+                if isinstance(answer, Granted):
+                    return answer
+
+
+async def _leave(node: Node) -> None:
+    """Give the place back: one authority is enough, and none is no trouble."""
+    with trio.move_on_after(LEAVE_S):
+        for ref in node.manifest.authorities:
+            try:
+                async with await node.host.call(ref.peer_id, PROTOCOL, deadline=LEAVE_S) as call:
+                    await call.send(Leave(session=node.session).to_header())
+                    await call.receive()
+                return
+            except P2PError:
+                continue
+
+
+def _keep(node: Node, certificate: Certificate, why: str) -> None:
     node.certificate = certificate
     node.emit(
         CertificateGranted(
@@ -145,6 +345,7 @@ def _keep(node: Node, certificate: Certificate) -> None:
             stage=certificate.stage,
             expires=certificate.expires,
             authority=certificate.authority,
+            why=why,
         )
     )
     path = _path(node)
@@ -169,6 +370,17 @@ def _read(node: Node) -> Certificate | None:
     wanted = node.config.worker.stage
     fits = certificate.stage is not None and certificate.stage < node.manifest.model.stages
     return certificate if fits and wanted in (None, certificate.stage) else None
+
+
+def _account(node: Node) -> str:
+    named = node.config.worker.account
+    if node.manifest.admission.accounts == "huggingface":
+        return named  # the hub knows whose the token is
+    return named or node.config.name
+
+
+def _addrs(node: Node) -> tuple[str, ...]:
+    return tuple(str(addr) for addr in node.host.addrs[:ADDRS_LIMIT])
 
 
 def _secret(node: Node) -> str | None:

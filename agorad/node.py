@@ -30,7 +30,7 @@ import trio
 from agorad import __version__, config, control, control_server, preflight, state_dirs
 from agorad.config import Config
 from agorad.events import Bus, Ready, Reloaded, Started, Stopped, Stopping
-from agorad.exitcodes import ExitCode, verdict
+from agorad.exitcodes import DaemonExit, ExitCode, verdict
 from agorad.log import Log
 from agorad.notify import Notifier
 from agorad.run import Manifest
@@ -48,8 +48,9 @@ from stage.traffic import BoundaryCount
 ROUND_PROTOCOLS: Final = "/agora/round/"
 TRAFFIC_S: Final = 5.0
 """Between two traffic reports, so that little of a killed node's is lost."""
-DRAIN_S: Final = 28.0
+DRAIN_S: Final = 27.0
 """A role has this long to hand back its work; the whole stop stays under 30 s."""
+FAREWELL_S: Final = 1.0
 
 
 @attrs.define(eq=False)
@@ -87,6 +88,10 @@ class Node:
     started_at: float = 0.0
     """Of the process; same clock as ``time.time``."""
     is_ready: bool = False
+    farewells: list[Callable[[], Awaitable[None]]] = attrs.field(factory=list)
+    """Called once the role has returned, while the host still runs: short words to peers."""
+    ending: DaemonExit | None = None
+    """How this node ends, where that is not cleanly; set by ``end``."""
 
     def emit(self, event: Event) -> None:
         """Report an event."""
@@ -109,6 +114,12 @@ class Node:
             self.notifier.stopping()
             self.status["phase"] = "leaving"
             self.stopping.set()
+
+    def end(self, exit: DaemonExit) -> None:
+        """Leave in order, as with ``stop``, and end with this code; the first one counts."""
+        if self.ending is None:
+            self.ending = exit
+        self.stop(exit.why)
 
     def report_traffic(self) -> None:
         """Emit what this process sent so far, by kind."""
@@ -258,9 +269,14 @@ async def _live(
                 await nursery.start(dht.run, _bootstrap(manifest, settings.node.role, identity.peer_id))
                 await _drain(node, role)
                 node.stop("the role's work is done")
+                with trio.move_on_after(FAREWELL_S):
+                    for farewell in node.farewells:
+                        await farewell()
                 node.report_traffic()
                 nursery.cancel_scope.cancel()
             services.cancel_scope.cancel()  # after the host closed, so that it may say goodbye
+        if node.ending is not None:
+            raise node.ending
     finally:
         listener.close()
         settings.control.unlink(missing_ok=True)

@@ -1,57 +1,38 @@
-"""The decision at a join: is this node let in, at which stage, with which certificate.
+"""The authority's word: what it knows of a node, which stage it gets, and the certificate that says so.
 
-``decide`` is called with everything it looks at (manifest, accounts, store, time), refuses with a
-typed reason or records a grant and signs. The rules, in this order: a node stays with the account it
-was first granted to and needs the secret only that once; an account has at most
-``admission.max_nodes_per_account`` nodes and the run ``admission.max_nodes``; the stage is the one
-asked for, else the one it had, else the one with the fewest running certificates (the lowest of
-several). Certificates run for ``lifetime_s``, with grace behind that. Blocking (SQLite).
+``Issuer`` joins manifest, store and key. Everything here blocks (the database) and runs in a worker thread;
+what is decided without the database is in ``admission`` and ``assign``. A grant is on disk before ``grant``
+returns the certificate that it stands for; room in the run and in the account is checked in the same
+transaction, so that several authorities on one database do not give a place twice.
+
+Settings that the operator changes while it runs lie in the store, by name: ``joins_paused`` ("" or "0": no)
+and ``max_nodes`` (a number; "" for the manifest's). They are read at every decision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
 
 import attrs
 
-from agorad.authority.accounts import AccountFile
+from agorad.authority.admission import check_account_room, check_software, refusal
+from agorad.authority.assign import Choice, StageNeeds, choose_stage
+from agorad.authority.messages import Join, Renew
 from agorad.authority.store import Grant, Store
 from agorad.run import Manifest
-from p2p.errors import Refused, RemoteError
 from p2p.identity import Identity, PeerId
-from p2p.membership import NAME_LIMIT, Certificate, issue
+from p2p.membership import Certificate, issue
 
-PROTOCOL: Final = "/agora/authority/1"
-SECRET_LIMIT: Final = 256
+JOINS_PAUSED = "joins_paused"
+MAX_NODES = "max_nodes"
 
 
 @attrs.frozen(kw_only=True)
-class JoinRequest:
-    """A peer asks to be let in as a worker."""
+class Capacity:
+    """Whether the run takes nodes at this moment."""
 
-    account: str
-    secret: str | None = attrs.field(repr=False)
-    stage: int | None
-
-    @classmethod
-    def from_header(cls, header: Mapping[str, Any]) -> JoinRequest:
-        """Read and bound what came from a peer; ``RemoteError`` if it is no request."""
-        account, secret, stage = (header.get(name) for name in ("account", "secret", "stage"))
-        well_formed = (
-            header.get("t") == "join"
-            and isinstance(account, str)
-            and 0 < len(account) <= NAME_LIMIT
-            and (secret is None or (isinstance(secret, str) and len(secret) <= SECRET_LIMIT))
-            and (stage is None or (type(stage) is int and 0 <= stage < 1 << 16))
-        )
-        if not well_formed:
-            raise RemoteError("a join request with a field out of its bounds")
-        return cls(account=str(account), secret=secret, stage=stage)
-
-    def to_header(self) -> dict[str, Any]:
-        """What goes over the wire."""
-        return {"t": "join", "account": self.account, "secret": self.secret, "stage": self.stage}
+    free: int
+    paused: bool
 
 
 @attrs.frozen(kw_only=True)
@@ -61,28 +42,97 @@ class Issuer:
     identity: Identity
     manifest: Manifest
     store: Store
+    needs: tuple[StageNeeds, ...]
+    """Of the manifest's stages, by ``assign.stage_needs``."""
     lifetime_s: float
     grace_s: float
 
-    def decide(self, request: JoinRequest, peer: PeerId, accounts: AccountFile, now: float) -> Certificate:
-        """Grant (recorded before it is returned) or raise ``Refused``."""
+    def known(self, peer: PeerId, account: str, now: float) -> Grant | None:
+        """What this node was granted before. ``Refused`` if it, or ``account`` ("": any), may not be here."""
         before = self.store.grant_of(peer)
-        if before is not None and before.account != request.account:
-            raise Refused("identity_bound", f"this node's key belongs to account {before.account!r}")
-        if before is None:
-            self._admit(request, accounts)
-        else:
-            accounts.known(request.account)
-        replicas = self.store.replicas(now, besides=peer)
-        if sum(replicas.values()) >= self.manifest.admission.max_nodes:
-            raise Refused("full", "the run has all the nodes it takes at present", retry_after=60.0)
-        stages = self.manifest.model.stages
-        stage = choose_stage(request.stage, before.stage if before else None, replicas, stages)
+        if before is not None and account not in ("", before.account):
+            raise refusal(
+                "identity_bound",
+                f"this node's key belongs to account {before.account!r}, not to {account!r}",
+            )
+        owner = before.account if before is not None else account
+        ban = self.store.banned(owner, peer, now)
+        if ban is not None:
+            what = "node" if ban.kind == "peer" else f"account {owner!r}"
+            end = "" if ban.until is None else f" for another {(ban.until - now) / 3600:.1f} h"
+            raise refusal("banned", f"this {what} was removed by the run's operator{end}: {ban.why}")
+        return before
+
+    def check_account(self, account: str, peer: PeerId, waiting: int, now: float) -> None:
+        """``Refused`` if the account has all its nodes; ``waiting``: others of it in the queue."""
+        others = sum(grant.account == account and grant.peer_id != peer for grant in self.store.active(now))
+        check_account_room(self.manifest.admission, account, others + waiting)
+
+    def capacity(self, now: float) -> Capacity:
+        """Free slots of the run, and whether joins are held."""
+        paused = self.store.setting(JOINS_PAUSED) not in (None, "", "0")
+        return Capacity(free=self.max_nodes() - len(self.store.active(now)), paused=paused)
+
+    def max_nodes(self) -> int:
+        """The manifest's limit, or what the operator set instead."""
+        text = self.store.setting(MAX_NODES) or ""
+        return int(text) if text.isdecimal() else self.manifest.admission.max_nodes
+
+    def choose(
+        self,
+        join: Join,
+        peer: PeerId,
+        now: float,
+        *,
+        promised: int | None = None,
+        waiting: Mapping[int, int] | None = None,
+        mbps: float | None = None,
+        usual_mbps: float | None = None,
+    ) -> Choice:
+        """The stage for a joiner; ``waiting``: how many are to go where before it."""
+        replicas = dict(waiting or {})
+        for grant in self.store.active(now):
+            if grant.peer_id != peer:
+                replicas[grant.stage] = replicas.get(grant.stage, 0) + 1
+        before = self.store.grant_of(peer)
+        return choose_stage(
+            self.needs,
+            replicas,
+            join.facts,
+            wanted=join.stage,
+            before=None if before is None else before.stage,
+            promised=promised,
+            mbps=mbps,
+            usual_mbps=usual_mbps,
+        )
+
+    def grant(self, join: Join, peer: PeerId, account: str, stage: int, now: float) -> Certificate:
+        """Record a grant and sign it. ``Refused`` if there is no room (any more)."""
+        return self._record(peer, account, stage, join.session, join.addrs, now)
+
+    def renew(self, renew: Renew, peer: PeerId, now: float) -> Certificate:
+        """The same for a node that is in. Its place is its own as long as its certificate runs."""
+        before = self.known(peer, "", now)
+        if before is None or now > before.expires + self.grace_s:
+            raise refusal("unknown_peer", "this authority keeps no place for this node")
+        check_software(self.manifest.admission, None, renew.software, now)
+        stage = min(before.stage, self.manifest.model.stages - 1)
+        return self._record(peer, before.account, stage, renew.session, renew.addrs, now)
+
+    def leave(self, peer: PeerId, session: bytes, now: float) -> None:
+        """Free the node's place, unless another process has it by now."""
+        before = self.store.grant_of(peer)
+        if before is not None and before.session in (session, b""):
+            self.store.released(peer, now)
+
+    def _record(
+        self, peer: PeerId, account: str, stage: int, session: bytes, addrs: tuple[str, ...], now: float
+    ) -> Certificate:
         expires = now + self.lifetime_s
         certificate = issue(
             self.identity,
             run=self.manifest.run.id,
-            account=request.account,
+            account=account,
             peer_id=peer,
             role="worker",
             stage=stage,
@@ -90,27 +140,19 @@ class Issuer:
             expires=expires,
             grace_until=expires + self.grace_s,
         )
-        self.store.record(
-            Grant(peer_id=peer, account=request.account, stage=stage, issued=now, expires=expires)
+        grant = Grant(
+            peer_id=peer,
+            account=account,
+            stage=stage,
+            session=session,
+            addrs=addrs,
+            issued=now,
+            expires=expires,
+        )
+        self.store.grant(
+            grant,
+            max_nodes=self.max_nodes(),
+            max_per_account=self.manifest.admission.max_nodes_per_account,
+            now=now,
         )
         return certificate
-
-    def _admit(self, request: JoinRequest, accounts: AccountFile) -> None:
-        if request.secret is None:
-            accounts.known(request.account)
-            raise Refused("secret_needed", f"the first join for account {request.account!r} needs its secret")
-        accounts.authenticate(request.account, request.secret)
-        limit = self.manifest.admission.max_nodes_per_account
-        if self.store.nodes_of(request.account) >= limit:
-            raise Refused("account_full", f"account {request.account!r} has {limit} nodes, as many as it may")
-
-
-def choose_stage(wanted: int | None, before: int | None, replicas: Mapping[int, int], stages: int) -> int:
-    """The stage a node gets; ``Refused`` if it asks for one that the run does not have."""
-    if wanted is not None:
-        if wanted >= stages:
-            raise Refused("wrong_stage", f"the run has stages 0 to {stages - 1}; there is no stage {wanted}")
-        return wanted
-    if before is not None and before < stages:
-        return before
-    return min(range(stages), key=lambda stage: (replicas.get(stage, 0), stage))

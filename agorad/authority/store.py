@@ -1,4 +1,4 @@
-"""What an authority remembers: which node belongs to which account, and what it was granted.
+"""What an authority remembers: which node belongs to which account, what it was granted, who waits.
 
 SQLite in one file, one connection, every change one transaction on disk (``synchronous=FULL``) before
 the certificate that it stands for leaves. Blocking: the role calls it from one worker thread at a time.
@@ -7,16 +7,22 @@ A file with a newer schema than ours is refused instead of guessed at.
 
 from __future__ import annotations
 
+import json
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
+from agorad.authority.admission import refusal
+from agorad.authority.queue import Place
 from p2p.errors import LocalError
 
-_SCHEMA_VERSION: Final = 1
-_SCHEMA: Final = """
+_SCHEMA_VERSION: Final = 2
+_STEPS: Final = (
+    """
 CREATE TABLE grants (
     peer_id TEXT PRIMARY KEY,
     account TEXT NOT NULL,
@@ -26,7 +32,20 @@ CREATE TABLE grants (
     expires REAL NOT NULL
 ) STRICT;
 CREATE INDEX grants_by_account ON grants (account);
-"""
+""",
+    """
+ALTER TABLE grants ADD COLUMN session BLOB NOT NULL DEFAULT x'';
+ALTER TABLE grants ADD COLUMN addrs TEXT NOT NULL DEFAULT '[]';
+CREATE TABLE places (
+    peer_id TEXT PRIMARY KEY, account TEXT NOT NULL, arrived REAL NOT NULL, seen REAL NOT NULL
+) STRICT;
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE bans (
+    kind TEXT NOT NULL, name TEXT NOT NULL, why TEXT NOT NULL, until REAL, PRIMARY KEY (kind, name)
+) STRICT;
+""",
+)
+_COLUMNS: Final = "peer_id, account, stage, session, addrs, issued, expires"
 
 
 @attrs.frozen(kw_only=True)
@@ -36,8 +55,21 @@ class Grant:
     peer_id: str
     account: str
     stage: int
+    session: bytes = b""
+    addrs: tuple[str, ...] = ()
     issued: float
     expires: float
+    """The past once the node left."""
+
+
+@attrs.frozen(kw_only=True)
+class Ban:
+    """An account or a peer that the operator removed."""
+
+    kind: str
+    name: str
+    why: str
+    until: float | None
 
 
 class Store:
@@ -49,47 +81,113 @@ class Store:
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;")
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_SCHEMA_VERSION}; COMMIT;")
+            for number, step in enumerate(_STEPS[version:], version + 1):
+                self._db.executescript(f"BEGIN; {step} PRAGMA user_version={number}; COMMIT;")
         except sqlite3.Error as error:
             raise LocalError(f"cannot use the authority's database {path}: {error}") from error
         if version > _SCHEMA_VERSION:
             raise LocalError(f"{path} was written by a newer agorad (schema {version}); update agorad")
 
-    def grant_of(self, peer_id: str) -> Grant | None:
+    def grant_of(self, peer: str) -> Grant | None:
         """What this node was granted last."""
-        row = self._db.execute(
-            "SELECT peer_id, account, stage, issued, expires FROM grants WHERE peer_id = ?", (peer_id,)
-        ).fetchone()
+        query = f"SELECT {_COLUMNS} FROM grants WHERE peer_id = ?"
+        row = self._db.execute(query, (peer,)).fetchone()
         return None if row is None else _grant(row)
 
-    def nodes_of(self, account: str) -> int:
-        """Nodes bound to the account."""
-        (count,) = self._db.execute("SELECT count(*) FROM grants WHERE account = ?", (account,)).fetchone()
-        return int(count)
+    def active(self, now: float) -> list[Grant]:
+        """Nodes with a running certificate."""
+        query = f"SELECT {_COLUMNS} FROM grants WHERE expires > ?"
+        return [_grant(row) for row in self._db.execute(query, (now,))]
 
-    def replicas(self, now: float, *, besides: str) -> dict[int, int]:
-        """Nodes with a running certificate by stage, ``besides`` left out."""
-        rows = self._db.execute(
-            "SELECT stage, count(*) FROM grants WHERE expires > ? AND peer_id != ? GROUP BY stage",
-            (now, besides),
-        )
-        return {int(stage): int(count) for stage, count in rows}
+    def grant(self, grant: Grant, *, max_nodes: int, max_per_account: int, now: float) -> None:
+        """Remember a grant; on return it is on disk. ``Refused`` if there is no room. One transaction."""
+        with self._transaction():
+            before = self.grant_of(grant.peer_id)
+            if before is not None and before.account != grant.account:
+                raise refusal("identity_bound", f"this node's key belongs to account {before.account!r}")
+            others = [other for other in self.active(now) if other.peer_id != grant.peer_id]
+            if len(others) >= max_nodes:
+                raise refusal("full", f"the run has {len(others)} nodes, all it takes", 60.0)
+            if sum(other.account == grant.account for other in others) >= max_per_account:
+                raise refusal("account_full", f"account {grant.account!r} has {max_per_account} nodes")
+            self._db.execute(
+                "INSERT INTO grants (peer_id, account, stage, session, addrs, first_granted, issued, "
+                "expires) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (peer_id) DO UPDATE SET "
+                "stage = excluded.stage, session = excluded.session, addrs = excluded.addrs, "
+                "issued = excluded.issued, expires = excluded.expires",
+                (
+                    grant.peer_id,
+                    grant.account,
+                    grant.stage,
+                    grant.session,
+                    json.dumps(grant.addrs),
+                    grant.issued,
+                    grant.issued,
+                    grant.expires,
+                ),
+            )
 
-    def record(self, grant: Grant) -> None:
-        """Remember a grant; on return it is on disk."""
-        self._db.execute(
-            "INSERT INTO grants (peer_id, account, stage, first_granted, issued, expires) "
-            "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (peer_id) DO UPDATE SET "
-            "stage = excluded.stage, issued = excluded.issued, expires = excluded.expires",
-            (grant.peer_id, grant.account, grant.stage, grant.issued, grant.issued, grant.expires),
-        )
+    def released(self, peer: str, now: float) -> None:
+        """The node left: its place is free."""
+        self._db.execute("UPDATE grants SET expires = ? WHERE peer_id = ? AND expires > ?", (now, peer, now))
+
+    def ban(self, kind: str, name: str, why: str, until: float | None, by: str, now: float) -> None:
+        """Keep an account or a peer out."""
+        self._db.execute("INSERT OR REPLACE INTO bans VALUES (?, ?, ?, ?)", (kind, name, why, until))
+
+    def banned(self, account: str, peer: str, now: float) -> Ban | None:
+        """The ban of either, if there is one."""
+        row = self._db.execute(
+            "SELECT kind, name, why, until FROM bans WHERE (until IS NULL OR until > ?) "
+            "AND ((kind = 'account' AND name = ?) OR (kind = 'peer' AND name = ?))",
+            (now, account, peer),
+        ).fetchone()
+        return None if row is None else Ban(kind=row[0], name=row[1], why=row[2], until=row[3])
+
+    def setting(self, name: str) -> str | None:
+        """What the operator set at run time."""
+        row = self._db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def set_setting(self, name: str, value: str, by: str) -> None:
+        """Set at run time; counts at the next decision."""
+        self._db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, value))
+
+    def place(self, peer: str, account: str, arrived: float, seen: float) -> None:
+        """Remember a place in the queue."""
+        self._db.execute("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?)", (peer, account, arrived, seen))
+
+    def places(self) -> list[Place]:
+        """All that are remembered."""
+        return [Place(*row) for row in self._db.execute("SELECT peer_id, account, arrived, seen FROM places")]
+
+    def drop_place(self, peer: str) -> None:
+        """Forget one."""
+        self._db.execute("DELETE FROM places WHERE peer_id = ?", (peer,))
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
 
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
 
-def _grant(row: tuple[str, str, int, float, float]) -> Grant:
-    peer_id, account, stage, issued, expires = row
-    return Grant(peer_id=peer_id, account=account, stage=stage, issued=issued, expires=expires)
+
+def _grant(row: tuple[Any, ...]) -> Grant:
+    peer_id, account, stage, session, addrs, issued, expires = row
+    return Grant(
+        peer_id=peer_id,
+        account=account,
+        stage=stage,
+        session=session,
+        addrs=tuple(json.loads(addrs)),
+        issued=issued,
+        expires=expires,
+    )

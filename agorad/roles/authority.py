@@ -1,76 +1,400 @@
 """The authority: answers joins with certificates, on the same host as everything else.
 
-``/agora/authority/1`` is open to guests. One message each way: a join (account, secret the first time,
-wanted stage), then a certificate or a typed refusal; a renewal is the same join without a secret. One
-decision at a time, in a worker thread (SQLite); 10 s for a peer to say what it wants.
+``/agora/authority/1`` is open to guests: a guest asks to become a member here. A join is one stream that
+lasts until the joiner is in or out: it is told what is being checked and its place in the queue, and tells
+how far its download is. The order of the checks: the message's bounds, run and manifest (hello compared
+them), protocols and software, clock, bans, account, its room, memory and disk, whether the key is in use
+elsewhere, port, network, then the queue, and with the grant itself room in run and account once more.
+
+Thin: rules are in ``agorad.authority``, looking at a joiner from outside in ``agorad.probing``. The database
+is asked in one worker thread, a question at a time. Limits: one stream a peer, ``JOINS`` joins being checked
+at once, ``LOOKS`` being looked at from outside, 10 s for a peer to say what it wants.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Final, TypeVar
 
+import attrs
 import trio
 
 from agorad.authority import accounts
-from agorad.authority.issue import PROTOCOL, Issuer, JoinRequest
-from agorad.authority.store import Store
+from agorad.authority.admission import (
+    Findings,
+    check_alone,
+    check_clock,
+    check_machine,
+    check_network,
+    check_port,
+    check_software,
+    refusal,
+)
+from agorad.authority.assign import Choice, stage_needs
+from agorad.authority.hub import Hub
+from agorad.authority.issue import Capacity, Issuer
+from agorad.authority.messages import (
+    PROTOCOL,
+    WHY_LIMIT,
+    Bye,
+    Checking,
+    Granted,
+    Join,
+    Leave,
+    Progress,
+    Queued,
+    Renew,
+    read_request,
+)
+from agorad.authority.queue import Place, Queue
+from agorad.authority.store import Grant, Store
+from agorad.authority.waiting import Waiter, WaitingRoom
 from agorad.events import JoinAnswered
 from agorad.node import Node
 from p2p.errors import LocalError, Refused, RemoteError
+from p2p.groups import plain
+from p2p.identity import PeerId
 from p2p.membership import Certificate
 from p2p.rpc import Call
 
-ASK_S = 10.0
+ASK_S: Final = 10.0
+JOINS: Final = 256
+LOOKS: Final = 16
+LOOK_S: Final = 30.0
+BANDWIDTH_BYTES: Final = 8_000_000
+"""Sent each way where the run asks for a bandwidth."""
+BUSY_S: Final = 2.0
+USUAL: Final = 100
+"""Measured bandwidths of the last so many joiners say what is usual."""
+OTHER_RUN: Final = frozenset({"wrong_run", "manifest_mismatch", "version_mismatch"})
+
+T = TypeVar("T")
+Inspect = Callable[[PeerId, Sequence[str], int], Awaitable[Findings]]
+"""Look at a peer from outside: its addresses, bytes to measure bandwidth with (0: do not)."""
 
 
-async def run(node: Node) -> None:
+async def run(node: Node, inspect: Inspect | None = None) -> None:
     """Serve until asked to stop."""
     if node.identity.peer_id not in {ref.peer_id for ref in node.manifest.authorities}:
         raise LocalError(
             f"{node.identity.peer_id} is not an authority of run {node.manifest.run.id!r}; "
             "the manifest lists those that are"
         )
-    accounts.load(node.config.authority.accounts)  # a damaged file is better known now than at a join
+    if node.manifest.admission.accounts == "file":
+        accounts.load(node.config.authority.accounts)  # damage is better known now than at a join
     store = await trio.to_thread.run_sync(Store, node.config.node.state / "authority.sqlite")
-    one_at_a_time = trio.CapacityLimiter(1)
-
-    async def decide(request: JoinRequest, call: Call) -> Certificate:
-        issuer = Issuer(
-            identity=node.identity,
-            manifest=node.manifest,
-            store=store,
-            lifetime_s=node.config.authority.lifetime_s,
-            grace_s=node.config.authority.grace_s,
-        )
-
-        def in_thread() -> Certificate:
-            try:
-                listed = accounts.load(node.config.authority.accounts)
-            except LocalError as error:
-                raise Refused("unavailable", "the authority cannot read its accounts", 30.0) from error
-            return issuer.decide(request, call.peer, listed, node.clock())
-
-        return await trio.to_thread.run_sync(in_thread, limiter=one_at_a_time)
-
-    async def serve(call: Call) -> None:
-        try:
-            with trio.fail_after(ASK_S):
-                message = await call.receive()
-        except trio.TooSlowError as error:
-            raise RemoteError("a peer opened a join and said nothing") from error
-        request = JoinRequest.from_header(message.header)
-        report = partial(JoinAnswered, peer=call.peer, account=request.account)
-        try:
-            certificate = await decide(request, call)
-        except Refused as refusal:
-            node.emit(report(stage=request.stage, outcome=refusal.code))
-            raise
-        node.emit(report(stage=certificate.stage, outcome="granted"))
-        await call.send({"t": "granted", "certificate": certificate.encode()})
-
-    node.host.handle(PROTOCOL, serve, open_to_all=True)
-    node.ready()
     try:
+        desk = Desk(node, store, inspect)
+        await desk.restore()
+        node.host.handle(PROTOCOL, desk.serve, open_to_all=True)
+        node.nursery.start_soon(desk.room.run)
+        node.ready()
         await node.stopping.wait()
     finally:
         store.close()
+
+
+@attrs.frozen(kw_only=True)
+class Joiner:
+    """Who passed all checks."""
+
+    peer: PeerId
+    join: Join
+    """Without its secret."""
+    account: str
+    before: Grant | None
+    mbps: float | None
+    warning: str
+
+
+class Desk:
+    """Serves joins, renewals and leavings."""
+
+    def __init__(self, node: Node, store: Store, inspect: Inspect | None) -> None:
+        self.node = node
+        self.store = store
+        self.inspect = inspect
+        self.hub = Hub(node.config.authority.hub_endpoint)
+        self.room = WaitingRoom(
+            Queue(node.manifest.admission),
+            clock=node.clock,
+            capacity=self._capacity,
+            save=self._save,
+            forget=self._forget,
+        )
+        self._needs = stage_needs(node.manifest.model, node.manifest.training)
+        self._thread = trio.CapacityLimiter(1)
+        self._looks = trio.CapacityLimiter(LOOKS)
+        self._peers: set[PeerId] = set()
+        self._checking = 0
+        self._mbps: deque[float] = deque(maxlen=USUAL)
+
+    async def restore(self) -> None:
+        """Take up the places that an earlier life left."""
+        places = await self._ask(self.store.places)
+        self.room.queue.restore(places, self.node.clock())
+
+    async def serve(self, call: Call) -> None:
+        """The handler of the protocol."""
+        try:
+            with trio.fail_after(ASK_S):
+                request = read_request((await call.receive()).header)
+        except trio.TooSlowError as error:
+            raise RemoteError("a peer opened a join and said nothing") from error
+        if isinstance(request, Leave):
+            await self._ask(self.issuer.leave, call.peer, request.session, self.node.clock())
+            self.room.changed()
+            await call.send(Bye().to_header())
+            return
+        report = partial(JoinAnswered, peer=call.peer)
+        account, stage = "", None
+        try:
+            with self._alone(call.peer):
+                if call.connection.refusal is not None and call.connection.refusal.code in OTHER_RUN:
+                    raise call.connection.refusal
+                if isinstance(request, Renew):
+                    certificate, why = await self._renew(call, request)
+                else:
+                    account, stage = request.account, request.stage
+                    joiner = await self._check(call, request)
+                    request = joiner.join  # the secret has served
+                    certificate, why = await self._admit(call, joiner)
+        except Refused as no:
+            self.node.emit(report(account=account, stage=stage, outcome=no.code))
+            raise
+        self.node.emit(report(account=certificate.account, stage=certificate.stage, outcome="granted"))
+        granted = Granted(certificate=certificate.encode(), account=certificate.account, why=why[:WHY_LIMIT])
+        await call.send(granted.to_header())
+
+    @property
+    def issuer(self) -> Issuer:
+        """With the settings and the manifest of this moment."""
+        return Issuer(
+            identity=self.node.identity,
+            manifest=self.node.manifest,
+            store=self.store,
+            needs=self._needs,
+            lifetime_s=self.node.config.authority.lifetime_s,
+            grace_s=self.node.config.authority.grace_s,
+        )
+
+    # a join
+
+    async def _check(self, call: Call, join: Join) -> Joiner:
+        rules, peer, now = self.node.manifest.admission, call.peer, self.node.clock()
+        with self._few():
+            warning = check_software(rules, join.facts.version, join.facts.software, now)
+            check_clock(rules, join.facts.clock, now)
+            account, before = await self._account(call, join)
+            waiting = self.room.of_account(account, besides=peer)
+            await self._ask(self.issuer.check_account, account, peer, waiting, now)
+            check_machine(rules, join.facts)
+            findings = await self._look_at(call, join, before)
+        return Joiner(
+            peer=peer,
+            join=attrs.evolve(join, secret=None),
+            account=account,
+            before=before,
+            mbps=None if findings is None else findings.mbps,
+            warning=warning,
+        )
+
+    async def _admit(self, call: Call, joiner: Joiner) -> tuple[Certificate, str]:
+        before = joiner.before
+        if before is not None and before.expires > self.node.clock():
+            certificate, choice = await self._grant(joiner, None)  # its place in the run is still its own
+        else:
+            certificate, choice = await self._queue(call, joiner)
+        return certificate, ". ".join(filter(None, (choice.why, joiner.warning)))
+
+    async def _account(self, call: Call, join: Join) -> tuple[str, Grant | None]:
+        """Whose node this is, proven."""
+        before = await self._ask(self.issuer.known, call.peer, join.account, self.node.clock())
+        if self.node.manifest.admission.accounts == "file":
+            await self._ask(self._by_file, join, before)
+            return (join.account if before is None else before.account), before
+        if join.secret is None:
+            if before is None:
+                raise refusal("secret_needed", "the first join of a node needs a Hugging Face token")
+            return before.account, before
+        await call.send(Checking(what="account").to_header())
+        name = await self.hub.whoami(join.secret)
+        if join.account not in ("", name):
+            raise refusal("bad_token", f"the token is {name!r}'s, not {join.account!r}'s")
+        await self._ask(self.issuer.known, call.peer, name, self.node.clock())
+        return name, before
+
+    def _by_file(self, join: Join, before: Grant | None) -> None:
+        try:
+            listed = accounts.load(self.node.config.authority.accounts)
+        except LocalError as error:
+            raise refusal("unavailable", "the authority cannot read its accounts", 30.0) from error
+        if before is not None:
+            listed.known(before.account)
+        elif join.secret is None:
+            listed.known(join.account)
+            raise refusal("secret_needed", f"the first join for account {join.account!r} needs its secret")
+        else:
+            listed.authenticate(join.account, join.secret)
+
+    async def _look_at(self, call: Call, join: Join, before: Grant | None) -> Findings | None:
+        """Whether the key is in use elsewhere, the port open and the line good."""
+        rules = self.node.manifest.admission
+        if self.inspect is None:
+            return None
+        await self._check_alone(call.peer, join.session, before)
+        if not (rules.port_test or rules.max_rtt_ms or rules.min_mbps):
+            return None
+        if rules.port_test:
+            await call.send(Checking(what="port").to_header())
+        await call.send(Checking(what="network").to_header())
+        findings = await self._inspect(call.peer, join.addrs, BANDWIDTH_BYTES if rules.min_mbps else 0)
+        check_port(rules, findings, join.addrs)
+        check_alone(findings, join.session)
+        check_network(rules, findings)
+        if findings.mbps is not None:
+            self._mbps.append(findings.mbps)
+        return findings
+
+    async def _check_alone(self, peer: PeerId, session: bytes, before: Grant | None) -> None:
+        """``Refused`` if the process that got the last certificate still answers, and is another."""
+        if self.inspect is None or before is None or before.session in (session, b"") or not before.addrs:
+            return
+        if before.expires > self.node.clock():
+            check_alone(await self._inspect(peer, before.addrs, 0), session)
+
+    async def _inspect(self, peer: PeerId, addrs: Sequence[str], count: int) -> Findings:
+        assert self.inspect is not None
+        try:
+            with trio.fail_after(LOOK_S):
+                async with self._looks:
+                    return await self.inspect(peer, addrs, count)
+        except trio.TooSlowError as error:
+            raise refusal(
+                "busy", f"looking at this node from outside took more than {LOOK_S:g} s", BUSY_S
+            ) from error
+
+    async def _queue(self, call: Call, joiner: Joiner) -> tuple[Certificate, Choice]:
+        """Wait for a turn, telling the joiner; then grant."""
+        with self.room.waiting(joiner.peer, joiner.account) as waiter:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._hear, call, waiter.place)
+                    result = await self._until_granted(call, joiner, waiter)
+                    nursery.cancel_scope.cancel()
+            except BaseExceptionGroup as group:
+                cause = plain(group)
+                if isinstance(cause, Refused):
+                    await self.room.close(waiter.place, granted=False)
+                raise cause from None
+        return result
+
+    async def _until_granted(self, call: Call, joiner: Joiner, waiter: Waiter) -> tuple[Certificate, Choice]:
+        place = waiter.place
+        while True:
+            await waiter.news()
+            if waiter.called:
+                try:
+                    result = await self._grant(joiner, place.stage)
+                except Refused as no:
+                    if no.code != "full":
+                        raise
+                    waiter.called = False  # another authority was faster: wait on
+                    self.room.changed()
+                else:
+                    await self.room.close(place, granted=True)
+                    return result
+            elif waiter.out is not None:
+                raise waiter.out
+            elif waiter.view is not None:
+                if place.stage is None:
+                    waiting = self.room.stages(besides=joiner.peer)
+                    place.stage = (await self._ask(self._choose, joiner, None, waiting)).stage
+                await self.room.save(place)
+                view = waiter.told = waiter.view
+                queued = Queued(
+                    position=view.position,
+                    eta_s=view.eta_s,
+                    paused=view.paused,
+                    waitlisted=view.waitlisted,
+                    stage=place.stage,
+                )
+                await call.send(queued.to_header())
+
+    async def _hear(self, call: Call, place: Place) -> None:
+        """What a queued joiner says of its download; its stream's end frees nobody's place but its own."""
+        while True:
+            report = Progress.from_header((await call.receive()).header)
+            self.room.queue.progress(
+                place.peer, self.node.clock(), finished=report.finished, eta_s=report.eta_s
+            )
+
+    def _choose(
+        self, joiner: Joiner, promised: int | None, waiting: Mapping[int, int] | None = None
+    ) -> Choice:
+        return self.issuer.choose(
+            joiner.join,
+            joiner.peer,
+            self.node.clock(),
+            promised=promised,
+            waiting=waiting,
+            mbps=joiner.mbps,
+            usual_mbps=statistics.median(self._mbps) if self._mbps else None,
+        )
+
+    async def _grant(self, joiner: Joiner, promised: int | None) -> tuple[Certificate, Choice]:
+        def both() -> tuple[Certificate, Choice]:
+            choice = self._choose(joiner, promised)  # nobody else is granted anything in between
+            stage, now = choice.stage, self.node.clock()
+            return self.issuer.grant(joiner.join, joiner.peer, joiner.account, stage, now), choice
+
+        return await self._ask(both)
+
+    # a renewal
+
+    async def _renew(self, call: Call, renew: Renew) -> tuple[Certificate, str]:
+        now = self.node.clock()
+        before = await self._ask(self.issuer.known, call.peer, "", now)
+        await self._check_alone(call.peer, renew.session, before)
+        warning = check_software(self.node.manifest.admission, None, renew.software, now)
+        certificate = await self._ask(self.issuer.renew, renew, call.peer, self.node.clock())
+        return certificate, warning
+
+    # what it stands on
+
+    async def _ask(self, question: Callable[..., T], *args: object) -> T:
+        """In the database's thread."""
+        return await trio.to_thread.run_sync(partial(question, *args), limiter=self._thread)
+
+    async def _capacity(self) -> Capacity:
+        return await self._ask(self.issuer.capacity, self.node.clock())
+
+    async def _save(self, place: Place) -> None:
+        await self._ask(self.store.place, place.peer, place.account, place.arrived, place.seen)
+
+    async def _forget(self, peer: str) -> None:
+        await self._ask(self.store.drop_place, peer)
+
+    @contextmanager
+    def _alone(self, peer: PeerId) -> Iterator[None]:
+        if peer in self._peers:
+            raise refusal("busy", "another request of this node is being answered already", BUSY_S)
+        self._peers.add(peer)
+        try:
+            yield
+        finally:
+            self._peers.discard(peer)
+
+    @contextmanager
+    def _few(self) -> Iterator[None]:
+        if self._checking >= JOINS:
+            raise refusal("busy", f"{JOINS} other nodes are being looked at already", BUSY_S)
+        self._checking += 1
+        try:
+            yield
+        finally:
+            self._checking -= 1

@@ -161,7 +161,7 @@ def test_refusals_end_the_daemon_with_code_11(tmp_path: Path) -> None:
             await refused(place.worker("a", stage=3), "wrong_stage")
             async with living(place.worker("a", stage=1), idle) as node:
                 assert await obtain_certificate(node) is not None
-            await refused(place.worker("b"), "account_full")
+                await refused(place.worker("b"), "account_full")
             await refused(place.worker("a", account="bob", stage=0), "identity_bound")
             outcomes = [e["outcome"] for e in office.bus.since() if e["event"] == "join_answered"]
             assert outcomes[-3:] == ["granted", "account_full", "identity_bound"]
@@ -174,10 +174,11 @@ def test_stages_fill_evenly_and_survive_the_authoritys_death(tmp_path: Path) -> 
 
     async def main() -> None:
         stages = []
-        for life in range(2):
-            async with living(place.authority_settings(), authority.run):
-                for index in range(3):
-                    async with living(place.worker(f"w{life}{index}"), idle) as node:
+        async with contextlib.AsyncExitStack() as stack:
+            nodes = [await stack.enter_async_context(living(place.worker(f"w{i}"), idle)) for i in range(6)]
+            for life in (nodes[:3], nodes[3:]):
+                async with living(place.authority_settings(), authority.run):
+                    for node in life:
                         granted = await obtain_certificate(node)
                         assert granted is not None
                         stages.append(granted.stage)

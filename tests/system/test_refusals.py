@@ -23,8 +23,8 @@ import trio
 
 from agorad import run
 from agorad.ask import ask
-from agorad.authority.issue import PROTOCOL as JOIN
-from agorad.authority.issue import JoinRequest
+from agorad.authority.messages import PROTOCOL as JOIN
+from agorad.authority.messages import Facts, Join
 from agorad.run import Manifest
 from p2p import hello
 from p2p.averaging.lobby import Announcement
@@ -166,7 +166,7 @@ class Stranger:
         ):
             assert await self.ask_kad(node, look_up) is not None
         if node["role"] == "authority":
-            request = JoinRequest(account="nobody", secret="x", stage=None)
+            request = Join(account="nobody", secret="x", facts=Facts(clock=time.time()))
             assert await self.ask(node, JOIN, request.to_header()) == "unknown_account"
 
     async def ask_kad(self, node: dict[str, Any], question: kad.Question) -> tuple[Any, Any]:

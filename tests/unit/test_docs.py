@@ -5,6 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import attrs
+
+from agorad.authority.refusals import REFUSALS
+from agorad.run import Admission
+
 ROOT = Path(__file__).parents[2]
 SOURCES = "".join(
     path.read_text() for room in ("p2p", "stage", "agorad") for path in (ROOT / room).rglob("*.py")
@@ -14,7 +19,7 @@ PAGE = (ROOT / "docs" / "protocols.md").read_text()
 
 def test_every_protocol_and_every_refusal_is_documented() -> None:
     protocols = set(re.findall(r'"(/(?:agora|ipfs)/[a-z]+/[0-9.]+)"', SOURCES))
-    codes = set(re.findall(r'Refused\(\s*"([a-z_]+)"', SOURCES))
+    codes = set(re.findall(r'(?:Refused|refusal)\(\s*"([a-z_]+)"', SOURCES))
     assert len(protocols) > 6
     assert len(codes) > 20
     assert sorted(name for name in protocols if f"## {name}\n" not in PAGE) == []
@@ -25,3 +30,12 @@ def test_links_between_documents_lead_somewhere() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_what_joining_says_about_refusals_is_what_the_table_says() -> None:
+    page = (ROOT / "docs" / "joining.md").read_text()
+    for code, refusal in REFUSALS.items():
+        end = "asked again" if refusal.retry else str(int(refusal.exit))
+        assert f"| `{code}` | {end} | {refusal.remedy} |" in page
+    for field in attrs.fields(Admission):
+        assert f"`{field.name}`" in page, field.name
