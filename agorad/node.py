@@ -27,7 +27,7 @@ from typing import Any, Final
 import attrs
 import trio
 
-from agorad import __version__, config, control, control_server, preflight, state_dirs
+from agorad import __version__, config, control, control_server, preflight, probing, state_dirs
 from agorad.config import Config
 from agorad.events import Bus, Ready, Reloaded, Started, Stopped, Stopping
 from agorad.exitcodes import DaemonExit, ExitCode, verdict
@@ -85,6 +85,8 @@ class Node:
     """Present troubles by key, as sentences for ``agoractl status``; roles set and delete."""
     boundary: BoundaryCount = attrs.field(factory=BoundaryCount)
     """Boundary payload that this node sent; counted by the roles."""
+    inspector: probing.Inspector = attrs.field(init=False)
+    """How this node looks at others."""
     started_at: float = 0.0
     """Of the process; same clock as ``time.time``."""
     is_ready: bool = False
@@ -259,6 +261,7 @@ async def _live(
                 )
                 host.membership = Membership(manifest.trust(), lambda: _presented(node), node.clock)
                 host.announce = announce
+                node.inspector = probing.install(node)
                 if signals is not None:
                     services.start_soon(_obey, signals, node)
                 services.start_soon(node.notifier.watchdog)

@@ -85,6 +85,8 @@ class Connection:
         """The host's clock when the last bytes arrived."""
         self.closed = trio.Event()
         self.why_closed: str | None = None
+        self.aside = False
+        """Stands beside the connection that calls use; ``Host.aside``."""
         self.draining = False
         """No new streams of ours: another connection replaces this one."""
         self.member: Member | None = None

@@ -7,6 +7,7 @@ want the same peer meanwhile ``join`` the attempt instead of dialling again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import final
 
@@ -19,7 +20,8 @@ from p2p.multiaddr import Multiaddr
 from p2p.secure import Upgraded
 from p2p.transport import Transport
 
-Upgrade = Callable[[trio.abc.Stream, PeerId], Awaitable[Upgraded]]
+Upgrade = Callable[[trio.abc.Stream, PeerId, bool], Awaitable[Upgraded]]
+"""Runs the handshakes as the dialer: the stream, whom to expect, whether aside."""
 
 
 @final
@@ -54,8 +56,18 @@ class Dialer:
         attempt.error = error
         attempt.done.set()
 
-    async def dial(self, peer_id: PeerId, addrs: Sequence[Multiaddr]) -> tuple[Upgraded, Multiaddr]:
-        """A proven stream and the address that gave it; DialError with all reasons otherwise."""
+    async def dial(
+        self,
+        peer_id: PeerId,
+        addrs: Sequence[Multiaddr],
+        *,
+        aside: bool = False,
+        deadline: float = math.inf,
+    ) -> tuple[Upgraded, Multiaddr]:
+        """A proven stream and the address that gave it; DialError with all reasons otherwise.
+
+        It takes ``Limits.dial_s`` or ``deadline`` seconds at most, whichever is less.
+        """
         usable = [addr for addr in addrs if self._transport.speaks(addr)]
         usable = [addr for addr in usable if addr.peer_id in (None, peer_id)]
         usable = list(dict.fromkeys(addr.bare() for addr in usable))[: 2 * self._limits.known_addrs]
@@ -66,7 +78,7 @@ class Dialer:
 
         async def race(addr: Multiaddr, failed: trio.Event) -> None:
             try:
-                upgraded = await self._upgrade(await self._transport.dial(addr), peer_id)
+                upgraded = await self._upgrade(await self._transport.dial(addr), peer_id, aside)
             except RemoteError as error:
                 reasons.append(str(error))
                 failed.set()
@@ -77,15 +89,21 @@ class Dialer:
             won.append((upgraded, addr))
             nursery.cancel_scope.cancel()
 
-        with trio.move_on_after(self._limits.dial_s):
-            async with trio.open_nursery() as nursery:
-                for addr in usable:
-                    failed = trio.Event()
-                    nursery.start_soon(race, addr, failed)
-                    with trio.move_on_after(self._limits.dial_stagger_s):
-                        await failed.wait()
+        deadline = min(deadline, self._limits.dial_s)
+        try:
+            with trio.move_on_after(deadline):
+                async with trio.open_nursery() as nursery:
+                    for addr in usable:
+                        failed = trio.Event()
+                        nursery.start_soon(race, addr, failed)
+                        with trio.move_on_after(self._limits.dial_stagger_s):
+                            await failed.wait()
+        except BaseException:  # cancelled, perhaps just after one had won
+            for upgraded, _addr in won:
+                await trio.aclose_forcefully(upgraded.stream)
+            raise
         if won:
             return won[0]
         if len(reasons) < len(usable):
-            reasons.append(f"no answer within {self._limits.dial_s:g} s")
+            reasons.append(f"no answer within {deadline:g} s")
         raise DialError(f"{short(peer_id)} could not be reached: {'; '.join(reasons)}")

@@ -8,6 +8,10 @@ dialled and drain the other; a connection that comes much later replaces the one
 must have lost it. Inbound streams are negotiated, gated by membership, and handed to their handler,
 each in a task of its connection: when the connection dies, its handlers are cancelled.
 
+A connection *aside* (``Host.aside``) is for looking whether a peer can be reached: it replaces nothing, is
+not used by calls, lives for some seconds, is taken from the run's listed nodes only, and serves only what was
+registered with ``aside``. Nobody says hello on it.
+
 A handler that raises ``Refused`` answers with it; one that raises RemoteError drops the stream; any
 other exception is reported as ``HandlerFailed`` and drops the stream. Nothing a peer does ends the host.
 
@@ -58,6 +62,7 @@ class _Entry:
     handler: Handler
     open_to_all: bool
     max_payload: int
+    aside: bool
 
 
 @final
@@ -99,6 +104,7 @@ class Host:
         self._nursery: trio.Nursery | None = None
         self._all: dict[Connection, None] = {}  # ordered, so that simulations replay
         self._handshaking = 0
+        self._asides = 0
         self._closing = False
         self._dialer = Dialer(self._transport, self._upgrade, limits)
         self.handle(hello.PROTOCOL, self._answer_hello, open_to_all=True)
@@ -134,12 +140,21 @@ class Host:
     # protocols
 
     def handle(
-        self, protocol: str, handler: Handler, *, open_to_all: bool = False, max_payload: int = 0
+        self,
+        protocol: str,
+        handler: Handler,
+        *,
+        open_to_all: bool = False,
+        max_payload: int = 0,
+        aside: bool = False,
     ) -> None:
-        """Serve ``protocol``. ``max_payload`` is what ``call.receive`` accepts without being told."""
+        """Serve ``protocol``. ``max_payload`` is what ``call.receive`` accepts without being told.
+
+        ``aside``: also on connections aside, on which nobody says hello.
+        """
         if protocol in self._handlers or protocol in self._raw:
             raise LocalError(f"{protocol} has a handler already")
-        self._handlers[protocol] = _Entry(handler, open_to_all, max_payload)
+        self._handlers[protocol] = _Entry(handler, open_to_all, max_payload, aside)
 
     def handle_stream(self, protocol: str, handler: RawHandler) -> None:
         """Serve a protocol that is not ours as a raw stream, open to all."""
@@ -161,7 +176,7 @@ class Host:
         (an exchange that follows has the deadline that its user sets). DialError when it fails.
         """
         connection = await self.connect(peer_id, addrs=addrs, deadline=deadline)
-        return self._call_on(connection, protocol)
+        return self.call_on(connection, protocol)
 
     async def connect(
         self, peer_id: PeerId, *, addrs: Sequence[Multiaddr] | None = None, deadline: float
@@ -185,6 +200,25 @@ class Host:
                 if connection.usable:
                     return connection
         raise DialError(f"{short(peer_id)} could not be reached within {deadline:g} s")
+
+    @asynccontextmanager
+    async def aside(
+        self, peer_id: PeerId, addrs: Sequence[Multiaddr], *, deadline: float
+    ) -> AsyncIterator[Connection]:
+        """A fresh connection to exactly these addresses, for ``call_on``; closed when the block ends.
+
+        It neither uses nor replaces the one that calls use, here and at the peer. Nothing but a
+        handshake is sent before the peer proved its id. ``deadline``: seconds for the dial. DialError.
+        """
+        if self._nursery is None or self._closing:
+            raise LocalError("the host does not run")
+        upgraded, addr = await self._dialer.dial(peer_id, addrs, aside=True, deadline=deadline)
+        connection = self._connection(upgraded, str(addr), dialer=True)
+        self._nursery.start_soon(self._live_aside, connection)
+        try:
+            yield connection
+        finally:
+            connection.close("what it was made for is done")
 
     # life
 
@@ -271,10 +305,15 @@ class Host:
         if upgraded.secured.peer_id == self.peer_id:
             await trio.aclose_forcefully(stream)
             return
+        if upgraded.aside:
+            await self._live_aside(self._connection(upgraded, addr, dialer=False))
+            return
         connection = self._adopt(upgraded, addr, dialer=False)
         await self._live(connection)  # returning would close the stream
 
-    async def _upgrade(self, stream: trio.abc.Stream, expected: PeerId | None) -> Upgraded:
+    async def _upgrade(
+        self, stream: trio.abc.Stream, expected: PeerId | None, aside: bool = False
+    ) -> Upgraded:
         """Handshakes within their deadline; the stream is closed when they fail."""
         try:
             with trio.move_on_after(self.limits.handshake_s):
@@ -284,6 +323,7 @@ class Host:
                     expected=expected,
                     entropy=self._entropy,
                     dialer=expected is not None,
+                    aside=aside,
                 )
             raise PeerGone(f"the handshake took longer than {self.limits.handshake_s:g} s")
         except BaseException:
@@ -292,7 +332,14 @@ class Host:
 
     def _adopt(self, upgraded: Upgraded, addr: str, *, dialer: bool) -> Connection:
         """Make the connection known; the caller runs it."""
-        connection = Connection(
+        connection = self._connection(upgraded, addr, dialer=dialer)
+        if self.membership is None:
+            connection.greeted.set()  # no run, nothing to say or to wait for
+        self._settle(connection)
+        return connection
+
+    def _connection(self, upgraded: Upgraded, addr: str, *, dialer: bool) -> Connection:
+        return Connection(
             upgraded,
             dialer=dialer,
             limits=self.limits,
@@ -303,10 +350,23 @@ class Host:
             credit=self._credit,
             addr=addr,
         )
-        if self.membership is None:
-            connection.greeted.set()  # no run, nothing to say or to wait for
-        self._settle(connection)
-        return connection
+
+    async def _live_aside(self, connection: Connection) -> None:
+        """Like ``_live``, for a while, and nobody is told."""
+        connection.aside = True
+        if not connection.dialer:
+            if self.membership is not None and connection.peer not in self.membership.trust.standing:
+                connection.close("connections aside are for listed nodes")
+            elif self._asides >= self.limits.asides:
+                connection.close("too many connections aside")
+        self._asides += not connection.dialer
+        self._all[connection] = None
+        try:
+            with trio.move_on_after(self.limits.aside_s):
+                await connection.run()
+        finally:
+            self._asides -= not connection.dialer
+            self._all.pop(connection, None)
 
     async def _live(self, connection: Connection) -> None:
         self._all[connection] = None
@@ -353,7 +413,7 @@ class Host:
         try:
             if self.membership is not None:
                 with trio.move_on_after(self.limits.hello_s):
-                    await hello.greet(self._call_on(connection, hello.PROTOCOL), self.membership)
+                    await hello.greet(self.call_on(connection, hello.PROTOCOL), self.membership)
         except P2PError:
             pass  # it stays a guest; what is wrong with the connection shows by itself
         finally:
@@ -373,7 +433,8 @@ class Host:
 
     # serving streams
 
-    def _call_on(self, connection: Connection, protocol: str) -> Call:
+    def call_on(self, connection: Connection, protocol: str) -> Call:
+        """Open a call on this very connection."""
         return Call(
             connection,
             connection.open_stream(),
@@ -388,7 +449,7 @@ class Host:
         protocol = ""
         try:
             with trio.move_on_after(self.limits.negotiation_s):
-                protocol, reply = await self._negotiate(stream)
+                protocol, reply = await self._negotiate(connection, stream)
             if not protocol:
                 stream.reset()
             elif protocol in self._raw:
@@ -410,9 +471,14 @@ class Host:
             if others is not None:
                 raise others from None
 
-    async def _negotiate(self, stream: MuxedStream) -> tuple[str, bytes]:
+    def _speaks(self, wish: str, connection: Connection) -> bool:
+        if not connection.aside:
+            return wish in self._handlers or wish in self._raw
+        return not connection.dialer and wish in self._handlers and self._handlers[wish].aside
+
+    async def _negotiate(self, connection: Connection, stream: MuxedStream) -> tuple[str, bytes]:
         """The protocol, and the echo that is still to be sent."""
-        listener = multistream.Listener(lambda wish: wish in self._handlers or wish in self._raw)
+        listener = multistream.Listener(lambda wish: self._speaks(wish, connection))
         reply = b""
         while missing := listener.missing:
             if reply and not stream.available:

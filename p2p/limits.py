@@ -28,6 +28,10 @@ class Limits:
     dial_stagger_s: float = 0.25
     """Head start of an address over the next one of the same peer."""
     hello_s: float = 5.0
+    asides: int = 16
+    """Inbound connections aside at once; more are closed."""
+    aside_s: float = 30.0
+    """How long a connection aside may live."""
     close_s: float = 1.0
 
     # streams

@@ -105,8 +105,11 @@ class Call:
             raise PeerGone(f"{short(self.peer)} ended the call: {error}") from error
         self._counters.count(self.protocol, size, 0)
 
-    async def receive(self, *, max_payload: int = 0) -> Message:
-        """The peer's next message. Refused, PeerGone (also at its end), or RemoteError if malformed."""
+    async def receive(self, *, max_payload: int = 0, ahead: int = 0) -> Message:
+        """The peer's next message. Refused, PeerGone (also at its end), or RemoteError if malformed.
+
+        ``ahead``: bytes of further messages that are to come without waiting for answers.
+        """
         stream = self._stream
         if self._prefix and not stream.available:
             await self._flush()
@@ -124,7 +127,7 @@ class Call:
                 f"{self.protocol}: a payload of {payload_size} bytes where"
                 f" {max(max_payload, self._max_payload)} are allowed"
             )
-        stream.expect(header_size + payload_size)
+        stream.expect(header_size + payload_size + ahead)
         if not self._begun:
             await self._wait_for_first(header_size)
             self._begun = True

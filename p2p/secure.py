@@ -1,15 +1,16 @@
 """From a raw byte stream to a proven peer: multistream-select, Noise, multistream-select again.
 
 The dialer sends its wish for ``/noise`` together with the first Noise message, and its wish for
-``/yamux/1.0.0`` together with the third: two round trips in all. Nothing here has a deadline of its
-own; the caller bounds the whole (``Limits.handshake_s``). Reads at most one record beyond need and
-hands back what it read too much.
+``/yamux/1.0.0`` together with the third: two round trips in all. ``/agora/aside/1`` in its place is the
+same yamux on a connection that stands beside the one that both use (``Host.aside``). Nothing here has
+a deadline of its own; the caller bounds the whole (``Limits.handshake_s``). Reads at most one record
+beyond need and hands back what it read too much.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import final
+from typing import Final, final
 
 import attrs
 import trio
@@ -22,6 +23,8 @@ Entropy = Callable[[int], bytes]
 """Gives that many secret random bytes: ``os.urandom``, or a seeded source in simulations."""
 
 READ_SIZE = 65_536
+ASIDE: Final = "/agora/aside/1"
+"""Yamux, on a connection that neither side uses for anything but what it was made for."""
 
 
 @attrs.frozen
@@ -34,6 +37,8 @@ class Upgraded:
     """Read from the stream, not yet decrypted."""
     plaintext: bytes
     """Decrypted, not yet parsed: the first yamux bytes."""
+    aside: bool = False
+    """Whether the dialer wants it beside the connection that calls use."""
 
 
 async def upgrade(
@@ -43,20 +48,22 @@ async def upgrade(
     expected: PeerId | None,
     entropy: Entropy,
     dialer: bool,
+    aside: bool = False,
 ) -> Upgraded:
     """Run the handshakes. RemoteError if the peer breaks them or is not the ``expected`` one."""
     channel = _Channel(stream)
     handshake = noise.Handshake(identity, initiator=dialer, static=entropy(32), ephemeral=entropy(32))
+    muxer = ASIDE if aside else yamux.PROTOCOL
     if dialer:
         await channel.send(multistream.proposal(noise.PROTOCOL) + _framed(handshake.write()))
         await _confirm(channel.read, noise.PROTOCOL)
         handshake.read(await channel.message())
         third = _framed(handshake.write())
         secured = _check(handshake.result(), expected)
-        wish = secured.sending.encrypt(multistream.proposal(yamux.PROTOCOL), b"")
+        wish = secured.sending.encrypt(multistream.proposal(muxer), b"")
         await channel.send(third + _framed(wish))
         inner = _Plain(channel, secured.receiving)
-        await _confirm(inner.read, yamux.PROTOCOL)
+        await _confirm(inner.read, muxer)
     else:
         await _listen(channel.read, channel.send, noise.PROTOCOL)
         handshake.read(await channel.message())
@@ -68,8 +75,8 @@ async def upgrade(
         async def answer(data: bytes) -> None:
             await channel.send(_framed(secured.sending.encrypt(data, b"")))
 
-        await _listen(inner.read, answer, yamux.PROTOCOL)
-    return Upgraded(stream, secured, bytes(channel.buffer), bytes(inner.buffer))
+        muxer = await _listen(inner.read, answer, yamux.PROTOCOL, ASIDE)
+    return Upgraded(stream, secured, bytes(channel.buffer), bytes(inner.buffer), muxer == ASIDE)
 
 
 def _check(secured: noise.Secured, expected: PeerId | None) -> noise.Secured:
@@ -138,10 +145,13 @@ async def _confirm(read: Callable[[int], Awaitable[bytes]], protocol: str) -> No
 
 
 async def _listen(
-    read: Callable[[int], Awaitable[bytes]], send: Callable[[bytes], Awaitable[None]], protocol: str
-) -> None:
-    listener = multistream.Listener(lambda wish: wish == protocol)
+    read: Callable[[int], Awaitable[bytes]], send: Callable[[bytes], Awaitable[None]], *protocols: str
+) -> str:
+    """Which of the protocols was agreed."""
+    listener = multistream.Listener(lambda wish: wish in protocols)
     while listener.missing:
         reply = listener.feed(await read(listener.missing))
         if reply:  # an empty record would look like the end of the stream to some
             await send(reply)
+    assert listener.protocol is not None
+    return listener.protocol
