@@ -87,15 +87,17 @@ async def run(node: Node, inspect: Inspect | None = None) -> None:
     if node.manifest.admission.accounts == "file":
         accounts.load(node.config.authority.accounts)  # damage is better known now than at a join
     store = await trio.to_thread.run_sync(Store, node.config.node.state / "authority.sqlite")
+    desk = Desk(node, store, inspect)
     try:
-        desk = Desk(node, store, inspect)
         await desk.restore()
         node.host.handle(PROTOCOL, desk.serve, open_to_all=True)
-        node.nursery.start_soon(desk.room.run)
-        node.ready()
-        await node.stopping.wait()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(desk.room.run)
+            node.ready()
+            await node.stopping.wait()
+            nursery.cancel_scope.cancel()
     finally:
-        store.close()
+        await desk.close()
 
 
 @attrs.frozen(kw_only=True)
@@ -132,6 +134,16 @@ class Desk:
         self._peers: set[PeerId] = set()
         self._checking = 0
         self._mbps: deque[float] = deque(maxlen=USUAL)
+        self._closed = False
+
+    async def close(self) -> None:
+        """Close the database, behind the question that a thread may still be asking it."""
+        with trio.CancelScope(shield=True):
+            await self._ask(self._shut)
+
+    def _shut(self) -> None:
+        self._closed = True
+        self.store.close()
 
     async def restore(self) -> None:
         """Take up the places that an earlier life left."""
@@ -368,7 +380,13 @@ class Desk:
 
     async def _ask(self, question: Callable[..., T], *args: object) -> T:
         """In the database's thread."""
-        return await trio.to_thread.run_sync(partial(question, *args), limiter=self._thread)
+
+        def in_thread() -> T:
+            if self._closed:
+                raise refusal("unavailable", "this authority is stopping", 5.0)
+            return question(*args)
+
+        return await trio.to_thread.run_sync(in_thread, limiter=self._thread)
 
     async def _capacity(self) -> Capacity:
         return await self._ask(self.issuer.capacity, self.node.clock())
