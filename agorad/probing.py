@@ -9,14 +9,14 @@ the narrow one. ``session_of`` asks for nothing but the process that answers. ``
 replicas in the stage rosters, every minute, whether they are there.
 
 Limits: 32 inspections at once (more wait), one of a peer at a time, 32 MB a peer and minute, 15 s without and
-60 s with measuring; 16 questions at once in the presence watch.
+25 s with measuring; 16 questions at once in the presence watch.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -39,6 +39,8 @@ MEASURING: Final = 3
 """Places that measure bandwidth, at most."""
 MEASURE_BYTES: Final = 4_000_000
 """A good size for ``inspect``: 0.6 s at 50 Mbit/s each way."""
+INSPECT_S: Final = 25.0
+"""What was measured by then counts."""
 PRESENCE_S: Final = 60.0
 PRESENCE_PARALLEL: Final = 16
 
@@ -112,15 +114,23 @@ async def inspect(
     inspector.under_way.add(peer)
     try:
         async with inspector.slots:
+            until = trio.current_time() + INSPECT_S
             seen = await _look_from_all(node, peer, addrs)
             found = _combined(seen)
-            if bytes and found.reached and found.rtt_ms is not None:
-                places = sorted(
-                    (place for place, view in seen.items() if view.rtt_ms is not None),
-                    key=lambda place: seen[place].rtt_ms or 0.0,
-                )
-                found = await _measure(node, found, peer, addrs, bytes, enough_mbps, places)
-            return found
+            if not bytes or found.rtt_ms is None:
+                return found
+            nearest = sorted(
+                (place for place, view in seen.items() if view.rtt_ms is not None),
+                key=lambda place: seen[place].rtt_ms or 0.0,
+            )
+            measured: list[Probed] = []
+            with trio.CancelScope(deadline=until):
+                await _measure(node, measured, peer, addrs, bytes, enough_mbps, nearest[:MEASURING])
+            return attrs.evolve(
+                found,
+                up_mbps=_best(view.up_mbps for view in measured),
+                down_mbps=_best(view.down_mbps for view in measured),
+            )
     finally:
         inspector.under_way.discard(peer)
 
@@ -203,15 +213,16 @@ async def _look_from_all(node: Node, peer: PeerId, addrs: Sequence[str]) -> dict
 
 async def _measure(
     node: Node,
-    found: Findings,
+    measured: list[Probed],
     peer: PeerId,
     addrs: Sequence[str],
     size: int,
     enough_mbps: float,
     places: Sequence[PeerId],
-) -> Findings:
+) -> None:
+    """One place after the other, into ``measured``. Refused if nobody may measure now."""
     refusal: Refused | None = None
-    for place in places[:MEASURING]:
+    for place in places:
         try:
             if place != node.identity.peer_id:
                 node.inspector.prober.budget.spend(peer, 2 * size)
@@ -221,16 +232,12 @@ async def _measure(
             continue
         except P2PError:
             continue
-        found = attrs.evolve(
-            found,
-            up_mbps=_best(found.up_mbps, view.up_mbps),
-            down_mbps=_best(found.down_mbps, view.down_mbps),
-        )
-        if found.mbps is not None and found.mbps >= enough_mbps:
-            break
-    if found.mbps is None and refusal is not None:
+        measured.append(view)
+        ways = _best(view.up_mbps for view in measured), _best(view.down_mbps for view in measured)
+        if min(way if way is not None else -1.0 for way in ways) >= enough_mbps:
+            return
+    if not measured and refusal is not None:
         raise refusal
-    return found
 
 
 async def _from(node: Node, place: PeerId, peer: PeerId, addrs: Sequence[str], size: int) -> Probed:
@@ -263,6 +270,5 @@ def _combined(seen: Mapping[PeerId, Probed]) -> Findings:
     )
 
 
-def _best(one: float | None, other: float | None) -> float | None:
-    figures = [figure for figure in (one, other) if figure is not None]
-    return max(figures, default=None)
+def _best(figures: Iterable[float | None]) -> float | None:
+    return max((figure for figure in figures if figure is not None), default=None)
