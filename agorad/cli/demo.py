@@ -115,7 +115,9 @@ def _run(laid: Layout, source: str, steps: int | None) -> tuple[dict[str, Any], 
             view.say(f"run {laid.manifest.run.id}: {len(laid.nodes)} processes in {laid.folder}")
             view.say(f"data: {source}")
             try:
-                swarm.start()
+                swarm.start("seed", "authority", "worker")
+                swarm.wait_up(view.show)
+                swarm.start("trainer")  # last, so that a worker that starts slowly has missed nothing
                 swarm.wait_up(view.show)
                 (laid.folder / "swarm.json").write_text(json.dumps(swarm.describe(), indent=1) + "\n")
                 fault = _watch(swarm, view, steps)

@@ -53,6 +53,11 @@ class Running:
     """Its last word."""
     answers: bool = False
 
+    @property
+    def up(self) -> bool:
+        """Whether it can take part: it answers, and a worker is in and knows the run's clock."""
+        return self.answers and self.status.get("phase") not in ("joining", "queued", "downloading")
+
 
 class Swarm:
     """A laid-out swarm as processes."""
@@ -63,9 +68,11 @@ class Swarm:
         self.overdue: list[str] = []
         """Nodes that did not leave when they were asked to and had to be killed."""
 
-    def start(self) -> None:
-        """Start every node. Their standard streams go to the log file."""
+    def start(self, *roles: str) -> None:
+        """Start the nodes of these roles. Their standard streams go to the log file."""
         for node in self.layout.nodes:
+            if node.role not in roles:
+                continue
             node.reserved.close()
             with node.log.open("ab") as log:
                 process = subprocess.Popen(
@@ -79,12 +86,12 @@ class Swarm:
             self.nodes.append(Running(node, process))
 
     def wait_up(self, polled: Callable[[], None] = lambda: None) -> None:
-        """Until every node is ready to take part; ``polled`` after each look. Raises DemoFailed."""
+        """Until every node that was started can take part; ``polled`` after each look. Raises DemoFailed."""
         deadline = time.monotonic() + UP_S
         while True:
             self.poll()
             polled()
-            waiting = [running for running in self.nodes if not running.answers]
+            waiting = [running for running in self.nodes if not running.up]
             for running in waiting:
                 code = running.process.poll()
                 if code is not None:
