@@ -15,6 +15,7 @@ a stream.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -82,12 +83,14 @@ class SelfReport:
         if not self._may_ask(call.peer):
             raise Refused("not_listed", "only seeds, trainers and authorities of the run may ask this")
         with trio.move_on_after(SERVE_S):
-            for _ in range(MOST_REQUESTS):
+            for answered in itertools.count():
                 try:
                     header = (await call.receive()).header
                 except PeerGone:
                     return
                 kind, nonce = header.get("t"), header.get("nonce")
+                if answered == MOST_REQUESTS:
+                    raise RemoteError(f"{PROTOCOL}: more than {MOST_REQUESTS} requests")
                 if kind == "who":
                     await call.send({"t": "me", "session": self._session})
                 elif kind == "ping" and isinstance(nonce, bytes) and len(nonce) == NONCE_BYTES:
@@ -97,7 +100,7 @@ class SelfReport:
                     return
                 else:
                     raise RemoteError(f"{PROTOCOL}: no request that this node knows")
-        raise RemoteError(f"{PROTOCOL}: more than {MOST_REQUESTS} requests, or longer than {SERVE_S:g} s")
+        raise RemoteError(f"{PROTOCOL}: a stream that took longer than {SERVE_S:g} s")
 
     async def _measure(self, call: Call, way: object, size: object) -> None:
         if way not in ("in", "out") or type(size) is not int or not 0 < size <= MOST_BYTES:
