@@ -15,9 +15,10 @@ A node that stops gives its place back (``Leave``), within ``LEAVE_S``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import attrs
 import trio
@@ -46,7 +47,7 @@ from p2p.identity import PeerId
 from p2p.membership import CERTIFICATE_LIMIT, Certificate
 from p2p.rpc import Call
 
-ANSWER_S: Final = 60.0
+ANSWER_S: Final = 90.0
 """Between two words of an authority that checks something."""
 RENEWAL_S: Final = 45.0
 LEAVE_S: Final = 1.0
@@ -127,16 +128,7 @@ async def _cancel_when_stopping(node: Node, scope: trio.CancelScope) -> None:
 
 async def _join_until_granted(node: Node, secret: str | None, download: Download | None) -> Certificate:
     async def ask(authority: PeerId) -> Granted:
-        # Gathered anew each time: the clock is among them.
-        known = await trio.to_thread.run_sync(facts.gather, node.config, node.clock())
-        join = Join(
-            account=_account(node),
-            secret=secret,
-            stage=node.config.worker.stage,
-            addrs=_addrs(node),
-            session=node.session,
-            facts=attrs.evolve(known, clock=node.clock()),
-        )
+        join = await _request(node, secret, node.config.worker.stage)
         return await _join(node, authority, join, download)
 
     waits = _Waits(node)
@@ -149,15 +141,16 @@ async def _join_until_granted(node: Node, secret: str | None, download: Download
 
 async def _renew_until_granted(node: Node, certificate: Certificate) -> Certificate:
     waits = _Waits(node)
+    last = max(certificate.expires, certificate.grace_until)
     while True:
         found, trouble = await _from_any(node, lambda authority: _renew(node, authority))
         if found is None and isinstance(trouble, Refused) and trouble.code == "unknown_peer":
-            # The authority's memory is a new one, or we were away for long: from the beginning, then.
-            found, trouble = await _from_any(node, lambda authority: _join_again(node, authority))
+            # We left before, were away for long, or the authority's memory is a new one: join.
+            found, trouble = await _from_any(node, lambda authority: _join_again(node, authority, last))
         if found is not None:
             node.warnings.pop("renewal", None)
             return found
-        now, last = node.clock(), max(certificate.expires, certificate.grace_until)
+        now = node.clock()
         if now > last:
             raise DaemonExit(
                 ExitCode.NETWORK,
@@ -241,7 +234,7 @@ async def _join(node: Node, authority: PeerId, join: Join, download: Download | 
     except BaseExceptionGroup as group:
         raise plain(group) from None
     finally:
-        if node.status.pop("queue", None) is not None:
+        if node.status.pop("queue", None) is not None and node.certificate is None:
             node.status["phase"] = "joining"
 
 
@@ -256,8 +249,8 @@ async def _listen(node: Node, call: Call, nursery: trio.Nursery, download: Downl
         if isinstance(answer, Checking):
             node.emit(JoinChecking(what=answer.what))
         elif isinstance(answer, Queued):
-            # What is known to be alive below may be silent above: a paused queue has no news.
-            patience_s = float("inf")
+            # The connection's pings find a dead authority; a paused queue has no news.
+            patience_s = math.inf
             _queued(node, answer)
             if download is not None and not begun:
                 begun = True
@@ -268,22 +261,12 @@ async def _listen(node: Node, call: Call, nursery: trio.Nursery, download: Downl
 
 
 def _queued(node: Node, place: Queued) -> None:
-    node.status["phase"] = "queued"
-    node.status["queue"] = {
-        "position": place.position,
-        "eta_s": place.eta_s,
-        "paused": place.paused,
-        "waitlisted": place.waitlisted,
-    }
-    node.emit(
-        JoinQueued(
-            position=place.position,
-            eta_s=place.eta_s,
-            paused=place.paused,
-            waitlisted=place.waitlisted,
-            stage=place.stage,
-        )
-    )
+    if node.certificate is None:
+        node.status["phase"] = "queued"
+    told = attrs.asdict(place)
+    node.emit(JoinQueued(**told))
+    del told["stage"]
+    node.status["queue"] = told
 
 
 async def _report(call: Call, download: Download) -> None:
@@ -297,31 +280,33 @@ async def _report(call: Call, download: Download) -> None:
 
 async def _renew(node: Node, authority: PeerId) -> Granted:
     request = Renew(session=node.session, addrs=_addrs(node), software=__version__)
-    return await _short(node, authority, request.to_header())
+    with trio.fail_after(RENEWAL_S):
+        async with await node.host.call(authority, PROTOCOL, deadline=RENEWAL_S) as call:
+            await call.send(request.to_header())
+            answer = read_answer((await call.receive()).header)
+    if not isinstance(answer, Granted):
+        raise RemoteError("the authority's answer to a renewal is no certificate")
+    return answer
 
 
-async def _join_again(node: Node, authority: PeerId) -> Granted:
-    known = await trio.to_thread.run_sync(facts.gather, node.config, node.clock())
+async def _join_again(node: Node, authority: PeerId, until: float) -> Granted:
+    """A join of a node that works already: its stage is fixed, and its certificate ends at ``until``."""
     stage = None if node.certificate is None else node.certificate.stage
-    join = Join(
+    with trio.fail_after(max(0.0, until - node.clock())):
+        return await _join(node, authority, await _request(node, _secret(node), stage), None)
+
+
+async def _request(node: Node, secret: str | None, stage: int | None) -> Join:
+    # Gathered anew each time: the clock is among the facts.
+    known = await trio.to_thread.run_sync(facts.gather, node.config, node.clock())
+    return Join(
         account=_account(node),
-        secret=_secret(node),
-        stage=stage,  # the one that this process computes
+        secret=secret,
+        stage=stage,
         addrs=_addrs(node),
         session=node.session,
         facts=attrs.evolve(known, clock=node.clock()),
     )
-    return await _short(node, authority, join.to_header())
-
-
-async def _short(node: Node, authority: PeerId, header: dict[str, Any]) -> Granted:
-    with trio.fail_after(RENEWAL_S):
-        async with await node.host.call(authority, PROTOCOL, deadline=RENEWAL_S) as call:
-            await call.send(header)
-            while True:
-                answer = read_answer((await call.receive()).header)
-                if isinstance(answer, Granted):
-                    return answer
 
 
 async def _leave(node: Node) -> None:

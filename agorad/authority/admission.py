@@ -125,9 +125,9 @@ def check_network(rules: Admission, findings: Findings) -> None:
         )
 
 
-def check_alone(findings: Findings, session: bytes) -> None:
-    """Nobody else answers with this key: ``session`` is the joiner's own process."""
-    if findings.reached and findings.session is not None and findings.session != session:
+def check_alone(found: bytes | None, session: bytes) -> None:
+    """``found``: the session that answered with this key; ``session`` is the joiner's own process."""
+    if found not in (None, session):
         raise refusal("already_running", "another process answers with this node's key at this moment")
 
 
@@ -137,7 +137,7 @@ def check_account_room(rules: Admission, account: str, nodes: int) -> None:
         raise refusal(
             "account_full",
             f"account {account!r} has {nodes} nodes, and {rules.max_nodes_per_account} are allowed "
-            "(admission.max_nodes_per_account)",
+            "(admission.max_nodes_per_account); one that was stopped counts until its certificate ends",
         )
 
 

@@ -65,13 +65,18 @@ class Issuer:
 
     def check_account(self, account: str, peer: PeerId, waiting: int, now: float) -> None:
         """``Refused`` if the account has all its nodes; ``waiting``: others of it in the queue."""
-        others = sum(grant.account == account and grant.peer_id != peer for grant in self.store.active(now))
+        others = self.store.nodes_of(account, besides=peer, now=now)
         check_account_room(self.manifest.admission, account, others + waiting)
 
-    def capacity(self, now: float) -> Capacity:
-        """Free slots of the run, and whether joins are held."""
+    def capacity(self, now: float, *, settling: bool = False) -> Capacity:
+        """Free slots of the run, and whether joins are held.
+
+        ``settling``: the authority was away. Members whose certificates ran out meanwhile are in their grace
+        and about to renew, so their slots are not free.
+        """
         paused = self.store.setting(JOINS_PAUSED) not in (None, "", "0")
-        return Capacity(free=self.max_nodes() - len(self.store.active(now)), paused=paused)
+        taken = self.store.active(now - self.grace_s if settling else now)
+        return Capacity(free=self.max_nodes() - len(taken), paused=paused)
 
     def max_nodes(self) -> int:
         """The manifest's limit, or what the operator set instead."""
@@ -113,7 +118,7 @@ class Issuer:
     def renew(self, renew: Renew, peer: PeerId, now: float) -> Certificate:
         """The same for a node that is in. Its place is its own as long as its certificate runs."""
         before = self.known(peer, "", now)
-        if before is None or now > before.expires + self.grace_s:
+        if before is None or before.left or now > before.expires + self.grace_s:
             raise refusal("unknown_peer", "this authority keeps no place for this node")
         check_software(self.manifest.admission, None, renew.software, now)
         stage = min(before.stage, self.manifest.model.stages - 1)

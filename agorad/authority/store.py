@@ -36,6 +36,7 @@ CREATE INDEX grants_by_account ON grants (account);
     """
 ALTER TABLE grants ADD COLUMN session BLOB NOT NULL DEFAULT x'';
 ALTER TABLE grants ADD COLUMN addrs TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE grants ADD COLUMN "left" INTEGER NOT NULL DEFAULT 0;
 CREATE TABLE places (
     peer_id TEXT PRIMARY KEY, account TEXT NOT NULL, arrived REAL NOT NULL, seen REAL NOT NULL
 ) STRICT;
@@ -45,7 +46,7 @@ CREATE TABLE bans (
 ) STRICT;
 """,
 )
-_COLUMNS: Final = "peer_id, account, stage, session, addrs, issued, expires"
+_COLUMNS: Final = 'peer_id, account, stage, session, addrs, issued, expires, "left"'
 
 
 @attrs.frozen(kw_only=True)
@@ -59,7 +60,8 @@ class Grant:
     addrs: tuple[str, ...] = ()
     issued: float
     expires: float
-    """The past once the node left."""
+    left: bool = False
+    """It gave its place back; its certificate may still run."""
 
 
 @attrs.frozen(kw_only=True)
@@ -80,9 +82,12 @@ class Store:
             # The role serialises its calls; they only come from different threads of a pool.
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;")
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            for number, step in enumerate(_STEPS[version:], version + 1):
-                self._db.executescript(f"BEGIN; {step} PRAGMA user_version={number}; COMMIT;")
+            with self._transaction():  # of two that open it, one migrates
+                (version,) = self._db.execute("PRAGMA user_version").fetchone()
+                for number, step in enumerate(_STEPS[version:], version + 1):
+                    for statement in step.split(";")[:-1]:
+                        self._db.execute(statement)
+                    self._db.execute(f"PRAGMA user_version={number}")
         except sqlite3.Error as error:
             raise LocalError(f"cannot use the authority's database {path}: {error}") from error
         if version > _SCHEMA_VERSION:
@@ -95,9 +100,20 @@ class Store:
         return None if row is None else _grant(row)
 
     def active(self, now: float) -> list[Grant]:
-        """Nodes with a running certificate."""
-        query = f"SELECT {_COLUMNS} FROM grants WHERE expires > ?"
+        """Nodes with a running certificate that have not left."""
+        query = f'SELECT {_COLUMNS} FROM grants WHERE expires > ? AND NOT "left"'
         return [_grant(row) for row in self._db.execute(query, (now,))]
+
+    def nodes_of(self, account: str, *, besides: str, now: float) -> int:
+        """Nodes of the account whose certificate runs, left or not, ``besides`` aside.
+
+        One that left can go on with its certificate to the end: for its account it counts that long.
+        """
+        (count,) = self._db.execute(
+            "SELECT count(*) FROM grants WHERE account = ? AND peer_id != ? AND expires > ?",
+            (account, besides, now),
+        ).fetchone()
+        return int(count)
 
     def grant(self, grant: Grant, *, max_nodes: int, max_per_account: int, now: float) -> None:
         """Remember a grant; on return it is on disk. ``Refused`` if there is no room. One transaction."""
@@ -108,13 +124,13 @@ class Store:
             others = [other for other in self.active(now) if other.peer_id != grant.peer_id]
             if len(others) >= max_nodes:
                 raise refusal("full", f"the run has {len(others)} nodes, all it takes", 60.0)
-            if sum(other.account == grant.account for other in others) >= max_per_account:
+            if self.nodes_of(grant.account, besides=grant.peer_id, now=now) >= max_per_account:
                 raise refusal("account_full", f"account {grant.account!r} has {max_per_account} nodes")
             self._db.execute(
                 "INSERT INTO grants (peer_id, account, stage, session, addrs, first_granted, issued, "
                 "expires) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (peer_id) DO UPDATE SET "
                 "stage = excluded.stage, session = excluded.session, addrs = excluded.addrs, "
-                "issued = excluded.issued, expires = excluded.expires",
+                'issued = excluded.issued, expires = excluded.expires, "left" = 0',
                 (
                     grant.peer_id,
                     grant.account,
@@ -128,8 +144,8 @@ class Store:
             )
 
     def released(self, peer: str, now: float) -> None:
-        """The node left: its place is free."""
-        self._db.execute("UPDATE grants SET expires = ? WHERE peer_id = ? AND expires > ?", (now, peer, now))
+        """The node left: its slot in the run is free."""
+        self._db.execute('UPDATE grants SET "left" = 1 WHERE peer_id = ?', (peer,))
 
     def ban(self, kind: str, name: str, why: str, until: float | None, by: str, now: float) -> None:
         """Keep an account or a peer out."""
@@ -181,7 +197,7 @@ class Store:
 
 
 def _grant(row: tuple[Any, ...]) -> Grant:
-    peer_id, account, stage, session, addrs, issued, expires = row
+    peer_id, account, stage, session, addrs, issued, expires, left = row
     return Grant(
         peer_id=peer_id,
         account=account,
@@ -190,4 +206,5 @@ def _grant(row: tuple[Any, ...]) -> Grant:
         addrs=tuple(json.loads(addrs)),
         issued=issued,
         expires=expires,
+        left=bool(left),
     )

@@ -8,14 +8,15 @@ elsewhere, port, network, then the queue, and with the grant itself room in run 
 
 Thin: rules are in ``agorad.authority``, looking at a joiner from outside in ``agorad.probing``. The database
 is asked in one worker thread, a question at a time. Limits: one stream a peer, ``JOINS`` joins being checked
-at once, ``LOOKS`` being looked at from outside, 10 s for a peer to say what it wants.
+at once, 10 s for a peer to say what it wants; those of looking are in ``agorad.probing``.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Final, TypeVar
@@ -23,6 +24,7 @@ from typing import Final, TypeVar
 import attrs
 import trio
 
+from agorad import probing
 from agorad.authority import accounts
 from agorad.authority.admission import (
     Findings,
@@ -63,21 +65,35 @@ from p2p.rpc import Call
 
 ASK_S: Final = 10.0
 JOINS: Final = 256
-LOOKS: Final = 16
-LOOK_S: Final = 30.0
-BANDWIDTH_BYTES: Final = 8_000_000
-"""Sent each way where the run asks for a bandwidth."""
+LOOK_S: Final = 75.0
+"""For a look from outside, waiting for its turn included."""
 BUSY_S: Final = 2.0
+SETTLE_S: Final = 60.0
+"""After a start members have this long to renew what ran out meanwhile; they ask every 45 s at least."""
 USUAL: Final = 100
 """Measured bandwidths of the last so many joiners say what is usual."""
 OTHER_RUN: Final = frozenset({"wrong_run", "manifest_mismatch", "version_mismatch"})
 
 T = TypeVar("T")
-Inspect = Callable[[PeerId, Sequence[str], int], Awaitable[Findings]]
-"""Look at a peer from outside: its addresses, bytes to measure bandwidth with (0: do not)."""
 
 
-async def run(node: Node, inspect: Inspect | None = None) -> None:
+class Outside:
+    """How joiners look from outside: ``agorad.probing``, through this node and others of the run."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    async def inspect(self, peer: PeerId, addrs: Sequence[str], enough_mbps: float) -> Findings:
+        """Whether it can be reached, how far it is, and whether its line reaches ``enough_mbps`` (0: any)."""
+        size = probing.MEASURE_BYTES if enough_mbps else 0
+        return await probing.inspect(self._node, peer, addrs, bytes=size, enough_mbps=enough_mbps or math.inf)
+
+    async def session_of(self, peer: PeerId, addrs: Sequence[str]) -> bytes | None:
+        """The process that answers with the peer's key there."""
+        return await probing.session_of(self._node, peer, addrs)
+
+
+async def run(node: Node, outside: Outside | None = None) -> None:
     """Serve until asked to stop."""
     if node.identity.peer_id not in {ref.peer_id for ref in node.manifest.authorities}:
         raise LocalError(
@@ -87,7 +103,7 @@ async def run(node: Node, inspect: Inspect | None = None) -> None:
     if node.manifest.admission.accounts == "file":
         accounts.load(node.config.authority.accounts)  # damage is better known now than at a join
     store = await trio.to_thread.run_sync(Store, node.config.node.state / "authority.sqlite")
-    desk = Desk(node, store, inspect)
+    desk = Desk(node, store, outside or Outside(node))
     try:
         await desk.restore()
         node.host.handle(PROTOCOL, desk.serve, open_to_all=True)
@@ -116,10 +132,10 @@ class Joiner:
 class Desk:
     """Serves joins, renewals and leavings."""
 
-    def __init__(self, node: Node, store: Store, inspect: Inspect | None) -> None:
+    def __init__(self, node: Node, store: Store, outside: Outside) -> None:
         self.node = node
         self.store = store
-        self.inspect = inspect
+        self.outside = outside
         self.hub = Hub(node.config.authority.hub_endpoint)
         self.room = WaitingRoom(
             Queue(node.manifest.admission),
@@ -130,9 +146,9 @@ class Desk:
         )
         self._needs = stage_needs(node.manifest.model, node.manifest.training)
         self._thread = trio.CapacityLimiter(1)
-        self._looks = trio.CapacityLimiter(LOOKS)
         self._peers: set[PeerId] = set()
         self._checking = 0
+        self._began = trio.current_time()
         self._mbps: deque[float] = deque(maxlen=USUAL)
         self._closed = False
 
@@ -217,7 +233,7 @@ class Desk:
 
     async def _admit(self, call: Call, joiner: Joiner) -> tuple[Certificate, str]:
         before = joiner.before
-        if before is not None and before.expires > self.node.clock():
+        if before is not None and not before.left and before.expires > self.node.clock():
             certificate, choice = await self._grant(joiner, None)  # its place in the run is still its own
         else:
             certificate, choice = await self._queue(call, joiner)
@@ -256,17 +272,21 @@ class Desk:
     async def _look_at(self, call: Call, join: Join, before: Grant | None) -> Findings | None:
         """Whether the key is in use elsewhere, the port open and the line good."""
         rules = self.node.manifest.admission
-        if self.inspect is None:
-            return None
         await self._check_alone(call.peer, join.session, before)
         if not (rules.port_test or rules.max_rtt_ms or rules.min_mbps):
             return None
         if rules.port_test:
             await call.send(Checking(what="port").to_header())
-        await call.send(Checking(what="network").to_header())
-        findings = await self._inspect(call.peer, join.addrs, BANDWIDTH_BYTES if rules.min_mbps else 0)
+        if rules.max_rtt_ms or rules.min_mbps:
+            await call.send(Checking(what="network").to_header())
+        try:
+            with trio.fail_after(LOOK_S):
+                findings = await self.outside.inspect(call.peer, join.addrs, rules.min_mbps)
+        except trio.TooSlowError as error:
+            said = f"nobody had the time to look at this node from outside within {LOOK_S:g} s"
+            raise refusal("busy", said, BUSY_S) from error
         check_port(rules, findings, join.addrs)
-        check_alone(findings, join.session)
+        check_alone(findings.session, join.session)
         check_network(rules, findings)
         if findings.mbps is not None:
             self._mbps.append(findings.mbps)
@@ -274,21 +294,10 @@ class Desk:
 
     async def _check_alone(self, peer: PeerId, session: bytes, before: Grant | None) -> None:
         """``Refused`` if the process that got the last certificate still answers, and is another."""
-        if self.inspect is None or before is None or before.session in (session, b"") or not before.addrs:
+        if before is None or before.left or before.session in (session, b"") or not before.addrs:
             return
         if before.expires > self.node.clock():
-            check_alone(await self._inspect(peer, before.addrs, 0), session)
-
-    async def _inspect(self, peer: PeerId, addrs: Sequence[str], count: int) -> Findings:
-        assert self.inspect is not None
-        try:
-            with trio.fail_after(LOOK_S):
-                async with self._looks:
-                    return await self.inspect(peer, addrs, count)
-        except trio.TooSlowError as error:
-            raise refusal(
-                "busy", f"looking at this node from outside took more than {LOOK_S:g} s", BUSY_S
-            ) from error
+            check_alone(await self.outside.session_of(peer, before.addrs), session)
 
     async def _queue(self, call: Call, joiner: Joiner) -> tuple[Certificate, Choice]:
         """Wait for a turn, telling the joiner; then grant."""
@@ -389,7 +398,8 @@ class Desk:
         return await trio.to_thread.run_sync(in_thread, limiter=self._thread)
 
     async def _capacity(self) -> Capacity:
-        return await self._ask(self.issuer.capacity, self.node.clock())
+        settling = trio.current_time() - self._began < SETTLE_S
+        return await self._ask(partial(self.issuer.capacity, self.node.clock(), settling=settling))
 
     async def _save(self, place: Place) -> None:
         await self._ask(self.store.place, place.peer, place.account, place.arrived, place.seen)

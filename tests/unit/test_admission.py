@@ -107,8 +107,8 @@ CASES: list[tuple[str, Callable[[], object], Callable[[], object], str]] = [
     ),
     (
         "already_running",
-        lambda: admission.check_alone(Found(), OURS),
-        lambda: admission.check_alone(Found(session=b"b" * 16), OURS),
+        lambda: admission.check_alone(None, OURS),
+        lambda: admission.check_alone(b"b" * 16, OURS),
         "another process answers with this node's key",
     ),
     (
