@@ -8,7 +8,7 @@ bytes to the peer are random and each chunk is acknowledged by its hash, bytes f
 as they arrive.
 
 Rates: the first quarter of the bytes is left out, so that neither TCP's slow start nor a burst that a
-shaper lets through counts. Limits: 16 MB a measurement, one at a time, 32 MB a caller and minute, 20 s
+shaper lets through counts. Limits: 16 MB a measurement, one asker at a time, 32 MB a caller and minute, 20 s
 a stream.
 """
 
@@ -23,6 +23,7 @@ from typing import Final, final
 
 import trio
 
+from p2p.connection import Connection
 from p2p.errors import PeerGone, Refused, RemoteError
 from p2p.groups import plain
 from p2p.identity import PeerId
@@ -75,7 +76,8 @@ class SelfReport:
     def __init__(self, session: bytes, may_ask: Callable[[PeerId], bool]) -> None:
         self._session = session
         self._may_ask = may_ask
-        self._measuring = False
+        self._measuring: list[Connection] = []
+        """Of measurements that run. One that its asker gave up on a slow line ends when it hears of it."""
         self._budget = Budget()
 
     async def serve(self, call: Call) -> None:
@@ -105,14 +107,14 @@ class SelfReport:
     async def _measure(self, call: Call, way: object, size: object) -> None:
         if way not in ("in", "out") or type(size) is not int or not 0 < size <= MOST_BYTES:
             raise RemoteError(f"{PROTOCOL}: a measurement is in or out and of 1 to {MOST_BYTES} bytes")
-        if self._measuring:
+        if any(other is not call.connection for other in self._measuring):
             raise Refused("busy", "somebody else measures the line of this node", 5.0)
         self._budget.spend(call.peer, size)
-        self._measuring = True
+        self._measuring.append(call.connection)
         try:
             await (_take(call, size) if way == "in" else _give(call, size))
         finally:
-            self._measuring = False
+            self._measuring.remove(call.connection)
 
 
 async def _take(call: Call, size: int) -> None:
