@@ -393,6 +393,9 @@ def test_only_one_measures_a_node_at_a_time() -> None:
             assert seen.rtt_ms is not None
             assert seen.down_mbps is None
             assert "somebody else measures" in seen.why
+            # On a slow line an asker goes on before the node has heard that it gave up.
+            async with one.call_on(connection, selfreport.PROTOCOL) as other:
+                assert await selfreport.pull(other, 1000, 5.0) > 0
             call.reset()
 
     within(main)
