@@ -95,3 +95,23 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
             yield from _leaves(inner)
     else:
         yield error
+
+
+_WHAT_TO_DO: Final = {
+    ExitCode.BUG: "start it again; if it returns, report it with the log",
+    ExitCode.USAGE: "correct what is named and start it again",
+    ExitCode.REQUIREMENTS: "this machine, its line or its clock has to meet what the run asks for",
+    ExitCode.REFUSED: "read what the authority says; its operator can change it",
+    ExitCode.PORT: "open or forward the port in router and firewall, or announce the outside one",
+    ExitCode.NETWORK: "look at the line, then start it again; nothing is lost",
+    ExitCode.ACCELERATOR: "look at nvidia-smi and the system's log, then start it again",
+    ExitCode.NUMERICAL: "start it again; it fetches a sound state from the others",
+    ExitCode.MEMORY: "give it more memory or less to do: --batch-size-override, compute.optimizer",
+    ExitCode.REMOVED: "write to the run's operator",
+    ExitCode.DUPLICATE: "stop the other node with this key, or give this one its own: --identity-path",
+}
+
+
+def advice(code: int) -> str:
+    """What a person does about an exit code; empty for a clean end and for codes that are none of ours."""
+    return _WHAT_TO_DO.get(ExitCode(code), "") if code in ExitCode._value2member_map_ else ""

@@ -324,6 +324,7 @@ async def _leave(node: Node) -> None:
 
 def _keep(node: Node, certificate: Certificate, why: str) -> None:
     node.certificate = certificate
+    node.secret = None  # from now on the account is bound to this node's key
     node.emit(
         CertificateGranted(
             account=certificate.account,
@@ -369,6 +370,8 @@ def _addrs(node: Node) -> tuple[str, ...]:
 
 
 def _secret(node: Node) -> str | None:
+    if node.secret is not None:
+        return node.secret
     path = node.config.worker.secret_file
     return None if path is None else read_secret(path)
 

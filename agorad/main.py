@@ -7,6 +7,7 @@ starts without torch. Errors that people can mend are one sentence on stderr; a 
 from __future__ import annotations
 
 import importlib
+import os
 import resource
 import signal
 import sys
@@ -23,8 +24,10 @@ from agorad.exitcodes import ExitCode, verdict
 from agorad.node import run_node, start_time
 from agorad.pages import use_large_pages
 from agorad.usage import NamedPath, complain
+from p2p.errors import LocalError
 
 DESCRIPTORS = 8192
+SECRET_LIMIT = 4096
 
 
 class _Command(click.Command):
@@ -42,6 +45,7 @@ class _Command(click.Command):
 @click.option("--role", type=click.Choice(ROLES), help="Instead of node.role.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Overrides one setting.")
 @click.option("--log-file", type=NamedPath(), help="Instead of node.log.")
+@click.option("--secret-fd", type=click.IntRange(3), help="Descriptor to read the account's secret from.")
 @click.option("--check-config", is_flag=True, help="Check settings, manifest and key; start nothing.")
 @click.version_option(__version__, prog_name="agorad")
 def main(
@@ -49,6 +53,7 @@ def main(
     role: str | None,
     assignments: tuple[str, ...],
     log_file: Path | None,
+    secret_fd: int | None,
     check_config: bool,
 ) -> None:
     """Take part in training one model together with others."""
@@ -60,12 +65,21 @@ def main(
             preflight.check(settings)
             click.echo(f"{settings.path}: fine")
             return
-        _live(settings)
+        _live(settings, None if secret_fd is None else _secret(secret_fd))
     except BaseException as error:
         sys.exit(_explain(error))
 
 
-def _live(settings: Config) -> None:
+def _secret(descriptor: int) -> str:
+    """All of a pipe that somebody filled and closed; nothing of it is kept on disk or in the environment."""
+    try:
+        with os.fdopen(descriptor, "rb") as pipe:
+            return pipe.read(SECRET_LIMIT).decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LocalError(f"cannot read the account's secret from descriptor {descriptor}") from error
+
+
+def _live(settings: Config, secret: str | None) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     # A host may have more connections than the descriptors that many systems allow at first.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -80,7 +94,7 @@ def _live(settings: Config) -> None:
 
     async def live() -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            await run_node(settings, role.run, started_at=start_time(), signals=signals)
+            await run_node(settings, role.run, started_at=start_time(), signals=signals, secret=secret)
 
     trio.run(live)
 

@@ -79,6 +79,8 @@ class Node:
     """Set when the node is to leave."""
     session: bytes = attrs.field(factory=lambda: os.urandom(16), repr=False)
     """Random, one a process: tells a restart of this node from a second one with the same key."""
+    secret: str | None = attrs.field(default=None, repr=False)
+    """The account's secret or token, handed over by who started this process; until the first grant."""
     clock: Callable[[], float] = time.time
     rng: random.Random = attrs.field(factory=random.Random)
     warnings: dict[str, str] = attrs.field(factory=dict)
@@ -171,7 +173,12 @@ Role = Callable[[Node], Awaitable[None]]
 
 
 async def run_node(
-    settings: Config, role: Role, *, started_at: float, signals: AsyncIterator[int] | None = None
+    settings: Config,
+    role: Role,
+    *,
+    started_at: float,
+    signals: AsyncIterator[int] | None = None,
+    secret: str | None = None,
 ) -> None:
     """Live as one node until the role returns or one of ``signals`` says so. Raises what went wrong."""
     listen = _addresses(settings.node.listen, "node.listen")
@@ -195,7 +202,7 @@ async def run_node(
         )
     )
     try:
-        await _live(settings, manifest, identity, bus, listen, announce, role, started_at, signals)
+        await _live(settings, manifest, identity, bus, listen, announce, role, started_at, signals, secret)
     except BaseException as error:
         code, why = verdict(error)
         bus.emit(Stopped(code=code, why=why or repr(error)[:200]))
@@ -239,6 +246,7 @@ async def _live(
     role: Role,
     started_at: float,
     signals: AsyncIterator[int] | None,
+    secret: str | None,
 ) -> None:
     rng = random.Random()
     host = Host(identity, emit=bus.emit, rng=rng)
@@ -258,6 +266,7 @@ async def _live(
                     notifier=Notifier(),
                     rng=rng,
                     started_at=started_at,
+                    secret=secret,
                 )
                 host.membership = Membership(manifest.trust(), lambda: _presented(node), node.clock)
                 host.announce = announce

@@ -22,6 +22,7 @@ COMMANDS: Final = {
     "demo": ("demo", "A whole swarm on this machine, trained on real text."),
     "events": ("events", "What a node reports, as it happens."),
     "identity": ("identity", "Show or create a node's key."),
+    "join": ("join", "Take part in a run: one command to a node at work."),
     "leave": ("leave", "Ask nodes to stop cleanly."),
     "run": ("run", "Create, sign, show and plan a run."),
     "status": ("status", "What this machine's nodes do."),

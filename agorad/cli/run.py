@@ -28,6 +28,7 @@ from p2p.identity import Identity
 from stage.config import split_layers
 
 ROLES: Final = ("seed", "authority", "trainer")
+OWN_ACCOUNT: Final = "operator"
 _LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 
@@ -97,12 +98,13 @@ def init(
         _write_node(folder / role, role, key, port + offset, refs[role].addrs)
     operator.save(folder / "operator.key")
     manifests.save(manifest, folder / "run.toml")
-    (folder / "authority" / "accounts.toml").touch(mode=0o600)
+    _invite(folder)
     _describe(manifest, folder / "run.toml", as_json)
     click.echo(
         "\n".join(f"start with: agorad --config {folder / role / 'agorad.toml'}" for role in ROLES), err=True
     )
-    click.echo(f"let people in with: agoractl run account NAME --dir {folder}", err=True)
+    click.echo(f"then on this machine: agoractl join {folder / 'run.toml'}", err=True)
+    click.echo(f"let others in with: agoractl run account NAME --dir {folder}", err=True)
 
 
 @run.command()
@@ -171,6 +173,15 @@ def _write_node(folder: Path, role: str, key: Identity, port: int, announce: tup
     if role == "authority":
         table["authority"] = {"accounts": "accounts.toml"}
     (folder / "agorad.toml").write_text(tomli_w.dumps(table))
+
+
+def _invite(folder: Path) -> None:
+    """The operator's own account, and its invitation beside the manifest, where ``join`` finds it."""
+    listed = folder / "authority" / "accounts.toml"
+    listed.touch(mode=0o600)
+    invitation = folder / "invitation"
+    invitation.touch(mode=0o600)
+    invitation.write_text(f"{OWN_ACCOUNT}:{accounts.add(listed, OWN_ACCOUNT)}\n")
 
 
 def _describe(manifest: Manifest, path: Path, as_json: bool) -> None:

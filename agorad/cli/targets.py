@@ -1,7 +1,8 @@
 """Which daemons a command talks to: options shared by all that open control sockets.
 
 ``--dir`` names a demo's folder (its ``swarm.json`` lists the sockets), ``--config`` a node's settings,
-``--socket`` the socket itself; without any of them the settings that ``agorad`` itself would read.
+``--socket`` the socket itself; without any of them the settings that ``agorad`` itself would read, else the
+nodes that ``agoractl join`` made for the run joined last.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import click
 
 from agorad.ask import Unreachable
 from agorad.config import default_path, load
+from agorad.join.answers import configs
 from agorad.usage import NamedPath
 from p2p.errors import LocalError
 
@@ -52,6 +54,8 @@ def find(folder: Path | None, config: Path | None, socket: Path | None) -> list[
         return [Target(socket.name, socket)]
     path = config or default_path()
     if config is None and not path.exists():
+        if joined := [load(found) for found in configs()]:
+            return [Target(settings.name, settings.control) for settings in joined]
         raise Unreachable(f"this machine has no node: there is no {path}; name one with --config or --dir")
     settings = load(path)
     return [Target(settings.name, settings.control)]
