@@ -78,6 +78,14 @@ class Reloaded(Event):
 
 
 @attrs.frozen(kw_only=True)
+class AddressObserved(Event):
+    """Another node sees this one at ``address``, which is none of this machine's own; it is announced."""
+
+    address: str
+    by: str
+
+
+@attrs.frozen(kw_only=True)
 class CertificateGranted(Event):
     """This node has a (new) certificate."""
 

@@ -24,6 +24,7 @@ import attrs
 import trio
 
 from agorad import __version__, facts
+from agorad.addresses import observe
 from agorad.authority.messages import (
     ADDRS_LIMIT,
     PROTOCOL,
@@ -76,12 +77,15 @@ async def obtain_certificate(node: Node, download: Download | None = None) -> Ce
     """
     certificate = _read(node)
     fresh = certificate is None
-    if certificate is None:
+    if certificate is not None:
+        node.nursery.start_soon(observe, node)
+    else:
         secret = _secret(node)
         ending: BaseException | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_cancel_when_stopping, node, nursery.cancel_scope)
             try:
+                await observe(node)
                 certificate = await _join_until_granted(node, secret, download)
             except (DaemonExit, LocalError) as error:
                 ending = error  # raised below, as it is and not in a group

@@ -60,9 +60,7 @@ class _Dashed(click.Command):
 @click.option("--reconfigure", is_flag=True, help="Ask again instead of using earlier answers.")
 @click.option("--check", "only_check", is_flag=True, help="Look at the machine, start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --check: findings as one JSON document.")
-@click.pass_context
 def join(
-    ctx: click.Context,
     where: str | None,
     gpu_ids: tuple[str, ...],
     token: str | None,
@@ -119,10 +117,10 @@ def join(
     else:
         click.echo("\n".join(_table(found)), err=True)
     if only_check:
-        ctx.exit(5 if any(finding.verdict == "fail" for finding in found) else 0)
+        sys.exit(5 if any(finding.verdict == "fail" for finding in found) else 0)
     if failed := next((finding for finding in found if finding.verdict == "fail"), None):
         click.echo(f"agoractl: {failed.name}: {failed.found}; {failed.remedy}", err=True)
-        ctx.exit(1)
+        sys.exit(1)
     secret = kept.given_secret(token, beside)
     ask = sys.stdin.isatty() and not skip_input
     chosen, secret = _complete(manifest, chosen, secret, nodes, ask=ask, place=place, again=reconfigure)
@@ -131,7 +129,7 @@ def join(
     click.echo(f"settings kept in {kept.keep(manifest.run.id, chosen)}", err=True)
     from agorad.join.live import Live
 
-    ctx.exit(Live(lambda line: click.echo(line)).run(nodes, secret))
+    sys.exit(Live(lambda line: click.echo(line)).run(nodes, secret))
 
 
 def _manifest(where: str | None) -> tuple[Manifest, Path | None]:

@@ -8,6 +8,7 @@ log is ever read.
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
@@ -28,7 +29,7 @@ from agorad.join.layout import Planned
 
 PULSE_S: Final = 60.0
 TICK_S: Final = 0.2
-STOP_S: Final = 35.0
+LAST_BYTES: Final = 64 << 10
 
 
 @attrs.define
@@ -37,6 +38,8 @@ class _Child:
     process: subprocess.Popen[bytes]
     added: int = 0
     said_at: float = 0.0
+    began: float = attrs.field(factory=time.time)
+    listener: threading.Thread | None = None
     last: dict[str, Any] = attrs.field(factory=dict)
     """The event ``stopped``, once it came."""
 
@@ -59,6 +62,9 @@ class Live:
             while any(child.process.poll() is None for child in self._children):
                 self._hear(TICK_S)
                 self._pulse()
+            for child in self._children:
+                assert child.listener is not None
+                child.listener.join(TICK_S * 20)
             self._hear(0.0)
         finally:
             for child in self._children:
@@ -89,7 +95,8 @@ class Live:
             os.close(reading)
         child = _Child(node, process, said_at=time.monotonic())
         self._children.append(child)
-        threading.Thread(target=self._follow, args=(child,), daemon=True).start()
+        child.listener = threading.Thread(target=self._follow, args=(child,), daemon=True)
+        child.listener.start()
 
     def _follow(self, child: _Child) -> None:
         for entry in _events(child):
@@ -172,17 +179,17 @@ def _events(child: _Child) -> Iterator[Mapping[str, Any]]:
 
 
 def _last_words(child: _Child, seen: int) -> Iterator[Mapping[str, Any]]:
-    """What the node wrote after its socket closed, from its event file (events are data, not a log)."""
-    import json
-
+    """What the node said after its socket closed, from its event file (events are data, not a log)."""
     try:
-        lines = (child.node.folder / "events.jsonl").read_bytes().splitlines()[-8:]
+        with (child.node.folder / "events.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
+            lines = file.read().splitlines()
     except OSError:
         return
     for line in lines:
         try:
             entry = json.loads(line)
         except ValueError:
-            continue
-        if entry.get("event") == "stopped" and entry.get("at", 0.0) > time.time() - 60.0:
+            continue  # the first one is cut
+        if entry.get("at", 0.0) >= child.began and entry.get("id", 0) > seen:
             yield entry
