@@ -54,7 +54,7 @@ class Findings:
 
     reached: bool
     why: str = ""
-    """If it was not reached: what the authority saw, for people."""
+    """If it was not reached, or not measured: what was seen, for people."""
     addr: str = ""
     rtt_ms: float | None = None
     """Median over ``places``."""
@@ -128,6 +128,7 @@ async def inspect(
                 await _measure(node, measured, peer, addrs, bytes, enough_mbps, nearest[:MEASURING])
             return attrs.evolve(
                 found,
+                why=next((view.why for view in measured if view.why), found.why),
                 up_mbps=_best(view.up_mbps for view in measured),
                 down_mbps=_best(view.down_mbps for view in measured),
             )

@@ -15,6 +15,7 @@ from agorad.run import Admission
 from p2p.errors import Refused
 from p2p.hello import VERSION
 
+UNMEASURED_S: Final = 10.0
 _PARTS: Final = 3
 
 
@@ -109,8 +110,18 @@ def check_port(rules: Admission, findings: Findings, addrs: tuple[str, ...]) -> 
 
 
 def check_network(rules: Admission, findings: Findings) -> None:
-    """Time and bandwidth, measured by peers of the run; what could not be measured is no fault."""
+    """Time and bandwidth, measured by peers of the run.
+
+    Who can be reached is measured before it is let in, or nobody who keeps silent would be; who cannot be
+    reached (and need not be: ``port_test``) cannot be measured, which is no fault.
+    """
     rtt, mbps = findings.rtt_ms, findings.mbps
+    if findings.reached and ((rules.max_rtt_ms and rtt is None) or (rules.min_mbps and mbps is None)):
+        raise refusal(
+            "busy",
+            f"this node can be reached but its line could not be measured ({findings.why or 'no answer'})",
+            UNMEASURED_S,
+        )
     if rules.max_rtt_ms and rtt is not None and rtt > rules.max_rtt_ms:
         raise refusal(
             "rtt_too_high",

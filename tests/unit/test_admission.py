@@ -146,7 +146,13 @@ def test_without_rules_everything_passes() -> None:
     admission.check_machine(none, poor)
     admission.check_port(none, Found(reached=False), ())
     admission.check_network(none, Found(rtt_ms=9e9, mbps=0.0))
-    admission.check_network(_rules(min_mbps=5), Found(rtt_ms=None, mbps=None))  # not measured is no fault
+    # Who cannot be reached cannot be measured; who can be and is not has to come again.
+    admission.check_network(_rules(min_mbps=5), Found(reached=False, rtt_ms=None, mbps=None))
+    for silent in (Found(rtt_ms=None), Found(mbps=None)):
+        with pytest.raises(Refused, match="could not be measured") as no:
+            admission.check_network(_rules(min_mbps=5), silent)
+        assert no.value.code == "busy"
+    admission.check_network(_rules(), Found(mbps=None))
     admission.check_download(none, 1e9, 1e9)
 
 
