@@ -39,6 +39,7 @@ from p2p.event import Event
 from p2p.host import Host
 from p2p.identity import Identity, PeerId
 from p2p.kad import Dht
+from p2p.limits import Limits
 from p2p.membership import Certificate, Membership
 from p2p.multiaddr import Multiaddr
 from p2p.transport import TcpTransport
@@ -249,7 +250,7 @@ async def _live(
     secret: str | None,
 ) -> None:
     rng = random.Random()
-    host = Host(identity, emit=bus.emit, rng=rng)
+    host = Host(identity, emit=bus.emit, rng=rng, limits=_limits(settings, manifest))
     dht = Dht(host, identity, rng=rng, emit=bus.emit)
     listener = control.listen(settings.control)
     try:
@@ -292,6 +293,14 @@ async def _live(
     finally:
         listener.close()
         settings.control.unlink(missing_ok=True)
+
+
+def _limits(settings: Config, manifest: Manifest) -> Limits:
+    """An authority holds a connection for everybody who waits in its queue, beside its members'."""
+    usual = Limits()
+    if settings.node.role != "authority":
+        return usual
+    return attrs.evolve(usual, connections=usual.connections + manifest.admission.queue_limit)
 
 
 async def _drain(node: Node, role: Role) -> None:

@@ -11,7 +11,7 @@ and ``max_nodes`` (a number; "" for the manifest's). They are read at every deci
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import attrs
 
@@ -63,10 +63,10 @@ class Issuer:
             raise refusal("banned", f"this {what} was removed by the run's operator{end}: {ban.why}")
         return before
 
-    def check_account(self, account: str, peer: PeerId, waiting: int, now: float) -> None:
-        """``Refused`` if the account has all its nodes; ``waiting``: others of it in the queue."""
-        others = self.store.nodes_of(account, besides=peer, now=now)
-        check_account_room(self.manifest.admission, account, others + waiting)
+    def check_account(self, account: str, peer: PeerId, waiting: Set[str], now: float) -> None:
+        """``Refused`` if the account has all its nodes; ``waiting``: those of it in the queue."""
+        others = (self.store.peers_of(account, now) | waiting) - {peer}
+        check_account_room(self.manifest.admission, account, len(others))
 
     def capacity(self, now: float, *, settling: bool = False) -> Capacity:
         """Free slots of the run, and whether joins are held.

@@ -104,16 +104,13 @@ class Store:
         query = f'SELECT {_COLUMNS} FROM grants WHERE expires > ? AND NOT "left"'
         return [_grant(row) for row in self._db.execute(query, (now,))]
 
-    def nodes_of(self, account: str, *, besides: str, now: float) -> int:
-        """Nodes of the account whose certificate runs, left or not, ``besides`` aside.
+    def peers_of(self, account: str, now: float) -> set[str]:
+        """Nodes of the account whose certificate runs, left or not.
 
         One that left can go on with its certificate to the end: for its account it counts that long.
         """
-        (count,) = self._db.execute(
-            "SELECT count(*) FROM grants WHERE account = ? AND peer_id != ? AND expires > ?",
-            (account, besides, now),
-        ).fetchone()
-        return int(count)
+        query = "SELECT peer_id FROM grants WHERE account = ? AND expires > ?"
+        return {peer for (peer,) in self._db.execute(query, (account, now))}
 
     def grant(self, grant: Grant, *, max_nodes: int, max_per_account: int, now: float) -> None:
         """Remember a grant; on return it is on disk. ``Refused`` if there is no room. One transaction."""
@@ -124,7 +121,7 @@ class Store:
             others = [other for other in self.active(now) if other.peer_id != grant.peer_id]
             if len(others) >= max_nodes:
                 raise refusal("full", f"the run has {len(others)} nodes, all it takes", 60.0)
-            if self.nodes_of(grant.account, besides=grant.peer_id, now=now) >= max_per_account:
+            if len(self.peers_of(grant.account, now) - {grant.peer_id}) >= max_per_account:
                 raise refusal("account_full", f"account {grant.account!r} has {max_per_account} nodes")
             self._db.execute(
                 "INSERT INTO grants (peer_id, account, stage, session, addrs, first_granted, issued, "

@@ -98,9 +98,9 @@ class WaitingRoom:
         """Something that turns depend on is another."""
         self._changed.set()
 
-    def of_account(self, account: str, besides: str) -> int:
-        """Places of the account's other nodes."""
-        return sum(place.account == account and place.peer != besides for place in self.queue.places)
+    def of_account(self, account: str) -> set[str]:
+        """The account's nodes that wait."""
+        return {place.peer for place in self.queue.places if place.account == account}
 
     def stages(self, besides: str) -> dict[int, int]:
         """Where those who wait will probably go."""
@@ -108,15 +108,19 @@ class WaitingRoom:
             place.stage for place in self.queue.places if place.stage is not None and place.peer != besides
         )
 
-    @contextmanager
-    def waiting(self, peer: str, account: str) -> Iterator[Waiter]:
-        """A place, kept for a while if the block is left without ``granted`` or ``remove``."""
-        now = self._clock()
-        waiter = Waiter(self.queue.enter(peer, account, now))
+    def enter(self, peer: str, account: str) -> Waiter:
+        """A place in the queue; ``waiting`` comes next. ``Refused`` if the queue is full."""
+        waiter = Waiter(self.queue.enter(peer, account, self._clock()))
         self._waiters[peer] = waiter
         self.changed()
+        return waiter
+
+    @contextmanager
+    def waiting(self, waiter: Waiter) -> Iterator[None]:
+        """Its place is kept for a while if the block is left without ``close``."""
+        peer = waiter.place.peer
         try:
-            yield waiter
+            yield
         finally:
             if self._waiters.get(peer) is waiter:
                 del self._waiters[peer]

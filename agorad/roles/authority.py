@@ -146,6 +146,7 @@ class Desk:
         )
         self._needs = stage_needs(node.manifest.model, node.manifest.training)
         self._thread = trio.CapacityLimiter(1)
+        self._door = trio.Lock()
         self._peers: set[PeerId] = set()
         self._checking = 0
         self._began = trio.current_time()
@@ -218,8 +219,7 @@ class Desk:
             warning = check_software(rules, join.facts.version, join.facts.software, now)
             check_clock(rules, join.facts.clock, now)
             account, before = await self._account(call, join)
-            waiting = self.room.of_account(account, besides=peer)
-            await self._ask(self.issuer.check_account, account, peer, waiting, now)
+            await self._check_room(peer, account)
             check_machine(rules, join.facts)
             findings = await self._look_at(call, join, before)
         return Joiner(
@@ -255,6 +255,11 @@ class Desk:
             raise refusal("bad_token", f"the token is {name!r}'s, not {join.account!r}'s")
         await self._ask(self.issuer.known, call.peer, name, self.node.clock())
         return name, before
+
+    async def _check_room(self, peer: PeerId, account: str) -> None:
+        # Who waits is read before who is in: a node on its way from the one to the other is in both.
+        waiting = self.room.of_account(account)
+        await self._ask(self.issuer.check_account, account, peer, waiting, self.node.clock())
 
     def _by_file(self, join: Join, before: Grant | None) -> None:
         try:
@@ -301,7 +306,10 @@ class Desk:
 
     async def _queue(self, call: Call, joiner: Joiner) -> tuple[Certificate, Choice]:
         """Wait for a turn, telling the joiner; then grant."""
-        with self.room.waiting(joiner.peer, joiner.account) as waiter:
+        async with self._door:  # of two nodes of an account only one comes in here at a time
+            await self._check_room(joiner.peer, joiner.account)
+            waiter = self.room.enter(joiner.peer, joiner.account)
+        with self.room.waiting(waiter):
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._hear, call, waiter.place)
