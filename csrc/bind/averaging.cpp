@@ -61,13 +61,6 @@ int64_t packed_bytes(int64_t count, int dtype) {
 
 size_t packed_align(int dtype) { return dtype == kFloat32 ? 4 : dtype == kBfloat16 ? 2 : 1; }
 
-// Above this much a buffer has left the caches before it is read again.
-constexpr int64_t kStreamBytes = 8 << 20;
-
-bool streamed(const void* buffer, int64_t bytes) {
-    return bytes >= kStreamBytes && reinterpret_cast<uintptr_t>(buffer) % 64 == 0;
-}
-
 // A twin that is absent is the number 0.
 int64_t twin_bytes(const py::object& twin, int64_t bytes) {
     return PyLong_Check(twin.ptr()) && twin.equal(py::int_(0)) ? 0 : bytes;
@@ -85,14 +78,11 @@ void slice_pack(py::object table, py::object consensus, int64_t tensors, py::obj
     const TensorRow* from = check_table(weights, tensors, blocks, 4);
     const TensorRow* before = check_twin(twin, from, tensors, blocks, 4);
     require(dtype != kInt8 || before != nullptr, "int8 is the difference to a consensus: give one");
-    bool stream = dtype == kFloat32 && streamed(to.as<void>(), fp32) &&
-                  (keep.as<void>() == nullptr || streamed(keep.as<void>(), fp32));
     PackTask task{{from, tensors, make_permutation(uint64_t(blocks), key), first},
                   before,
                   to.as<void>(),
                   keep.as<float>(),
-                  dtype,
-                  stream};
+                  dtype};
     py::gil_scoped_release unlocked;
     parallel_for(threads, count, grain(kBlock),
                  [&](int64_t begin, int64_t end) { cpu().pack(task, begin, end); });

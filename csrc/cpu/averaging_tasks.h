@@ -21,7 +21,6 @@ struct PackTask {
     void* packed;
     float* snapshot;  // null: not wanted
     int dtype;        // of `packed`
-    bool stream;      // past the caches: the buffers are aligned and large
 };
 
 struct MergeTask {

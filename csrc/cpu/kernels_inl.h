@@ -1,6 +1,8 @@
 // All CPU kernels for one instruction set. The including file names it (AGORA_TARGET) and the build gives
 // it the matching compiler flags; nothing here may leave the namespace of that target.
 
+#include <initializer_list>
+
 #include "../functors/normal.h"
 #include "../functors/reduce.h"
 #include "../functors/slices.h"

@@ -1,12 +1,17 @@
 // Slice pack and merge. Included once per instruction set by kernels_inl.h.
 //
-// Blocks lie anywhere in memory, so the next ones are fetched while this one is worked on; their places come
-// from the permutation in batches, one lane a position.
+// Blocks lie anywhere in memory; their places come from the permutation in batches, one lane a position. What
+// bounds the loops is how many cache lines a core can wait for at once, so it matters which ones it asks for:
+// - Of a block to come only the first line. That finds the page and wakes the processor's own prefetcher,
+//   which brings the rest; asking for all sixteen takes places that nearer lines need.
+// - What is written in order is asked for a block ahead, line by line, and stored through the caches. Stores
+//   past the caches keep a place until memory has them, and the prefetcher alone stops at the end of a page.
 
 namespace agora::AGORA_TARGET {
 
 constexpr int kBatch = 16;  // positions permuted together
-constexpr int kAhead = 3;   // blocks fetched ahead of the one that is worked on
+constexpr int kAhead = 2;   // blocks from the one that is worked on to the one that is asked for
+constexpr int kLine = 16;   // floats of a cache line
 
 // permute() of `count` positions from `first` on, at most kBatch of them.
 static void permute_batch(const Permutation& p, int64_t first, int count, int64_t* blocks) {
@@ -38,14 +43,17 @@ AGORA_FN float* element(const TensorRow* table, const Place& place) {
     return reinterpret_cast<float*>(table[place.tensor].address) + place.offset;
 }
 
-AGORA_FN void fetch(const void* from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
-}
+// Tensors like the weights that are visited with them; `table` may be null.
+struct Twin {
+    const TensorRow* table;
+    int64_t element_bytes;
+};
 
-// Calls work(packed block, place) for every block of [begin, end), with the weights of the next ones on
+// Calls work(packed block, place) for every block of [begin, end), with the next ones and their twins on
 // their way into the caches.
 template <typename Work>
-AGORA_FN void each_block(const SliceOf& slice, int64_t begin, int64_t end, const Work& work) {
+AGORA_FN void each_block(const SliceOf& slice, std::initializer_list<Twin> twins, int64_t begin, int64_t end,
+                         const Work& work) {
     Place places[2 * kBatch];  // a ring of two batches
     auto fill = [&](int64_t from) {
         int count = int(end - from < kBatch ? end - from : kBatch);
@@ -60,18 +68,28 @@ AGORA_FN void each_block(const SliceOf& slice, int64_t begin, int64_t end, const
         int64_t ahead = i + kAhead;
         if (ahead < end) {
             const Place& next = places[(ahead - begin) % (2 * kBatch)];
-            fetch(element(slice.table, next), next.count * 4);
+            __builtin_prefetch(element(slice.table, next));
+            for (const Twin& twin : twins) {
+                if (twin.table == nullptr) continue;
+                int64_t address = twin.table[next.tensor].address + next.offset * twin.element_bytes;
+                __builtin_prefetch(reinterpret_cast<const void*>(address));
+            }
         }
         work(i, places[(i - begin) % (2 * kBatch)]);
     }
 }
 
-AGORA_FN void copy_block(float* to, const float* from, bool stream) {
-    for (int j = 0; j < kBlock; j += kWidth) {
-        if (stream)
-            stream_floats(to + j, load_floats(from + j));
-        else
-            store_floats(to + j, load_floats(from + j));
+// One block to two buffers that are written from front to back; `second` may be null.
+template <typename To>
+AGORA_FN void put_block(const float* values, To* first, float* second) {
+    for (int j = 0; j < kBlock; j += kLine) {
+        __builtin_prefetch(first + j + kBlock, 1);
+        if (second != nullptr) __builtin_prefetch(second + j + kBlock, 1);
+        for (int i = j; i < j + kLine; i += kWidth) {
+            Floats x = load_floats(values + i);
+            store_floats(first + i, x);
+            if (second != nullptr) store_floats(second + i, x);
+        }
     }
 }
 
@@ -91,7 +109,7 @@ static void pack_int8(uint8_t* to, const float* values, const float* consensus, 
 }
 
 static void pack(const PackTask& t, int64_t begin, int64_t end) {
-    each_block(t.slice, begin, end, [&](int64_t i, const Place& place) {
+    each_block(t.slice, {{t.consensus, 4}}, begin, end, [&](int64_t i, const Place& place) {
         const float* values = element(t.slice.table, place);
         float whole[kBlock];
         if (place.count < kBlock) {  // zeros behind the end of a tensor
@@ -99,18 +117,17 @@ static void pack(const PackTask& t, int64_t begin, int64_t end) {
             memcpy(whole, values, size_t(place.count) * sizeof(float));
             values = whole;
         }
-        if (t.snapshot != nullptr) copy_block(t.snapshot + i * kBlock, values, t.stream);
+        float* snapshot = t.snapshot == nullptr ? nullptr : t.snapshot + i * kBlock;
         if (t.dtype == kFloat32) {
-            copy_block(static_cast<float*>(t.packed) + i * kBlock, values, t.stream);
+            put_block(values, static_cast<float*>(t.packed) + i * kBlock, snapshot);
         } else if (t.dtype == kBfloat16) {
-            Bf16* to = static_cast<Bf16*>(t.packed) + i * kBlock;
-            for (int j = 0; j < kBlock; j += kWidth) store_floats(to + j, load_floats(values + j));
+            put_block(values, static_cast<Bf16*>(t.packed) + i * kBlock, snapshot);
         } else {
+            if (snapshot != nullptr) put_block<float>(values, snapshot, nullptr);
             pack_int8(static_cast<uint8_t*>(t.packed) + i * kInt8Block, values, element(t.consensus, place),
                       place.count);
         }
     });
-    if (t.stream) finish_streams();
 }
 
 template <typename Low>
@@ -147,7 +164,8 @@ AGORA_FN void merge_block(float* weights, const float* snapshot, const float* av
 }
 
 static void merge(const MergeTask& t, int64_t begin, int64_t end) {
-    each_block(t.slice, begin, end, [&](int64_t i, const Place& place) {
+    const auto twins = {Twin{t.drift, 4}, Twin{t.consensus, 4}, Twin{t.compute, 2}};
+    each_block(t.slice, twins, begin, end, [&](int64_t i, const Place& place) {
         int64_t packed = i * kBlock;
         int from = int(t.start > packed ? t.start - packed : 0);
         int64_t stop = t.stop < packed + place.count ? t.stop - packed : place.count;
