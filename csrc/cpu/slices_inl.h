@@ -1,7 +1,7 @@
 // Slice pack and merge. Included once per instruction set by kernels_inl.h.
 //
-// Blocks lie anywhere in memory; their places come from the permutation in batches, one lane a position. What
-// bounds the loops is how many cache lines a core can wait for at once, so it matters which ones it asks for:
+// Blocks lie anywhere in memory; their places come from the permutation in batches, one lane a position. A
+// core waits for a few cache lines at once, so it matters which it asks for (figures: docs/benchmarks.md):
 // - Of a block to come only the first line. That finds the page and wakes the processor's own prefetcher,
 //   which brings the rest; asking for all sixteen takes places that nearer lines need.
 // - What is written in order is asked for a block ahead, line by line, and stored through the caches. Stores
