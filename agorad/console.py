@@ -83,6 +83,7 @@ _LINES: Final[dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]]] = {
     "reloaded": ("NODE", lambda e: "settings read again" if e["ok"] else f"settings kept: {e['why']}"),
     "certificate_granted": ("JOIN", _granted),
     "address_observed": ("NET", lambda e: f"{short(e['by'])} sees this machine at {e['address']}"),
+    "operated": ("ADMIN", lambda e: f"{e['what']} {e['detail']}"),
     "join_checking": ("JOIN", lambda e: _CHECKING.get(e["what"], e["what"])),
     "join_queued": ("JOIN", _queued),
     "renewal_overdue": ("JOIN", lambda e: f"the certificate ran out, in grace now: {e['why']}"),

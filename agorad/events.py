@@ -86,6 +86,22 @@ class AddressObserved(Event):
 
 
 @attrs.frozen(kw_only=True)
+class ListUnreadable(Event):
+    """What an authority published of revoked peers cannot be read; the list known before goes on to count."""
+
+    authority: str
+    why: str
+
+
+@attrs.frozen(kw_only=True)
+class Operated(Event):
+    """An operator changed something at this authority; the same is in its audit log."""
+
+    what: str
+    detail: str
+
+
+@attrs.frozen(kw_only=True)
 class CertificateGranted(Event):
     """This node has a (new) certificate."""
 

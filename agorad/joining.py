@@ -204,7 +204,7 @@ async def _from_any(
         try:
             granted = await ask(authority)
             certificate = Certificate.decode(granted.certificate)
-            node.manifest.trust().check(certificate, node.identity.peer_id, node.clock())
+            node.trust.check(certificate, node.identity.peer_id, node.clock())
         except Refused as refusal:
             trouble = _judged(refusal)
         except trio.TooSlowError:
@@ -354,7 +354,7 @@ def _read(node: Node) -> Certificate | None:
     try:
         with _path(node).open("rb") as file:
             certificate = Certificate.decode(file.read(CERTIFICATE_LIMIT + 1))
-        node.manifest.trust().check(certificate, node.identity.peer_id, node.clock())
+        node.trust.check(certificate, node.identity.peer_id, node.clock())
     except (OSError, RemoteError, Refused):
         return None
     wanted = node.config.worker.stage

@@ -27,7 +27,7 @@ from typing import Any, Final
 import attrs
 import trio
 
-from agorad import __version__, config, control, control_server, preflight, probing, state_dirs
+from agorad import __version__, config, control, control_server, preflight, probing, standing, state_dirs
 from agorad.config import Config
 from agorad.events import Bus, Ready, Reloaded, Started, Stopped, Stopping
 from agorad.exitcodes import DaemonExit, ExitCode, verdict
@@ -40,7 +40,7 @@ from p2p.host import Host
 from p2p.identity import Identity, PeerId
 from p2p.kad import Dht
 from p2p.limits import Limits
-from p2p.membership import Certificate, Membership
+from p2p.membership import Certificate, Membership, Trust
 from p2p.multiaddr import Multiaddr
 from p2p.transport import TcpTransport
 from stage.events import Traffic
@@ -74,6 +74,8 @@ class Node:
     """The role's part of ``agoractl status``; see ``status_document``. Written by the role."""
     update_status: Callable[[], None] = lambda: None
     """The role's: brings ``status`` up to date, called whenever somebody asks."""
+    trust: Trust = attrs.field(init=False, default=attrs.Factory(lambda self: self.manifest.trust(), True))
+    """Whom this node believes; one object, so that a revocation counts everywhere at once."""
     certificate: Certificate | None = None
     """What this node presents in hello; set by ``joining``."""
     stopping: trio.Event = attrs.field(factory=trio.Event)
@@ -269,7 +271,7 @@ async def _live(
                     started_at=started_at,
                     secret=secret,
                 )
-                host.membership = Membership(manifest.trust(), lambda: _presented(node), node.clock)
+                host.membership = Membership(node.trust, lambda: _presented(node), node.clock)
                 host.announce = announce
                 node.inspector = probing.install(node)
                 if signals is not None:
@@ -279,6 +281,7 @@ async def _live(
                 node.commands.update(_commands(node))
                 await services.start(control_server.serve, listener, node.commands)
                 _learn(node)
+                nursery.start_soon(standing.watch, node)
                 await nursery.start(dht.run, _bootstrap(manifest, settings.node.role, identity.peer_id))
                 await _drain(node, role)
                 node.stop("the role's work is done")

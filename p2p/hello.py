@@ -140,7 +140,10 @@ def check_gate(connection: Connection, admission: Admission) -> None:
         raise Refused(
             "no_certificate", "this needs a membership certificate; ask the run's authority for one"
         )
-    connection.member.require_valid(admission.clock())
+    now = admission.clock()
+    connection.member.require_valid(now)
+    if connection.peer not in admission.trust.standing:
+        admission.trust.revocations.check(connection.peer, now)
 
 
 def _own(connection: Connection, admission: Admission, window: int) -> Hello:

@@ -177,15 +177,61 @@ class Member:
             raise _expired(self.expires, now)
 
 
+REVOKED_LIMIT: Final = 4096
+"""Peers that one authority may have taken out at a time; certificates that ran out need no entry."""
+
+
+@attrs.frozen
+class Revoked:
+    """One peer that an authority took out before its certificate ended."""
+
+    until: float
+    """Unix time from which it may be judged by its certificate again."""
+    why: str
+
+
+@final
+class Revocations:
+    """Whom the run's authorities took out, as far as this node has heard. Shared by all who judge.
+
+    One list an authority, replaced as a whole; an older list than the one known changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self._lists: dict[PeerId, tuple[float, dict[PeerId, Revoked]]] = {}
+
+    def replace(self, authority: PeerId, at: float, entries: Mapping[PeerId, Revoked]) -> bool:
+        """Take up the list that ``authority`` signed at unix time ``at``; False if a newer one is known."""
+        if len(entries) > REVOKED_LIMIT:
+            raise RemoteError(f"a list of {len(entries)} revoked peers; the limit is {REVOKED_LIMIT}")
+        known_at, _ = self._lists.get(authority, (-math.inf, {}))
+        if at < known_at:
+            return False
+        self._lists[authority] = at, dict(entries)
+        return True
+
+    def find(self, peer: PeerId, now: float) -> Revoked | None:
+        """The entry that keeps ``peer`` out at ``now``."""
+        found = (entries.get(peer) for _at, entries in self._lists.values())
+        return next((entry for entry in found if entry is not None and now < entry.until), None)
+
+    def check(self, peer: PeerId, now: float) -> None:
+        """``Refused`` if an authority took ``peer`` out."""
+        if (entry := self.find(peer, now)) is not None:
+            raise Refused("revoked", f"the run's authority took this node out: {entry.why}")
+
+
 @attrs.frozen(kw_only=True)
 class Trust:
-    """What one node believes about membership, all of it from the manifest."""
+    """What one node believes about membership: the manifest's word, and the authorities' revocations."""
 
     run: str
     manifest_hash: bytes
     authorities: frozenset[PeerId]
     standing: Mapping[PeerId, str] = attrs.field(factory=dict)
     """Seeds, trainers and authorities by role: members without a certificate."""
+    revocations: Revocations = attrs.field(factory=Revocations, eq=False, repr=False)
+    """Of members with a certificate; whom the manifest lists only a new manifest takes out."""
 
     def check(self, certificate: Certificate | None, peer: PeerId, now: float) -> Member:
         """The member that ``peer`` is, or ``Refused`` with the reason why it is none."""
@@ -206,6 +252,7 @@ class Trust:
             )
         if not certificate.signature_holds():
             raise Refused("bad_signature", "the certificate's signature does not match its content")
+        self.revocations.check(peer, now)
         if certificate.issued > now + CLOCK_SKEW_S:
             ahead = certificate.issued - now
             raise Refused(

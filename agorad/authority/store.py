@@ -20,7 +20,7 @@ from agorad.authority.admission import refusal
 from agorad.authority.queue import Place
 from p2p.errors import LocalError
 
-_SCHEMA_VERSION: Final = 2
+_SCHEMA_VERSION: Final = 3
 _STEPS: Final = (
     """
 CREATE TABLE grants (
@@ -43,6 +43,11 @@ CREATE TABLE places (
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE bans (
     kind TEXT NOT NULL, name TEXT NOT NULL, why TEXT NOT NULL, until REAL, PRIMARY KEY (kind, name)
+) STRICT;
+""",
+    """
+CREATE TABLE audit (
+    id INTEGER PRIMARY KEY, at REAL NOT NULL, by TEXT NOT NULL, what TEXT NOT NULL, detail TEXT NOT NULL
 ) STRICT;
 """,
 )
@@ -72,6 +77,16 @@ class Ban:
     name: str
     why: str
     until: float | None
+
+
+@attrs.frozen
+class Audited:
+    """One change that an operator made, in the transaction of the change itself."""
+
+    at: float
+    by: str
+    what: str
+    detail: str
 
 
 class Store:
@@ -146,7 +161,24 @@ class Store:
 
     def ban(self, kind: str, name: str, why: str, until: float | None, by: str, now: float) -> None:
         """Keep an account or a peer out."""
-        self._db.execute("INSERT OR REPLACE INTO bans VALUES (?, ?, ?, ?)", (kind, name, why, until))
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO bans VALUES (?, ?, ?, ?)", (kind, name, why, until))
+            self._audit(now, by, "ban", f"{kind} {name}: {why}")
+
+    def unban(self, kind: str, name: str, by: str, now: float) -> bool:
+        """Take a ban back; False if there was none."""
+        with self._transaction():
+            gone = self._db.execute("DELETE FROM bans WHERE kind = ? AND name = ?", (kind, name)).rowcount
+            if gone:
+                self._audit(now, by, "unban", f"{kind} {name}")
+        return bool(gone)
+
+    def bans(self, now: float) -> list[Ban]:
+        """Those that hold."""
+        query = "SELECT kind, name, why, until FROM bans WHERE until IS NULL OR until > ? ORDER BY kind, name"
+        return [
+            Ban(kind=row[0], name=row[1], why=row[2], until=row[3]) for row in self._db.execute(query, (now,))
+        ]
 
     def banned(self, account: str, peer: str, now: float) -> Ban | None:
         """The ban of either, if there is one."""
@@ -162,9 +194,20 @@ class Store:
         row = self._db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
         return None if row is None else str(row[0])
 
-    def set_setting(self, name: str, value: str, by: str) -> None:
+    def set_setting(self, name: str, value: str, by: str, now: float) -> None:
         """Set at run time; counts at the next decision."""
-        self._db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, value))
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, value))
+            self._audit(now, by, name, value)
+
+    def audit_log(self, limit: int) -> list[Audited]:
+        """What operators did, the newest first."""
+        query = "SELECT at, by, what, detail FROM audit ORDER BY id DESC LIMIT ?"
+        return [Audited(*row) for row in self._db.execute(query, (limit,))]
+
+    def _audit(self, at: float, by: str, what: str, detail: str) -> None:
+        values = (at, by, what, detail)
+        self._db.execute("INSERT INTO audit (at, by, what, detail) VALUES (?, ?, ?, ?)", values)
 
     def place(self, peer: str, account: str, arrived: float, seen: float) -> None:
         """Remember a place in the queue."""

@@ -18,6 +18,7 @@ from agorad.settings import nearest
 from agorad.usage import complain
 
 COMMANDS: Final = {
+    "authority": ("authority", "Let in, hold back and remove, at a running authority."),
     "bench": ("bench", "Measure what this machine does."),
     "demo": ("demo", "A whole swarm on this machine, trained on real text."),
     "events": ("events", "What a node reports, as it happens."),

@@ -52,6 +52,7 @@ from agorad.authority.messages import (
     Renew,
     read_request,
 )
+from agorad.authority.operator import Operator
 from agorad.authority.queue import Place, Queue
 from agorad.authority.store import Grant, Store
 from agorad.authority.waiting import Waiter, WaitingRoom
@@ -107,8 +108,10 @@ async def run(node: Node, outside: Outside | None = None) -> None:
     try:
         await desk.restore()
         node.host.handle(PROTOCOL, desk.serve, open_to_all=True)
+        operator = Operator(node, desk)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(desk.room.run)
+            nursery.start_soon(operator.publish)
             node.ready()
             await node.stopping.wait()
             nursery.cancel_scope.cancel()
@@ -156,7 +159,7 @@ class Desk:
     async def close(self) -> None:
         """Close the database, behind the question that a thread may still be asking it."""
         with trio.CancelScope(shield=True):
-            await self._ask(self._shut)
+            await self.ask(self._shut)
 
     def _shut(self) -> None:
         self._closed = True
@@ -164,7 +167,7 @@ class Desk:
 
     async def restore(self) -> None:
         """Take up the places that an earlier life left."""
-        places = await self._ask(self.store.places)
+        places = await self.ask(self.store.places)
         self.room.queue.restore(places, self.node.clock())
 
     async def serve(self, call: Call) -> None:
@@ -175,7 +178,7 @@ class Desk:
         except trio.TooSlowError as error:
             raise RemoteError("a peer opened a join and said nothing") from error
         if isinstance(request, Leave):
-            await self._ask(self.issuer.leave, call.peer, request.session, self.node.clock())
+            await self.ask(self.issuer.leave, call.peer, request.session, self.node.clock())
             self.room.changed()
             await call.send(Bye().to_header())
             return
@@ -241,9 +244,9 @@ class Desk:
 
     async def _account(self, call: Call, join: Join) -> tuple[str, Grant | None]:
         """Whose node this is, proven."""
-        before = await self._ask(self.issuer.known, call.peer, join.account, self.node.clock())
+        before = await self.ask(self.issuer.known, call.peer, join.account, self.node.clock())
         if self.node.manifest.admission.accounts == "file":
-            await self._ask(self._by_file, join, before)
+            await self.ask(self._by_file, join, before)
             return (join.account if before is None else before.account), before
         if join.secret is None:
             if before is None:
@@ -253,13 +256,13 @@ class Desk:
         name = await self.hub.whoami(join.secret)
         if join.account not in ("", name):
             raise refusal("bad_token", f"the token is {name!r}'s, not {join.account!r}'s")
-        await self._ask(self.issuer.known, call.peer, name, self.node.clock())
+        await self.ask(self.issuer.known, call.peer, name, self.node.clock())
         return name, before
 
     async def _check_room(self, peer: PeerId, account: str) -> None:
         # Who waits is read before who is in: a node on its way from the one to the other is in both.
         waiting = self.room.of_account(account)
-        await self._ask(self.issuer.check_account, account, peer, waiting, self.node.clock())
+        await self.ask(self.issuer.check_account, account, peer, waiting, self.node.clock())
 
     def _by_file(self, join: Join, before: Grant | None) -> None:
         try:
@@ -342,7 +345,7 @@ class Desk:
             elif waiter.view is not None:
                 if place.stage is None:
                     waiting = self.room.stages(besides=joiner.peer)
-                    place.stage = (await self._ask(self._choose, joiner, None, waiting)).stage
+                    place.stage = (await self.ask(self._choose, joiner, None, waiting)).stage
                 await self.room.save(place)
                 view = waiter.told = waiter.view
                 queued = Queued(
@@ -381,21 +384,21 @@ class Desk:
             stage, now = choice.stage, self.node.clock()
             return self.issuer.grant(joiner.join, joiner.peer, joiner.account, stage, now), choice
 
-        return await self._ask(both)
+        return await self.ask(both)
 
     # a renewal
 
     async def _renew(self, call: Call, renew: Renew) -> tuple[Certificate, str]:
         now = self.node.clock()
-        before = await self._ask(self.issuer.known, call.peer, "", now)
+        before = await self.ask(self.issuer.known, call.peer, "", now)
         await self._check_alone(call.peer, renew.session, before)
         warning = check_software(self.node.manifest.admission, None, renew.software, now)
-        certificate = await self._ask(self.issuer.renew, renew, call.peer, self.node.clock())
+        certificate = await self.ask(self.issuer.renew, renew, call.peer, self.node.clock())
         return certificate, warning
 
     # what it stands on
 
-    async def _ask(self, question: Callable[..., T], *args: object) -> T:
+    async def ask(self, question: Callable[..., T], *args: object) -> T:
         """In the database's thread."""
 
         def in_thread() -> T:
@@ -407,13 +410,13 @@ class Desk:
 
     async def _capacity(self) -> Capacity:
         settling = trio.current_time() - self._began < SETTLE_S
-        return await self._ask(partial(self.issuer.capacity, self.node.clock(), settling=settling))
+        return await self.ask(partial(self.issuer.capacity, self.node.clock(), settling=settling))
 
     async def _save(self, place: Place) -> None:
-        await self._ask(self.store.place, place.peer, place.account, place.arrived, place.seen)
+        await self.ask(self.store.place, place.peer, place.account, place.arrived, place.seen)
 
     async def _forget(self, peer: str) -> None:
-        await self._ask(self.store.drop_place, peer)
+        await self.ask(self.store.drop_place, peer)
 
     @contextmanager
     def _alone(self, peer: PeerId) -> Iterator[None]:

@@ -41,7 +41,7 @@ async def run(node: Node) -> None:
     source = await trio.to_thread.run_sync(
         lambda: ByteSource(settings.data, manifest.model.seq, manifest.training.seed, shards=len(trainers))
     )
-    trust = manifest.trust()
+    trust = node.trust
     clock = StepClock(manifest.run.id, frozenset(trainers), manifest.training.target_batch)
     roster = Roster(node.dht, trust, node.clock)
     heads = roster.view(0)

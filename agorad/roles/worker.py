@@ -127,7 +127,7 @@ class _Worker:
         folder: Path = node.config.node.state / "snapshots"
         self.store = SnapshotStore(folder)
         self.saving = trio.Lock()
-        self.roster = Roster(node.dht, manifest.trust(), node.clock)
+        self.roster = Roster(node.dht, node.trust, node.clock)
         self.mates = self.roster.view(stage)
         self.declaration = Declaration(node.dht, manifest.run.id, stage, self.peer_id, self.describe)
         self.donor = Donor(node.identity, self.store, stage, self.donated)

@@ -32,7 +32,7 @@ def crowd(folder: Path, **admission: Any) -> Place:
 def operator(place: Place, name: str, value: str) -> None:
     """What the operator's command does: the authority looks at its database."""
     store = Store(place.folder / "authority" / "authority.sqlite")
-    store.set_setting(name, value, "operator")
+    store.set_setting(name, value, "operator", 0.0)
     store.close()
 
 

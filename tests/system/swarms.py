@@ -70,10 +70,10 @@ class Demo:
         self.pids[name] = process.pid
         return process
 
-    def finish(self, timeout: float = 300.0) -> dict[str, Any]:
-        """Wait for the end; the report. Asserts exit code 0."""
+    def finish(self, timeout: float = 300.0, code: int = 0) -> dict[str, Any]:
+        """Wait for the end; the report. Asserts the exit code."""
         out, err = self.process.communicate(timeout=timeout)
-        assert self.process.returncode == 0, err
+        assert self.process.returncode == code, err
         report = json.loads(out)
         assert report == json.loads((self.folder / "report.json").read_text())
         return report
