@@ -18,10 +18,7 @@ AUTHORITY, NODE = Identity.generate(), Identity.generate()
 
 def many(count: int) -> dict[PeerId, Revoked]:
     peer = NODE.peer_id
-    return {
-        PeerId(f"{peer[:-4]}{number:04d}"): Revoked(1e9 + number, "ü" * 90)
-        for number in range(count)
-    }
+    return {PeerId(f"{peer[:-4]}{number:04d}"): Revoked(1e9 + number, "ü" * 90) for number in range(count)}
 
 
 @pytest.mark.parametrize("count", [0, 1, 20, 21, 1280])
