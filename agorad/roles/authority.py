@@ -73,7 +73,6 @@ SETTLE_S: Final = 60.0
 """After a start members have this long to renew what ran out meanwhile; they ask every 45 s at least."""
 USUAL: Final = 100
 """Measured bandwidths of the last so many joiners say what is usual."""
-OTHER_RUN: Final = frozenset({"wrong_run", "manifest_mismatch", "version_mismatch"})
 
 T = TypeVar("T")
 
@@ -186,8 +185,7 @@ class Desk:
         account, stage = "", None
         try:
             with self._alone(call.peer):
-                if call.connection.refusal is not None and call.connection.refusal.code in OTHER_RUN:
-                    raise call.connection.refusal
+                self._same_run(call)
                 if isinstance(request, Renew):
                     certificate, why = await self._renew(call, request)
                 else:
@@ -201,6 +199,15 @@ class Desk:
         self.node.emit(report(account=certificate.account, stage=certificate.stage, outcome="granted"))
         granted = Granted(certificate=certificate.encode(), account=certificate.account, why=why[:WHY_LIMIT])
         await call.send(granted.to_header())
+
+    def _same_run(self, call: Call) -> None:
+        """``Refused`` as hello found; but an odd certificate is no reason not to ask for a good one."""
+        greeting, found = call.connection.hello, call.connection.refusal
+        if greeting is None or found is None:
+            return
+        other = greeting.run != self.node.manifest.run.id
+        if other or found.code in ("manifest_mismatch", "version_mismatch"):
+            raise found
 
     @property
     def issuer(self) -> Issuer:
