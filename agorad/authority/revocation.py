@@ -30,7 +30,7 @@ def key(run: str, page: int) -> str:
 
 
 def pages(peers: Mapping[PeerId, Revoked], at: float) -> list[dict[str, Any]]:
-    """The list as values of records, at least one; what is beyond the limit waits for its certificate's end."""
+    """The list as values of records, at least one; what is beyond the limit waits for its end by itself."""
     rows = [
         [peer, revoked.until, revoked.why.encode()[:WHY_LIMIT].decode(errors="ignore")]
         for peer, revoked in sorted(peers.items(), key=lambda item: -item[1].until)[: PAGES * PER_PAGE]
