@@ -158,6 +158,48 @@ class JoinAnswered(Event):
 
 
 @attrs.frozen(kw_only=True)
+class ReceiptsSubmitted(Event):
+    """A trainer handed receipts to an authority: ``new`` were credited, ``known`` had been before.
+
+    ``refused`` were not believed; ``why`` is the first one's ticket and reason.
+    """
+
+    authority: str
+    new: int
+    known: int
+    refused: int
+    why: str
+    waiting: int
+
+
+@attrs.frozen(kw_only=True)
+class ReceiptsDelayed(Event):
+    """No authority took receipts this time; ``waiting`` are kept, the next attempt is in ``retry_s``."""
+
+    why: str
+    waiting: int
+    retry_s: float
+
+
+@attrs.frozen(kw_only=True)
+class ReceiptsDropped(Event):
+    """Receipts were given up, the oldest first: nobody is credited for them."""
+
+    count: int
+    why: str
+
+
+@attrs.frozen(kw_only=True)
+class ReceiptsCredited(Event):
+    """An authority checked a trainer's receipts and credited the ``new`` ones."""
+
+    trainer: str
+    new: int
+    known: int
+    refused: int
+
+
+@attrs.frozen(kw_only=True)
 class SubscriberFailed(Event):
     """A part of the daemon that listens to events raised and was disconnected: a bug."""
 

@@ -27,6 +27,8 @@ DEBUG: Final = frozenset(
         "connected",
         "disconnected",
         "handshake_failed",
+        "receipts_submitted",
+        "receipts_credited",
     }
 )
 WARNING: Final = frozenset(
@@ -40,6 +42,8 @@ WARNING: Final = frozenset(
         "dht_isolated",
         "member_dropped",
         "clock_skewed",
+        "receipts_delayed",
+        "receipts_dropped",
     }
 )
 ERROR: Final = frozenset({"subscriber_failed", "handler_failed"})

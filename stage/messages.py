@@ -4,7 +4,7 @@
     microbatch {header} [ids, c]   ->
                                    <-        busy | no_replica | accepted {slots}
     payload [ids, c]               ->        only where the payload did not come with the header
-                                   <-        answer {loss, c_hash, path, slots, stale} [dc]
+                                   <-        answer {loss, c_hash, path, slots, stale, receipts} [dc]
 
 Payload forward: T+1 little-endian uint32 ids, then ``c`` packed by ``stage.boundary`` (absent towards
 the head). Payload back: ``dc`` packed likewise (absent towards the trainer and for evaluation). Everything
@@ -20,6 +20,7 @@ import attrs
 from p2p.errors import RemoteError
 from p2p.identity import PeerId
 from stage.clock import Reading, readings_from_wire
+from stage.receipts import are_signatures
 from stage.ticket import Ticket
 
 PROTOCOL = "/agora/microbatch/1"
@@ -161,11 +162,14 @@ class Answer:
     slots: int
     stale: bool
     """True if somewhere downstream a cached answer for another ``c`` was used."""
+    receipts: list[bytes] = attrs.field(factory=list, repr=False)
+    """What the last peers of ``path`` signed, from the callee to the tail; see ``stage.receipts``."""
 
     def to_wire(self) -> dict[str, Any]:
         return {
             "t": "answer", "loss": self.loss, "c_hash": self.c_hash,
             "path": list(self.path), "slots": self.slots, "stale": self.stale,
+            "receipts": list(self.receipts),
         }  # fmt: skip
 
 
@@ -188,10 +192,16 @@ def reply_from_wire(header: dict[str, Any]) -> Reply:
             "path": list(path),
             "slots": slots,
             "stale": bool(stale),
-        } if _whole(slots, MAX_SLOTS) and _is_path(path) and len(c_hash) in (0, 32):
+            "receipts": list(receipts),
+        } if (
+            _whole(slots, MAX_SLOTS)
+            and _is_path(path)
+            and len(c_hash) in (0, 32)
+            and are_signatures(receipts)
+        ):
             # A loss that is not finite would poison every mean that it enters.
             if not 0.0 <= loss < 1e6:
                 raise RemoteError("answer: loss is not a sensible number")
             peers = [PeerId(peer) for peer in path]
-            return Answer(loss=loss, c_hash=c_hash, path=peers, slots=slots, stale=stale)
+            return Answer(loss=loss, c_hash=c_hash, path=peers, slots=slots, stale=stale, receipts=receipts)
     raise RemoteError("microbatch: a reply that is none of accepted, busy, no_replica, answer")

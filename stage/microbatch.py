@@ -15,7 +15,7 @@ ran out, or (the one fault allowed) its connection broke during our backward pas
 microbatch counts twice.
 
 *Answers* are kept for a while: a caller that lost us mid-answer, or a replacement of it, gets the kept
-answer, its path rewritten to begin with this caller's. If its ``c`` differs from the one that the answer
+answer, its path rewritten to begin with this caller's and signed for this caller (``stage.receipts``). If its ``c`` differs from the one that the answer
 belongs to (the replacement's weights differ), the answer is reused once and counted as stale; a second
 time the work is done again.
 
@@ -36,8 +36,9 @@ import trio
 
 from p2p.errors import P2PError, Refused, RemoteError
 from p2p.event import Emit
-from p2p.identity import PeerId
+from p2p.identity import Identity, PeerId
 from p2p.rpc import Call
+from stage import receipts
 from stage.clock import StepClock
 from stage.device import BACKWARD, FORWARD, Device
 from stage.events import MicrobatchAdded, ReusedStale
@@ -80,7 +81,10 @@ class Compute(Protocol):
 @attrs.define
 class _Kept:
     answer: Answer
-    """Its path begins with this replica; whoever gets the answer has its own path before it."""
+    """Its path begins with this replica; whoever gets the answer has its own path before it.
+
+    Its receipts are those of later stages; this replica's own is signed for whoever gets the answer.
+    """
     dc: Any
     ids_hash: bytes
     reused: bool = False
@@ -118,7 +122,7 @@ class MicrobatchServer:
     def __init__(
         self,
         *,
-        peer_id: PeerId,
+        identity: Identity,
         run: str,
         trainers: frozenset[PeerId],
         shape: Shape,
@@ -133,7 +137,8 @@ class MicrobatchServer:
         clock_advanced: Callable[[], None],
         count: BoundaryCount,
     ) -> None:
-        self._peer_id = peer_id
+        self._identity = identity
+        self._peer_id = identity.peer_id
         self._run = run
         self._trainers = trainers
         self._shape = shape
@@ -240,7 +245,13 @@ class MicrobatchServer:
             await call.send(NoReplica(stage=error.stage).to_wire())
             return
         path = [*request.path, *kept.answer.path]
-        answer = attrs.evolve(kept.answer, path=path, slots=max(0, self.slots_free + 1))
+        own = receipts.sign(self._identity, request.ticket, self._shape.stage, call.peer)
+        answer = attrs.evolve(
+            kept.answer,
+            path=path,
+            slots=max(0, self.slots_free + 1),
+            receipts=[own, *kept.answer.receipts],
+        )
         await call.send(answer.to_wire(), kept.dc)
         if len(kept.dc):
             self._count.backward(len(kept.dc))
@@ -281,24 +292,24 @@ class MicrobatchServer:
     ) -> _Kept:
         held = await self._device.run(FORWARD, self._compute.forward, request, ids, c)
         try:
-            path, loss, stale, dc = [self._peer_id], held.loss, False, memoryview(b"")
+            answer = Answer(loss=held.loss, c_hash=c_hash, path=[self._peer_id], slots=0, stale=False)
+            dc = memoryview(b"")
             train, ids_hash = request.ticket.kind == "train", request.ticket.ids_hash
             if self._next_hop is not None:
                 so_far = [*request.path, self._peer_id]
                 onward = attrs.evolve(request, path=so_far, clock=self._clock.readings)
                 back = self._shape.next_back_bytes if train else 0
                 passed = await self._next_hop.send(onward, [ids, held.c], back_bytes=back)
-                path = passed.answer.path[len(request.path) :]
-                loss, stale, dc = passed.answer.loss, passed.answer.stale, passed.dc
+                path, dc = passed.answer.path[len(request.path) :], passed.dc
+                answer = attrs.evolve(passed.answer, c_hash=c_hash, path=path)
             if not train:
-                return _Kept(Answer(loss=loss, c_hash=c_hash, path=path, slots=0, stale=stale), b"", ids_hash)
+                return _Kept(answer, b"", ids_hash)
             dc_in = await self._commit(call, held, dc)
-            if self._next_hop is None:
-                loss = held.loss  # the tail's loss comes out of the pass that makes its gradient
-            answer = Answer(loss=loss, c_hash=c_hash, path=path, slots=0, stale=stale)
+            if self._next_hop is None:  # the tail's loss comes out of the pass that makes its gradient
+                answer = attrs.evolve(answer, loss=held.loss)
             # No checkpoint between the backward pass and here: what was added is always on record.
             self.added += 1
-            self.last_loss = loss
+            self.last_loss = answer.loss
             self._emit(
                 MicrobatchAdded(
                     ticket=request.ticket.id,

@@ -5,7 +5,8 @@ chooses another with the same payload, until the deadline. A replica that fell s
 sooner than ``LEASE_S`` after it last answered, because until then it may still commit (architecture,
 decision 3); it is told at once that it was abandoned, in case it hears us. One that refused or had no room
 has added nothing and is left at once. What an answer says of itself is checked: it continues the
-path of its request, and belongs to the ``c`` that was sent unless it says that it is stale. An attempt
+path of its request, every stage from here on signed that it worked (``stage.receipts``), and it belongs to the
+``c`` that was sent unless it says that it is stale. An attempt
 is charged to the router when chosen and corrected by its reply. Torch-free: trainers use it for stage 0.
 """
 
@@ -34,6 +35,7 @@ from stage.messages import (
     Request,
     reply_from_wire,
 )
+from stage.receipts import check_chain
 from stage.roster import StageView
 from stage.router import Choice, Router
 from stage.traffic import BoundaryCount
@@ -68,11 +70,22 @@ class NextHop:
     """Calls to the replicas of one stage."""
 
     def __init__(
-        self, host: Host, view: StageView, router: Router, emit: Emit, count: BoundaryCount | None = None
+        self,
+        host: Host,
+        view: StageView,
+        router: Router,
+        emit: Emit,
+        count: BoundaryCount | None = None,
+        *,
+        stages: int,
     ) -> None:
-        """``count``: where boundary crossings are counted; None for a trainer, whose hop is none."""
+        """``count``: where boundary crossings are counted; None for a trainer, whose hop is none.
+
+        ``stages``: of the run; each from this one on has to have signed an answer.
+        """
         self._host = host
         self._view = view
+        self._stages = stages
         self._router = router
         self._emit = emit
         self._count = count
@@ -169,6 +182,13 @@ class NextHop:
             raise RemoteError("microbatch: the answer's path does not continue that of its request")
         if not reply.stale and reply.c_hash != _hash_of_c(payload):
             raise RemoteError("microbatch: the answer belongs to another c and does not say so")
+        check_chain(
+            request.ticket,
+            first=self._view.stage,
+            stages=self._stages,
+            peers=reply.path[len(request.path) - 1 :],
+            signatures=reply.receipts,
+        )
         self._router.answered(choice, trio.current_time() - began, reply.slots)
         return Passed(reply, dc, peer)
 

@@ -88,11 +88,15 @@ class Ticket:
 
     def check(self, run: str, trainers: frozenset[PeerId], ids: bytes | memoryview) -> None:
         """Raises RemoteError unless a trainer of this run signed it for exactly these ids."""
+        if hashlib.sha256(ids).digest() != self.ids_hash:
+            raise RemoteError("ticket: the token ids are not the ones that it was signed for")
+        self.check_issued(run, trainers)
+
+    def check_issued(self, run: str, trainers: frozenset[PeerId]) -> None:
+        """Raises RemoteError unless a trainer of this run signed it."""
         if self.run != run:
             raise RemoteError(f"ticket: it is for run {self.run}, this is {run}")
         if self.trainer not in trainers:
             raise RemoteError("ticket: signed by a peer that the manifest does not list as a trainer")
-        if hashlib.sha256(ids).digest() != self.ids_hash:
-            raise RemoteError("ticket: the token ids are not the ones that it was signed for")
         if not verify(self.trainer, DOMAIN, self._signed_bytes(), self.signature):
             raise RemoteError("ticket: bad signature")

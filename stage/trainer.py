@@ -9,7 +9,8 @@ the trainer is told to stop before anybody answered.
 Every issued microbatch ends as exactly one ``microbatch_completed`` or ``microbatch_failed``. The journal
 (``journal.json``: next position, positions that are open, completed samples) makes a restarted trainer
 go on where it was: it repeats only what was in flight. Evaluation rows travel as ``eval`` tickets, each
-on two paths, and count nowhere. Torch-free.
+on two paths, and count nowhere. Whatever was answered leaves a signed receipt (``stage.receipts``), which goes to
+``keep`` before the microbatch counts as completed. Torch-free.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from stage.data import ByteSource, Row
 from stage.events import Evaluated, MicrobatchCompleted, MicrobatchFailed, MicrobatchIssued
 from stage.messages import BASIS, Request
 from stage.nexthop import NextHop, NoReplicaError, Passed
+from stage.receipts import Receipt
 from stage.ticket import Ticket
 
 CALL_S = 120.0
@@ -53,13 +55,16 @@ class Journal:
     open: set[int] = attrs.field(factory=set)
     """Positions below ``next_position`` that nobody has answered."""
     samples: int = 0
+    evaluations: int = 0
+    """Tickets of evaluation so far: their positions grow too."""
 
     @classmethod
     def load(cls, path: Path) -> Journal:
         try:
             saved = json.loads(path.read_text())
-            journal = cls(path, saved["next_position"], set(saved["open"]), saved["samples"])
-            counts = (journal.next_position, journal.samples, *journal.open)
+            evaluations = saved.get("evaluations", 0)
+            journal = cls(path, saved["next_position"], set(saved["open"]), saved["samples"], evaluations)
+            counts = (journal.next_position, journal.samples, evaluations, *journal.open)
             if not all(type(count) is int and count >= 0 for count in counts):
                 raise ValueError("a count is not a whole number")
             if max(journal.open, default=-1) >= journal.next_position:
@@ -69,13 +74,18 @@ class Journal:
             return cls(path)
         except OSError as error:
             raise LocalError(f"cannot read {path}: {error.strerror or error}") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LocalError(
                 f"{path} is damaged ({error}); remove it to start the trainer's data from the beginning"
             ) from None
 
     def text(self) -> str:
-        fields = {"next_position": self.next_position, "open": sorted(self.open), "samples": self.samples}
+        fields = {
+            "next_position": self.next_position,
+            "open": sorted(self.open),
+            "samples": self.samples,
+            "evaluations": self.evaluations,
+        }
         return json.dumps(fields)
 
     def write(self, text: str) -> None:
@@ -115,7 +125,10 @@ class Trainer:
         emit: Emit,
         stopping: trio.Event,
         evaluate: bool,
+        keep: Callable[[Receipt], None],
+        now: Callable[[], float],
     ) -> None:
+        """``keep``: takes the receipt of each answer; ``now``: unix time."""
         self._identity = identity
         self._run = run
         self._model = model
@@ -130,10 +143,11 @@ class Trainer:
         self._emit = emit
         self._stopping = stopping
         self._evaluate = evaluate
+        self._keep = keep
+        self._now = now
         self._reopened = sorted(journal.open)
         self._in_flight = 0
         self._changed = trio.Event()
-        self._evaluations = 0
         self._evaluated_at = -1
         self._evaluating = False
         self._evaluated = 0
@@ -231,9 +245,21 @@ class Trainer:
                 deadline_s=CALL_S,
             )
             try:
-                return await self._next_hop.send(request, [row.ids], back_bytes=0)
+                passed = await self._next_hop.send(request, [row.ids], back_bytes=0)
             except (NoReplicaError, trio.TooSlowError):
                 await trio.sleep(RETRY_S)
+            else:
+                self._keep(self._receipt(ticket, passed))
+                return passed
+
+    def _receipt(self, ticket: Ticket, passed: Passed) -> Receipt:
+        """Of an answer whose statements ``NextHop`` has checked."""
+        return Receipt(
+            ticket=ticket,
+            at=self._now(),
+            peers=tuple(passed.answer.path[1:]),
+            statements=tuple(passed.answer.receipts),
+        ).signed_by(self._identity)
 
     def _ticket(self, kind: str, position: int, row: Row) -> Ticket:
         return Ticket(
@@ -257,8 +283,8 @@ class Trainer:
         losses: list[float] = []
 
         async def one(row: Row) -> None:
-            self._evaluations += 1
-            ticket = self._ticket("eval", self._evaluations, row)
+            self._journal.evaluations += 1
+            ticket = self._ticket("eval", self._journal.evaluations, row)
             losses.append((await self._through(ticket, row)).answer.loss)
 
         rows = min(EVAL_ROWS, self._source.eval_rows)

@@ -46,7 +46,9 @@ async def run(node: Node) -> None:
     roster = Roster(node.dht, trust, node.clock)
     heads = roster.view(0)
     stages = [roster.view(stage) for stage in range(manifest.model.stages)]
-    next_hop = NextHop(node.host, heads, Router(random.Random(node.rng.random())), node.emit)
+    next_hop = NextHop(
+        node.host, heads, Router(random.Random(node.rng.random())), node.emit, stages=manifest.model.stages
+    )
 
     def credits() -> int:
         """Two microbatches for each replica of the swarm keep it busy while answers travel."""

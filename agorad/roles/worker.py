@@ -136,7 +136,9 @@ class _Worker:
         if not tail:
             router = Router(random.Random(node.rng.random()))
             view = self.roster.view(stage + 1)
-            next_hop = NextHop(node.host, view, router, node.emit, node.boundary)
+            next_hop = NextHop(
+                node.host, view, router, node.emit, node.boundary, stages=manifest.model.stages
+            )
         averager = Averager(
             node.host,
             node.dht,
@@ -167,7 +169,7 @@ class _Worker:
             emit=node.emit,
         )
         self.server = MicrobatchServer(
-            peer_id=self.peer_id,
+            identity=node.identity,
             run=manifest.run.id,
             trainers=frozenset(ref.peer_id for ref in manifest.trainers),
             shape=wire_shape(manifest.model, manifest.training, stage),

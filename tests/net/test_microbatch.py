@@ -34,6 +34,7 @@ from p2p.multiaddr import Multiaddr
 from p2p.records import StageRecord
 from p2p.rpc import Call
 from p2p.transport import Accept, Listener, TcpTransport
+from stage import receipts
 from stage.clock import Reading, StepClock
 from stage.device import Device
 from stage.events import Busy, MicrobatchAdded, Rerouted, ReusedStale
@@ -254,7 +255,7 @@ class Node:
         count = None if stage is None else self.count
         self.next_hop = None
         if later is not None:
-            self.next_hop = NextHop(self.host, later, self.router, self.events.append, count)
+            self.next_hop = NextHop(self.host, later, self.router, self.events.append, count, stages=2)
         if stage is not None:
             self._serve(name, stage)
 
@@ -272,7 +273,7 @@ class Node:
         )
         self.compute = FakeCompute(shape, name.encode())
         self.server = MicrobatchServer(
-            peer_id=self.peer,
+            identity=self.identity,
             run="run",
             trainers=frozenset({TRAINER.peer_id}),
             shape=shape,
@@ -1070,7 +1071,8 @@ async def test_no_replica_is_the_word_on_the_wire(swarm: Swarm) -> None:
     "lie",
     [
         {"path": []}, {"path": ["somebody", "else"]}, {"c_hash": bytes(32)}, {"c_hash": b""}, {"loss": -1.0},
-        {"dc": b""}, {"dc": bytes(BOUNDARY + 1)}, {"t": "busy"}, {"t": "accepted"}, {"t": "nonsense"},
+        {"receipts": []}, {"receipts": [bytes(64)]}, {"receipts": "other caller"}, {"receipts": "other ticket"},
+        {"receipts": "twice"}, {"dc": b""}, {"dc": bytes(BOUNDARY + 1)}, {"t": "busy"}, {"t": "accepted"}, {"t": "nonsense"},
     ],
 )  # fmt: skip
 def test_an_answer_that_cannot_be_true_is_asked_for_elsewhere(
@@ -1088,7 +1090,18 @@ def test_an_answer_that_cannot_be_true_is_asked_for_elsewhere(
             await call.receive(max_payload=100)
             path = [*request.path, liar.peer]
             c_hash = hashlib.sha256(C).digest()
-            answer = Answer(loss=1.0, c_hash=c_hash, path=path, slots=1, stale=False).to_wire() | lie
+            other = attrs.evolve(request.ticket, position=request.ticket.position + 1)
+            true = receipts.sign(liar.identity, request.ticket, 1, call.peer)
+            lies = {
+                "other caller": [receipts.sign(liar.identity, request.ticket, 1, honest.peer)],
+                "other ticket": [receipts.sign(liar.identity, other, 1, call.peer)],
+                "twice": [true, true],
+            }
+            answer = Answer(
+                loss=1.0, c_hash=c_hash, path=path, slots=1, stale=False, receipts=[true]
+            ).to_wire()
+            answer |= lie
+            answer["receipts"] = lies.get(str(answer["receipts"]), answer["receipts"])
             dc = answer.pop("dc", bytes(BOUNDARY))
             await call.send(answer, dc)
 

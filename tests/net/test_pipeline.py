@@ -79,7 +79,9 @@ class Pipeline:
         for stage in reversed(range(self.model.stages)):
             next_hop = await self._stage(stack, stage, next_hop)
         host = await self._host(stack, self.trainer, None)
-        self.first = NextHop(host, next_hop, Router(random.Random(1)), self.events.append)
+        self.first = NextHop(
+            host, next_hop, Router(random.Random(1)), self.events.append, stages=self.model.stages
+        )
 
     async def _host(self, stack: AsyncExitStack, identity: Identity, certificate: bytes | None) -> Host:
         host = Host(identity)
@@ -98,10 +100,12 @@ class Pipeline:
         count = BoundaryCount()
         next_hop = None
         if following is not None:
-            next_hop = NextHop(host, following, Router(random.Random(1)), self.events.append, count)
+            router = Router(random.Random(1))
+            stages = self.model.stages
+            next_hop = NextHop(host, following, router, self.events.append, count, stages=stages)
         trainers = frozenset({self.trainer.peer_id})
         server = MicrobatchServer(
-            peer_id=identity.peer_id,
+            identity=identity,
             run="run",
             trainers=trainers,
             shape=wire_shape(self.model, self.training, stage),
