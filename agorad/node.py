@@ -27,7 +27,17 @@ from typing import Any, Final
 import attrs
 import trio
 
-from agorad import __version__, config, control, control_server, preflight, probing, standing, state_dirs
+from agorad import (
+    __version__,
+    config,
+    control,
+    control_server,
+    points,
+    preflight,
+    probing,
+    standing,
+    state_dirs,
+)
 from agorad.config import Config
 from agorad.events import Bus, Ready, Reloaded, Started, Stopped, Stopping
 from agorad.exitcodes import DaemonExit, ExitCode, verdict
@@ -279,6 +289,7 @@ async def _live(
                 services.start_soon(node.notifier.watchdog)
                 services.start_soon(_report_traffic, node)
                 node.commands.update(_commands(node))
+                points.install(node)
                 await services.start(control_server.serve, listener, node.commands)
                 _learn(node)
                 nursery.start_soon(standing.watch, node)

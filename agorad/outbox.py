@@ -1,15 +1,15 @@
 """Records that wait on disk until somebody has taken them: in order, bounded, surviving a restart.
 
-Theory of operation. A folder of numbered segment files; a record is u32 length, u32 CRC-32 and its bytes (big
-endian). Records are appended to the last segment. The reader works on the first one, in memory; when all of it
-is done the file goes. If the reader catches up with the writer, the writer begins a new segment, so no file is
-read and written at a time. After a restart everything in the folder is waiting again, so what was done of the
-first segment comes twice: the taker has to bear that. A damaged record ends its segment: what was written before
-a crash is read, a torn tail is not.
+Theory of operation. A folder of numbered segment files; a record is u32 length, u32 CRC-32 and its bytes
+(big endian). Records are appended to the last segment. The reader works on the first one, in memory; when
+all of it is done the file goes. If the reader catches up with the writer, the writer begins a new segment,
+so no file is read and written at a time. After a restart everything in the folder is waiting again, so what
+was done of the first segment comes twice: the taker has to bear that. A damaged record ends its segment:
+what was written before a crash is read, a torn tail is not.
 
-Writes go to the operating system, not through it to the disk: a killed process loses nothing, a power cut may
-lose the last seconds. Limits: ``segments`` files of ``segment_bytes``; beyond them the oldest file is dropped.
-Sans-IO it is not, but it never waits for anybody: a few calls of the operating system a record.
+Writes go to the operating system, not through it to the disk: a killed process loses nothing, a power cut
+may lose the last seconds. Limits: ``segments`` files of ``segment_bytes``; beyond them the oldest file is
+dropped. Sans-IO it is not, but it never waits for anybody: a few calls of the operating system a record.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import os
 import struct
 import zlib
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -33,9 +32,7 @@ _HEAD: Final = struct.Struct(">II")
 class Outbox:
     """See the module's docstring. One process at a time; the node's state folder is locked anyway."""
 
-    def __init__(
-        self, folder: Path, *, segment_bytes: int = SEGMENT_BYTES, segments: int = SEGMENTS
-    ) -> None:
+    def __init__(self, folder: Path, *, segment_bytes: int = SEGMENT_BYTES, segments: int = SEGMENTS) -> None:
         self._folder = folder
         self._segment_bytes = segment_bytes
         self._most = segments
@@ -70,7 +67,7 @@ class Outbox:
             written = os.write(self._fd, data)
             if written != len(data):
                 self.close()  # its tail is torn: the next record must not stand behind it
-                raise OSError(28, "No space left on device")  # noqa: TRY301
+                raise OSError(28, "No space left on device")
         except OSError as error:
             raise LocalError(f"cannot write to {self._folder}: {error.strerror}") from error
         self._size += written
@@ -81,7 +78,10 @@ class Outbox:
         return dropped
 
     def batch(self, most: int, most_bytes: int) -> list[bytes]:
-        """The oldest records, up to a number and size (one at least); empty if none waits. Raises LocalError."""
+        """The oldest records, up to a number and size (one at least); empty if none waits.
+
+        Raises LocalError if they cannot be read.
+        """
         while self._counts:
             self._load()
             if self._first:
@@ -131,6 +131,8 @@ class Outbox:
             self.close()
         try:
             records = _records((self._folder / f"{number:010}").read_bytes())
+        except FileNotFoundError:
+            records = []
         except OSError as error:
             raise LocalError(f"cannot read {self._folder}: {error.strerror}") from error
         self._first = deque(records)
@@ -148,7 +150,7 @@ class Outbox:
         return self._counts.pop(number)
 
 
-def _records(data: bytes) -> Sequence[bytes]:
+def _records(data: bytes) -> list[bytes]:
     """What stands in a segment, up to the first record that is damaged."""
     found = []
     at = 0

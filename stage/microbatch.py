@@ -15,9 +15,9 @@ ran out, or (the one fault allowed) its connection broke during our backward pas
 microbatch counts twice.
 
 *Answers* are kept for a while: a caller that lost us mid-answer, or a replacement of it, gets the kept
-answer, its path rewritten to begin with this caller's and signed for this caller (``stage.receipts``). If its ``c`` differs from the one that the answer
-belongs to (the replacement's weights differ), the answer is reused once and counted as stale; a second
-time the work is done again.
+answer, its path rewritten to begin with this caller's and signed for this caller (``stage.receipts``). If
+its ``c`` differs from the one that the answer belongs to (the replacement's weights differ), the answer is
+reused once and counted as stale; a second time the work is done again.
 
 Limits: ``slots`` microbatches in progress, ``MAX_ANSWERS`` kept answers and ``MAX_ANSWER_BYTES`` of
 gradients in them, one payload of the exact size that the run's shape gives, ``PAYLOAD_S`` for a caller to

@@ -1,13 +1,13 @@
 """Handing a microbatch to a replica of the next stage and awaiting its gradient: the caller's side.
 
-One ``send`` is one microbatch. It chooses a replica, calls, and, if that replica does not answer,
-chooses another with the same payload, until the deadline. A replica that fell silent is abandoned no
-sooner than ``LEASE_S`` after it last answered, because until then it may still commit (architecture,
-decision 3); it is told at once that it was abandoned, in case it hears us. One that refused or had no room
-has added nothing and is left at once. What an answer says of itself is checked: it continues the
-path of its request, every stage from here on signed that it worked (``stage.receipts``), and it belongs to the
-``c`` that was sent unless it says that it is stale. An attempt
-is charged to the router when chosen and corrected by its reply. Torch-free: trainers use it for stage 0.
+One ``send`` is one microbatch. It chooses a replica, calls, and, if that replica does not answer, chooses
+another with the same payload, until the deadline. A replica that fell silent is abandoned no sooner than
+``LEASE_S`` after it last answered, because until then it may still commit (architecture, decision 3); it is
+told at once that it was abandoned, in case it hears us. One that refused or had no room has added nothing
+and is left at once. What an answer says of itself is checked: it continues the path of its request, every
+stage from here on signed that it worked (``stage.receipts``), and it belongs to the ``c`` that was sent
+unless it says that it is stale. An attempt is charged to the router when chosen and corrected by its reply.
+Torch-free: trainers use it for stage 0.
 """
 
 from __future__ import annotations

@@ -154,6 +154,15 @@ def forward_flops(config: ModelConfig, stage: int) -> int:
     return config.seq * (2 * weights + attention)
 
 
+def ticket_flops(config: ModelConfig, stage: int, kind: str) -> int:
+    """What a stage is credited with for one microbatch: forward for all kinds, and backward for ``train``.
+
+    Recomputation is a worker's own choice against memory and is not counted, as in the reference system's
+    points (its FLOPs formula, 9.6: 2N + 4·L·heads·head_dim·T a token, backward twice that).
+    """
+    return forward_flops(config, stage) * (3 if kind == "train" else 1)
+
+
 def stream(name: str) -> int:
     """The generator's stream for a tensor of this name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")

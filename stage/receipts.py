@@ -1,16 +1,18 @@
 """Receipts: who did what for which microbatch, signed hop by hop, and by the trainer that issued it.
 
-Theory of operation. A replica that answers a microbatch signs a *statement*: that it worked, at this stage, on
-this ticket, for this caller. The statement's fields are all known to whoever reads the answer (the ticket
-from its request, the peers from its path), so only the signature travels, one for each stage from the callee to
-the tail. Every caller checks all of them before it believes an answer; so whoever altered one is found out by
-the caller next to it, and nobody else is blamed. A replica that gives a kept answer to another caller signs anew
-for that caller; what later stages signed names this replica as their caller and stays true.
+Theory of operation. A replica that answers a microbatch signs a *statement*: that it worked, at this stage,
+on this ticket, for this caller. The statement's fields are all known to whoever reads the answer (the
+ticket from its request, the peers from its path), so only the signature travels, one for each stage from
+the callee to the tail. Every caller checks all of them before it believes an answer; so whoever altered one
+is found out by the caller next to it, and nobody else is blamed. A replica that gives a kept answer to
+another caller signs anew for that caller; what later stages signed names this replica as their caller and
+stays true.
 
-When the answer reaches the trainer, its ticket and the statements of all stages, with the trainer's own signature
-and the time, are a *receipt*: it shows without any further source that this trainer issued the
-microbatch and had it answered, and which peer worked at each stage for which other. A chain can be continued
-by the next peer only, since each statement names its caller's key, and it begins at the trainer's.
+When the answer reaches the trainer, its ticket and the statements of all stages, with the trainer's own
+signature and the time, are a *receipt*: it shows without any further source that this trainer issued the
+microbatch and had it answered, and which peer worked at each stage for which other. A chain can be
+continued by the next peer only, since each statement names its caller's key, and it begins at the
+trainer's.
 
 Encoding: msgpack, in a fixed order, under the domains ``receipt`` and ``completed``:
 
@@ -66,7 +68,8 @@ def check_chain(
     """
     if len(peers) != stages - first + 1 or len(signatures) != stages - first:
         raise RemoteError(
-            f"receipts: {len(signatures)} statements of {len(peers) - 1} peers for stages {first} to {stages - 1}"
+            f"receipts: {len(signatures)} statements of {len(peers) - 1} peers, "
+            f"for stages {first} to {stages - 1}"
         )
     if len(set(peers)) != len(peers):
         raise RemoteError("receipts: one peer stands at two stages")

@@ -7,9 +7,9 @@ busy, no more. A microbatch that no replica takes right now is kept and tried ag
 the trainer is told to stop before anybody answered.
 
 Every issued microbatch ends as exactly one ``microbatch_completed`` or ``microbatch_failed``. The journal
-(``journal.json``: next position, positions that are open, completed samples) makes a restarted trainer
-go on where it was: it repeats only what was in flight. Evaluation rows travel as ``eval`` tickets, each
-on two paths, and count nowhere. Whatever was answered leaves a signed receipt (``stage.receipts``), which goes to
+(``journal.json``: next position, positions that are open, completed samples) makes a restarted trainer go
+on where it was: it repeats only what was in flight. Evaluation rows travel as ``eval`` tickets, each on two
+paths, and count nowhere. Whatever was answered leaves a signed receipt (``stage.receipts``), which goes to
 ``keep`` before the microbatch counts as completed. Torch-free.
 """
 

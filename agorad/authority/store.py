@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -17,10 +17,11 @@ from typing import Any, Final
 import attrs
 
 from agorad.authority.admission import refusal
+from agorad.authority.books import Books, Execute, keep_tenure
 from agorad.authority.queue import Place
 from p2p.errors import LocalError
 
-_SCHEMA_VERSION: Final = 3
+_SCHEMA_VERSION: Final = 4
 _STEPS: Final = (
     """
 CREATE TABLE grants (
@@ -49,6 +50,25 @@ CREATE TABLE bans (
 CREATE TABLE audit (
     id INTEGER PRIMARY KEY, at REAL NOT NULL, by TEXT NOT NULL, what TEXT NOT NULL, detail TEXT NOT NULL
 ) STRICT;
+""",
+    """
+CREATE TABLE tenures (
+    peer_id TEXT NOT NULL, stage INTEGER NOT NULL, account TEXT NOT NULL,
+    since REAL NOT NULL, until REAL NOT NULL, PRIMARY KEY (peer_id, stage, since)
+) STRICT;
+CREATE TABLE receipts (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, ticket TEXT NOT NULL UNIQUE, packed BLOB NOT NULL
+) STRICT;
+CREATE TABLE ledger (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, account TEXT NOT NULL, peer_id TEXT NOT NULL,
+    kind TEXT NOT NULL, mflop INTEGER NOT NULL, receipts INTEGER NOT NULL, first_ticket TEXT NOT NULL
+) STRICT;
+CREATE TABLE balances (
+    peer_id TEXT PRIMARY KEY, account TEXT NOT NULL, compute INTEGER NOT NULL, presence INTEGER NOT NULL,
+    active_s REAL NOT NULL, joined REAL NOT NULL, present REAL NOT NULL, seen REAL NOT NULL
+) STRICT;
+INSERT INTO tenures SELECT peer_id, stage, account, first_granted, expires FROM grants;
+INSERT INTO balances SELECT peer_id, account, 0, 0, 0, first_granted, 0, 0 FROM grants;
 """,
 )
 _COLUMNS: Final = 'peer_id, account, stage, session, addrs, issued, expires, "left"'
@@ -154,6 +174,14 @@ class Store:
                     grant.expires,
                 ),
             )
+            keep_tenure(
+                self._execute,
+                peer=grant.peer_id,
+                stage=grant.stage,
+                account=grant.account,
+                issued=grant.issued,
+                expires=grant.expires,
+            )
 
     def released(self, peer: str, now: float) -> None:
         """The node left: its slot in the run is free."""
@@ -224,6 +252,19 @@ class Store:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+    @property
+    def books(self) -> Books:
+        """Receipts, ledger and balances, in the same database."""
+        return Books(self._books_transaction)
+
+    @contextmanager
+    def _books_transaction(self) -> Iterator[Execute]:
+        with self._transaction():
+            yield self._execute
+
+    def _execute(self, statement: str, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        return self._db.execute(statement, values).fetchall()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "identity": ("identity", "Show or create a node's key."),
     "join": ("join", "Take part in a run: one command to a node at work."),
     "leave": ("leave", "Ask nodes to stop cleanly."),
+    "points": ("points", "Who has earned what: the run's leaderboard."),
     "run": ("run", "Create, sign, show and plan a run."),
     "status": ("status", "What this machine's nodes do."),
 }

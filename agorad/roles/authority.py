@@ -53,6 +53,7 @@ from agorad.authority.messages import (
     read_request,
 )
 from agorad.authority.operator import Operator
+from agorad.authority.points import PointsDesk
 from agorad.authority.queue import Place, Queue
 from agorad.authority.store import Grant, Store
 from agorad.authority.waiting import Waiter, WaitingRoom
@@ -102,15 +103,18 @@ async def run(node: Node, outside: Outside | None = None) -> None:
         )
     if node.manifest.admission.accounts == "file":
         accounts.load(node.config.authority.accounts)  # damage is better known now than at a join
-    store = await trio.to_thread.run_sync(Store, node.config.node.state / "authority.sqlite")
+    open_store = partial(Store, node.config.node.state / "authority.sqlite")
+    store = await trio.to_thread.run_sync(open_store)
     desk = Desk(node, store, outside or Outside(node))
     try:
         await desk.restore()
         node.host.handle(PROTOCOL, desk.serve, open_to_all=True)
         operator = Operator(node, desk)
+        points = PointsDesk(node, store, desk.ask, open_store)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(desk.room.run)
             nursery.start_soon(operator.publish)
+            nursery.start_soon(points.run)
             node.ready()
             await node.stopping.wait()
             nursery.cancel_scope.cancel()

@@ -1,7 +1,8 @@
 """The trainer role: reads data, sends microbatches to the head's replicas, keeps the clock.
 
 It ends by itself, with code 0, when the run's goal is reached or its time is over. Each trainer of the
-manifest works on its own shard of the data and owes an equal part of the steps.
+manifest works on its own shard of the data and owes an equal part of the steps. What its workers have
+signed for goes to an authority as receipts (``agorad.points``), the last of it before the trainer ends.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import trio
 
 from agorad.clockwatch import watch_clock
 from agorad.node import Node
+from agorad.outbox import Outbox
+from agorad.points import Submitter
 from p2p.errors import LocalError
 from p2p.records import ClockRecord, clock_key
 from stage.clock import StepClock
@@ -61,6 +64,8 @@ async def run(node: Node) -> None:
     if settings.steps is not None:
         samples = settings.steps * manifest.training.target_batch
         goal = samples * (shard + 1) // len(trainers) - samples * shard // len(trainers)
+    outbox = await trio.to_thread.run_sync(Outbox, node.config.node.state / "receipts")
+    submitter = Submitter(node, outbox)
     ending = trio.Event()
     trainer = Trainer(
         identity=node.identity,
@@ -77,6 +82,8 @@ async def run(node: Node) -> None:
         emit=node.emit,
         stopping=ending,
         evaluate=shard == 0,
+        keep=submitter.keep,
+        now=node.clock,
     )
 
     async def end_on_stop() -> None:
@@ -100,6 +107,7 @@ async def run(node: Node) -> None:
     node.nursery.start_soon(_publish_clock, node, clock, trainer)
     node.nursery.start_soon(watch_clock, node, clock, lambda: None)
     node.nursery.start_soon(end_on_stop)
+    node.nursery.start_soon(submitter.run)
     node.ready()
     node.status["phase"] = "joining"
     await _until_served(stages, ending)
@@ -107,6 +115,7 @@ async def run(node: Node) -> None:
     if settings.seconds is not None:
         node.nursery.start_soon(end_on_time, settings.seconds)
     await trainer.run()
+    await submitter.finish()
     await _store_clock(node, clock)
 
 

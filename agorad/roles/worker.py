@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import trio
 
+from agorad import points
 from agorad.clockwatch import read_clock, watch_clock
 from agorad.exitcodes import DaemonExit, ExitCode, hardware
 from agorad.joining import obtain_certificate
@@ -53,6 +54,7 @@ async def run(node: Node) -> None:
     if stage is None or not 0 <= stage < manifest.model.stages:
         raise LocalError(f"the authority assigned stage {stage}; this run has {manifest.model.stages}")
     node.status["stage"] = stage
+    node.nursery.start_soon(points.follow, node)
     clock = StepClock(
         manifest.run.id,
         frozenset(ref.peer_id for ref in manifest.trainers),

@@ -1071,8 +1071,9 @@ async def test_no_replica_is_the_word_on_the_wire(swarm: Swarm) -> None:
     "lie",
     [
         {"path": []}, {"path": ["somebody", "else"]}, {"c_hash": bytes(32)}, {"c_hash": b""}, {"loss": -1.0},
-        {"receipts": []}, {"receipts": [bytes(64)]}, {"receipts": "other caller"}, {"receipts": "other ticket"},
-        {"receipts": "twice"}, {"dc": b""}, {"dc": bytes(BOUNDARY + 1)}, {"t": "busy"}, {"t": "accepted"}, {"t": "nonsense"},
+        {"dc": b""}, {"dc": bytes(BOUNDARY + 1)}, {"t": "busy"}, {"t": "accepted"}, {"t": "nonsense"},
+        {"receipts": []}, {"receipts": [bytes(64)]}, {"receipts": [b""]}, {"receipts": "other caller"},
+        {"receipts": "other ticket"}, {"receipts": "twice"},
     ],
 )  # fmt: skip
 def test_an_answer_that_cannot_be_true_is_asked_for_elsewhere(

@@ -15,17 +15,19 @@ import trio.testing
 
 from p2p.errors import LocalError
 from p2p.event import Event
-from p2p.identity import Identity, PeerId
+from p2p.identity import Identity
 from stage.clock import Reading, StepClock
 from stage.config import ModelConfig, TrainingConfig
 from stage.data import ByteSource, Row
 from stage.events import Evaluated, MicrobatchCompleted, MicrobatchFailed, MicrobatchIssued
 from stage.messages import Answer, Request
 from stage.nexthop import NextHop, NoReplicaError, Passed
+from stage.receipts import Receipt, sign
 from stage.trainer import EVAL_ROWS, Journal, Trainer
 
 TRAINER = Identity.generate(bytes([1]) * 32)
 MATE = Identity.generate(bytes([2]) * 32)
+WORKER = Identity.generate(bytes([3]) * 32)
 LISTED = frozenset({TRAINER.peer_id, MATE.peer_id})
 MODEL = ModelConfig(
     d=16, k=4, layers=(1, 1), heads=2, kv_heads=1, head_dim=8, ffn=16, seq=4
@@ -57,8 +59,15 @@ class Pipeline:
         trouble = self.trouble(request)
         if trouble is not None:
             raise trouble
-        answer = Answer(loss=2.0, c_hash=b"", path=[*request.path, PeerId("w")], slots=1, stale=False)
-        return Passed(answer, memoryview(b""), PeerId("w"))
+        answer = Answer(
+            loss=2.0,
+            c_hash=b"",
+            path=[*request.path, WORKER.peer_id],
+            slots=1,
+            stale=False,
+            receipts=[sign(WORKER, request.ticket, 0, TRAINER.peer_id)],
+        )
+        return Passed(answer, memoryview(b""), WORKER.peer_id)
 
 
 class Rows:
@@ -86,6 +95,7 @@ class Bench:
     pipeline: Pipeline = attrs.field(factory=Pipeline)
     clock: StepClock = attrs.field(factory=lambda: StepClock("run", LISTED, BATCH))
     stopping: trio.Event = attrs.field(factory=trio.Event)
+    receipts: list[Receipt] = attrs.field(factory=list)
 
     def trainer(self) -> Trainer:
         return Trainer(
@@ -103,6 +113,8 @@ class Bench:
             emit=self.events.append,
             stopping=self.stopping,
             evaluate=self.evaluate,
+            keep=self.receipts.append,
+            now=lambda: 1e9,
         )
 
     def run(self, meanwhile: Callable[[Trainer], Any] | None = None) -> Trainer:
@@ -136,7 +148,11 @@ def test_it_ends_at_its_goal_with_every_microbatch_completed(tmp_path: Path) -> 
     assert bench.tickets(MicrobatchFailed) == []
     assert bench.pipeline.most_at_work == 3
     assert (trainer.completed, trainer.in_flight, bench.clock.samples) == (10, 0, 10)
-    assert bench.saved() == {"next_position": 10, "open": [], "samples": 10}
+    assert bench.saved() == {"next_position": 10, "open": [], "samples": 10, "evaluations": 0}
+    for receipt in bench.receipts:  # one each, and they are true
+        receipt.check("run", LISTED, 1)
+        assert receipt.at == 1e9
+    assert sorted(receipt.ticket.id for receipt in bench.receipts) == expected
 
 
 def test_what_nobody_takes_is_kept_and_tried_again(tmp_path: Path) -> None:
