@@ -22,7 +22,7 @@ from agorad.roles import authority
 from p2p.errors import P2PError, Refused
 from p2p.identity import Identity
 from p2p.membership import Certificate
-from tests.net.test_authority import DEADLINE_S, Place, idle, living
+from tests.net.test_authority import DEADLINE_S, Place, idle, living, until_event
 
 FACTS: dict[str, Any] = {
     "gpu": "RTX 4090", "vram_gib": 24.0, "ram_gib": 64.0, "disk_gib": 500.0, "cloud": "",
@@ -120,10 +120,11 @@ def test_bent_joins(tmp_path: Path) -> None:
     async def body() -> None:
         with trio.fail_after(DEADLINE_S):
             async with (
-                living(place.authority_settings(), authority.run),
+                living(place.authority_settings(), authority.run) as desk,
                 living(place.worker("mallory"), idle) as mallory,
                 living(place.worker("alice"), idle) as alice,
             ):
+                await until_event(desk, "ready")
                 for name, changes, _outcome in HOSTILE:
                     header = {**honest(place, mallory), **changes}
                     if header["addrs"] == "the authority's":
@@ -146,10 +147,11 @@ def test_what_is_anothers(tmp_path: Path) -> None:
     async def body() -> None:
         with trio.fail_after(DEADLINE_S):
             async with (
-                living(place.authority_settings(), authority.run),
+                living(place.authority_settings(), authority.run) as desk,
                 living(place.worker("alice"), idle) as alice,
                 living(place.worker("mallory"), idle) as mallory,
             ):
+                await until_event(desk, "ready")
                 assert await ask(alice, place, honest(place, alice)) == "granted"
                 carols = {**honest(place, alice, "carol"), "secret": bobs}
                 assert await ask(alice, place, carols) == "identity_bound"
@@ -181,9 +183,10 @@ def test_another_manifest_of_the_same_run(tmp_path: Path, twist: str) -> None:
             settings = place.worker("mallory")
             node: config.NodeSection = attrs.evolve(settings.node, run=tmp_path / "fake.toml")
             async with (
-                living(place.authority_settings(), authority.run),
+                living(place.authority_settings(), authority.run) as desk,
                 living(attrs.evolve(settings, node=node), idle) as mallory,
             ):
+                await until_event(desk, "ready")
                 assert await ask(mallory, place, honest(place, mallory)) == "manifest_mismatch"
 
     trio.run(body)
