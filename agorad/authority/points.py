@@ -226,7 +226,7 @@ def _believed(rules: Rules, trainer: PeerId, now: float, chunk: Sequence[bytes])
 
 def _enter(store: Store, rules: Rules, believed: _Believed, grace_s: float, now: float) -> Credited:
     books = store.books
-    refused, stored = believed.refused, dict[str, StoredReceipt]()
+    refused, stored = list[tuple[str, str]](), dict[str, StoredReceipt]()
     for receipt, packed in believed.receipts:
         try:
             credited = rules.credit(
@@ -237,8 +237,8 @@ def _enter(store: Store, rules: Rules, believed: _Believed, grace_s: float, now:
         else:
             stored.setdefault(credited.ticket, credited)
     new = books.add_receipts(list(stored.values()), now)
-    known = len(believed.receipts) + len(believed.refused) - len(refused) - len(new)
-    return Credited(new=len(new), known=known, refused=tuple(refused))
+    known = len(believed.receipts) - len(refused) - len(new)
+    return Credited(new=len(new), known=known, refused=(*believed.refused, *refused))
 
 
 def _add_presence(store: Store, seen: list[tuple[PeerId, float]]) -> None:
