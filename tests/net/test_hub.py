@@ -22,7 +22,7 @@ from agorad.joining import obtain_certificate
 from agorad.node import Node
 from agorad.roles import authority
 from p2p.errors import Refused
-from tests.net.test_authority import Place, idle, living, within
+from tests.net.test_authority import Place, idle, living, until_event, within
 
 TOKENS = {"hf_alice": "alice", "hf_bob": "bob"}
 HANGS_S = 20.0
@@ -241,11 +241,12 @@ def test_joining_outlasts_a_hub_in_trouble(endpoint: str, tmp_path: Path, monkey
 
     async def main() -> None:
         async with (
-            living(place.authority_settings(), authority.run),
+            living(place.authority_settings(), authority.run) as desk,
             living(place.joiner("w", "busy"), idle) as node,
             trio.open_nursery() as nursery,
         ):
             found.append(node)
+            await until_event(desk, "ready")
             nursery.start_soon(obtain_certificate, node)
             while node.bus.counts["join_delayed"] < 2:  # noqa: ASYNC110
                 await trio.sleep(0.05)
