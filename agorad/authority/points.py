@@ -254,10 +254,8 @@ def _recompute(open_store: Callable[[], Store], rules: Rules) -> Audit:
 
 
 def _rank(store: Store, now: float) -> list[Row]:
-    balances = store.books.balances()
-    accounts = {balance.account for balance in balances}
-    banned = {account for account in accounts if store.banned(account, "", now) is not None}
-    return rank(balances, banned, now)
+    banned = {ban.name for ban in store.bans(now) if ban.kind == "account"}
+    return rank(store.books.balances(), banned, now)
 
 
 def _name(packed: bytes) -> str:

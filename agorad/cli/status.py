@@ -16,8 +16,20 @@ from agorad.cli.targets import Target, find, target_options
 
 ANSWER_S: Final = 3.0
 WATCH_S: Final = 1.0
-_COLUMNS: Final = ("node", "role", "phase", "stage", "step", "loss", "batches", "last round", "peers", "up")
-_DISPENSABLE: Final = ("role", "up", "peers")
+_COLUMNS: Final = (
+    "node",
+    "role",
+    "phase",
+    "stage",
+    "step",
+    "loss",
+    "batches",
+    "last round",
+    "points",
+    "peers",
+    "up",
+)
+_DISPENSABLE: Final = ("role", "up", "peers", "points")
 """What a narrow terminal does without, in this order."""
 
 
@@ -96,9 +108,14 @@ def _row(node: dict[str, Any]) -> tuple[str, ...]:
         "-" if node.get("loss") is None else f"{node['loss']:.3f}",
         _or_dash(done),
         "-" if not last else f"{last['number']}: {last['fraction']:.0%} of {last['members']}",
+        _points(node.get("points")),
         str(node["peers"]),
         duration(node["uptime_s"]),
     )
+
+
+def _points(earned: dict[str, float] | None) -> str:
+    return "-" if earned is None else f"{earned['compute'] + earned['presence']:.3g}"
 
 
 def duration(seconds: float) -> str:

@@ -140,10 +140,11 @@ def test_the_table_shows_what_there_is_not_as_a_dash() -> None:
         "name": "worker-0-0", "role": "worker", "run": "r", "phase": "active", "stage": 0, "step": 3,
         "loss": None, "microbatches": {"added": 7}, "peers": 4, "uptime_s": 3725.0, "warnings": ["hot"],
         "round": {"number": 2, "fraction": 1.0, "members": 2, "at": 0.0},
+        "points": {"compute": 1.0, "presence": 0.25},
     }  # fmt: skip
     seed = {
         **node, "name": "seed", "role": "seed", "stage": None, "microbatches": {}, "round": None,
-        "warnings": [],
+        "points": None, "warnings": [],
     }  # fmt: skip
     first, _blank, _head, worker_row, seed_row, warning = table([node, seed])
     assert first == "2 nodes of r"
@@ -159,6 +160,7 @@ def test_the_table_shows_what_there_is_not_as_a_dash() -> None:
         "100%",
         "of",
         "2",
+        "1.25",
         "4",
         "1h02m",
     ]
