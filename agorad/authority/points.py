@@ -180,8 +180,11 @@ class PointsDesk:
         while True:
             await trio.sleep(FLUSH_S)
             seen, self._seen = self._seen, {}
-            if seen:
-                await self._ask(_add_presence, self._store, list(seen.items()))
+            try:
+                if seen:
+                    await self._ask(_add_presence, self._store, list(seen.items()))
+            except Refused:
+                self._seen = seen | self._seen  # the database fails at present; what was seen stays true
 
     # who has what
 

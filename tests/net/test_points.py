@@ -364,7 +364,11 @@ def test_who_is_seen_earns_presence(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             for name in ("a", "b"):
                 store.grant(points_grant(name, now - 100), max_nodes=9, max_per_account=9, now=now - 100)
 
+            fails = [Refused("unavailable", "the disk is full", 30.0)]
+
             async def ask(question: Callable[..., Any], *arguments: object) -> Any:
+                if question is points._add_presence and fails:
+                    raise fails.pop()
                 return await trio.to_thread.run_sync(lambda: question(*arguments))
 
             desk = points.PointsDesk(node, store, ask, town.store)

@@ -164,7 +164,7 @@ def test_the_table_shows_what_there_is_not_as_a_dash() -> None:
         "4",
         "1h02m",
     ]
-    assert " ".join(seed_row.split()) == "seed seed active - - - - - 4 1h02m"
+    assert " ".join(seed_row.split()) == "seed seed active - - - - - - 4 1h02m"
     assert warning == "! worker-0-0: hot"
     wide, narrow = table([node, seed]), table([node, seed], 60)
     assert max(map(len, narrow)) <= 60 < max(map(len, wide))
