@@ -8,6 +8,7 @@ from pathlib import Path
 import attrs
 
 from agorad.authority.refusals import REFUSALS
+from agorad.exitcodes import ExitCode
 from agorad.run import Admission
 
 ROOT = Path(__file__).parents[2]
@@ -39,3 +40,12 @@ def test_what_joining_says_about_refusals_is_what_the_table_says() -> None:
         assert f"| `{code}` | {end} | {refusal.remedy} |" in page
     for field in attrs.fields(Admission):
         assert f"`{field.name}`" in page, field.name
+
+
+def test_every_end_has_its_line_in_troubleshooting() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    codes = {int(code) for code in re.findall(r"^\| (\d+)(?:\\\*)? \|", page, re.MULTILINE)}
+    assert codes == set(map(int, ExitCode))
+    for code, refusal in REFUSALS.items():
+        row = next(line for line in page.splitlines() if line.startswith("| `") and f"`{code}`" in line)
+        assert row.split("|")[2].strip() == ("–" if refusal.retry else str(int(refusal.exit)))
