@@ -23,6 +23,7 @@ from agorad.authority.ledger import (
     OLDEST_S,
     Audit,
     Balance,
+    Holder,
     Rules,
     StoredReceipt,
     audit,
@@ -37,6 +38,7 @@ Execute = Callable[[str, Mapping[str, Any]], Sequence[Sequence[Any]]]
 Transact = Callable[[], AbstractContextManager[Execute]]
 
 _BALANCE: Final = "peer_id, account, compute, presence, active_s, joined, seen"
+_TENURE: Final = "peer_id, stage, account, since, until"
 
 
 def keep_tenure(
@@ -76,13 +78,17 @@ class Books:
 
     def held(self, peer: str, stage: int, at: float, grace_s: float) -> str | None:
         """The peer's account if members honoured a certificate of it for this stage at that time."""
+        return self.holder({peer}, grace_s)(peer, stage, at)
+
+    def holder(self, peers: Iterable[str], grace_s: float) -> Holder:
+        """The same for several peers, as they are now; one transaction however often it is asked."""
         with self.transact() as execute:
-            rows = execute(
-                "SELECT account FROM tenures WHERE peer_id = :peer AND stage = :stage "
-                "AND since <= :latest AND until >= :earliest LIMIT 1",
-                {"peer": peer, "stage": stage, "latest": at + CLOCK_S, "earliest": at - grace_s - CLOCK_S},
-            )
-        return str(rows[0][0]) if rows else None
+            rows = [
+                row
+                for peer in peers
+                for row in execute(f"SELECT {_TENURE} FROM tenures WHERE peer_id = :peer", {"peer": peer})
+            ]
+        return _holder(rows, grace_s)
 
     def add_receipts(self, receipts: Sequence[StoredReceipt], now: float) -> set[str]:
         """Credit those whose ticket was never credited; returns these tickets."""
@@ -154,11 +160,9 @@ class Books:
             (last,) = execute("SELECT COALESCE(MAX(id), 0) FROM receipts", {})[0]
             rows = execute("SELECT account, kind, SUM(mflop) FROM ledger GROUP BY account, kind", {})
             balances = [_balance(row) for row in execute(f"SELECT {_BALANCE} FROM balances", {})]
+            tenures = execute(f"SELECT {_TENURE} FROM tenures", {})
         ledger = {(str(account), str(kind)): int(total) for account, kind, total in rows}
-
-        def holder(peer: str, stage: int, at: float) -> str | None:
-            return self.held(peer, stage, at, OLDEST_S)  # whatever the grace was at that time
-
+        holder = _holder(tenures, OLDEST_S)  # whatever the grace was at that time
         return audit(rules, self._receipts(last), holder, ledger, balances)
 
     def _receipts(self, last: int) -> Iterator[bytes]:
@@ -202,6 +206,18 @@ class _Earned:
     mflop: int = 0
     receipts: int = 0
     at: float = 0.0
+
+
+def _holder(rows: Iterable[Sequence[Any]], grace_s: float) -> Holder:
+    tenures: dict[tuple[str, int], list[tuple[float, float, str]]] = {}
+    for peer_id, stage, account, since, until in rows:
+        tenures.setdefault((peer_id, stage), []).append((since - CLOCK_S, until + grace_s + CLOCK_S, account))
+
+    def holder(peer: str, stage: int, at: float) -> str | None:
+        spans = tenures.get((peer, stage), ())
+        return next((account for begin, end, account in spans if begin <= at <= end), None)
+
+    return holder
 
 
 def _balance(row: Sequence[Any]) -> Balance:

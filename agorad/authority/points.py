@@ -230,11 +230,10 @@ def _believed(rules: Rules, trainer: PeerId, now: float, chunk: Sequence[bytes])
 def _enter(store: Store, rules: Rules, believed: _Believed, grace_s: float, now: float) -> Credited:
     books = store.books
     refused, stored = list[tuple[str, str]](), dict[str, StoredReceipt]()
+    holder = books.holder({peer for receipt, _ in believed.receipts for peer in receipt.peers}, grace_s)
     for receipt, packed in believed.receipts:
         try:
-            credited = rules.credit(
-                receipt, packed, lambda peer, stage, at: books.held(peer, stage, at, grace_s)
-            )
+            credited = rules.credit(receipt, packed, holder)
         except RemoteError as error:
             refused.append((receipt.ticket.id, str(error)[:WHY_LIMIT]))
         else:
