@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from agorad.authority.ledger import Rules
+from agorad.authority.store import Store
+from agorad.run import load
 from tests.system.swarms import demo, processes_under
 
 SMALL = (
@@ -17,6 +20,25 @@ SMALL = (
 def boundary_bytes(report: dict, tokens: int, k: int) -> int:
     forward, backward = report["hops"]["forward_hops"], report["hops"]["backward_hops"]
     return forward * (tokens * k * 4 + (tokens + 1) * 4) + backward * tokens * k * 4
+
+
+def check_points(folder: Path, nodes: list[dict], completed: int, events: list[dict]) -> None:
+    """Every worker earned what receipts say; all that the trainer had answered is among them."""
+    store = Store(folder / "authority" / "authority.sqlite")
+    try:
+        rules = Rules.of(load(folder / "run.toml"))
+        found = store.books.recompute(rules)
+        earned = {balance.peer_id: balance.compute for balance in store.books.balances()}
+    finally:
+        store.close()
+    evaluated = sum(2 * event["rows"] for event in events if event["event"] == "evaluated")
+    assert (found.receipts, found.troubles) == (completed + evaluated, ())
+    for stage in range(rules.model.stages):
+        of_stage = [earned[node["peer_id"]] for node in nodes if node["stage"] == stage]
+        assert all(of_stage)
+        train, forward = rules.mflop(stage, "train"), rules.mflop(stage, "eval")
+        assert sum(of_stage) == completed * train + evaluated * forward
+    assert not any(e["refused"] for e in events if e["event"] == "receipts_submitted")
 
 
 def test_a_swarm_trains_and_ends_cleanly(tmp_path: Path) -> None:
@@ -55,6 +77,7 @@ def test_a_swarm_trains_and_ends_cleanly(tmp_path: Path) -> None:
         for event in swarm.events(name):
             if event["event"] == "round_finished":
                 checksums.setdefault((event["stage"], event["round"]), set()).add(event["checksum"])
+    check_points(folder, swarm.swarm()["nodes"], work["completed"], swarm.events("trainer-0"))
     assert checksums
     assert all(len(seen) == 1 for seen in checksums.values())
     assert processes_under(folder) == []
