@@ -94,6 +94,30 @@ class ListUnreadable(Event):
 
 
 @attrs.frozen(kw_only=True)
+class ManifestTaken(Event):
+    """A newer manifest of the run's operator is in force here; ``changed`` names what it changes."""
+
+    version: int
+    hash: bytes
+    changed: list[str]
+
+
+@attrs.frozen(kw_only=True)
+class ManifestIgnored(Event):
+    """What an authority published as a newer manifest is none that may follow the one in force."""
+
+    authority: str
+    why: str
+
+
+@attrs.frozen(kw_only=True)
+class UpdateWanted(Event):
+    """The manifest asks for newer software than this node runs; ``why`` says from when on."""
+
+    why: str
+
+
+@attrs.frozen(kw_only=True)
 class Operated(Event):
     """An operator changed something at this authority; the same is in its audit log."""
 

@@ -206,7 +206,9 @@ async def _from_any(
             certificate = Certificate.decode(granted.certificate)
             node.trust.check(certificate, node.identity.peer_id, node.clock())
         except Refused as refusal:
-            trouble = _judged(refusal)
+            # Some authority may not have heard of the newest manifest yet.
+            behind = refusal.code == "manifest_mismatch" and node.trust.known
+            trouble = refusal if behind else _judged(refusal)
         except trio.TooSlowError:
             trouble = PeerGone("an authority took too long to answer")
         except P2PError as error:

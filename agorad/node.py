@@ -32,6 +32,7 @@ from agorad import (
     config,
     control,
     control_server,
+    manifests,
     points,
     preflight,
     probing,
@@ -71,6 +72,7 @@ class Node:
     config: Config
     """Replaced as a whole on SIGHUP: look settings up at use where that should matter."""
     manifest: Manifest
+    """The one in force; ``standing`` replaces it as a whole when the operator signs a newer one."""
     identity: Identity
     host: Host
     dht: Dht
@@ -88,6 +90,10 @@ class Node:
     """Whom this node believes; one object, so that a revocation counts everywhere at once."""
     certificate: Certificate | None = None
     """What this node presents in hello; set by ``joining``."""
+    manifest_taken: list[Callable[[], None]] = attrs.field(factory=list)
+    """Called when ``manifest`` was replaced by a newer one; roles add theirs."""
+    watch_s: float = standing.WATCH_S
+    """Longest pause between two looks at what authorities publish."""
     stopping: trio.Event = attrs.field(factory=trio.Event)
     """Set when the node is to leave."""
     session: bytes = attrs.field(factory=lambda: os.urandom(16), repr=False)
@@ -113,6 +119,12 @@ class Node:
     def emit(self, event: Event) -> None:
         """Report an event."""
         self.bus.emit(event)
+
+    def learn_listed(self) -> None:
+        """The manifest's nodes are known without the hash table, so start order is free."""
+        for ref in (*self.manifest.seeds, *self.manifest.authorities, *self.manifest.trainers):
+            if ref.addrs and ref.peer_id != self.identity.peer_id:
+                self.host.learn(ref.peer_id, ref.multiaddrs())
 
     def ready(self) -> None:
         """The role serves; tell the manager and the log. Calling it again does nothing."""
@@ -167,6 +179,7 @@ class Node:
             "peer_id": self.identity.peer_id,
             "uptime_s": round(time.time() - self.started_at, 3),
             "run": self.manifest.run.id,
+            "manifest": {"version": self.manifest.run.version, "hash": self.manifest.hash.hex()},
             "phase": "joining",
             "stage": None,
             "step": 0,
@@ -262,6 +275,7 @@ async def _live(
     secret: str | None,
 ) -> None:
     rng = random.Random()
+    manifest, known = manifests.restore(settings.node.state, manifest)
     host = Host(identity, emit=bus.emit, rng=rng, limits=_limits(settings, manifest))
     dht = Dht(host, identity, rng=rng, emit=bus.emit)
     listener = control.listen(settings.control)
@@ -281,6 +295,7 @@ async def _live(
                     started_at=started_at,
                     secret=secret,
                 )
+                node.trust.known = known
                 host.membership = Membership(node.trust, lambda: _presented(node), node.clock)
                 host.announce = announce
                 node.inspector = probing.install(node)
@@ -291,7 +306,7 @@ async def _live(
                 node.commands.update(_commands(node))
                 points.install(node)
                 await services.start(control_server.serve, listener, node.commands)
-                _learn(node)
+                node.learn_listed()
                 nursery.start_soon(standing.watch, node)
                 await nursery.start(dht.run, _bootstrap(manifest, settings.node.role, identity.peer_id))
                 await _drain(node, role)
@@ -405,13 +420,6 @@ def _bootstrap(manifest: Manifest, role: str, own: PeerId) -> list[tuple[PeerId,
     others = () if role == "seed" else manifest.authorities
     refs = (*manifest.seeds, *(ref for ref in others if ref.addrs))
     return [(ref.peer_id, ref.multiaddrs()) for ref in refs if ref.peer_id != own]
-
-
-def _learn(node: Node) -> None:
-    """The manifest's nodes are known without the hash table, so start order is free."""
-    for ref in (*node.manifest.seeds, *node.manifest.authorities, *node.manifest.trainers):
-        if ref.addrs and ref.peer_id != node.identity.peer_id:
-            node.host.learn(ref.peer_id, ref.multiaddrs())
 
 
 def _addresses(texts: tuple[str, ...], setting: str) -> list[Multiaddr]:

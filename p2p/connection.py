@@ -93,6 +93,8 @@ class Connection:
         """What the peer proved to be in its hello; None for a guest."""
         self.refusal: Refused | None = None
         """Why the peer's hello made it no member."""
+        self.judged_by = b""
+        """Hash of the manifest that was in force when the hello was judged."""
         self.presented: bytes | None = None
         """The certificate of ours that the peer has seen."""
         self.identifying = trio.Lock()

@@ -3,10 +3,12 @@
 Each side presents run id, manifest hash, protocol versions, certificate and receive window, and
 judges the other's by its own ``Membership``. The verdict stays with the connection: a member, a
 guest (no certificate shown: may use what is open to all), or a refusal that every gated stream is
-answered with. The connection itself lives on in all cases, so that a guest can join and a refused
-peer reads why. A certificate is judged again at every stream for its end (``check_gate``), and
-presented again when it was renewed (``needed``). A peer that does not speak hello (another libp2p
-implementation) is a guest.
+answered with. A peer with an earlier version of the run's manifest, or a later one that is known
+here, is of the same run; so is a listed authority with any: it brings what is newer. The connection
+itself lives on in all cases, so that a guest can join and a refused peer reads why. A certificate is
+judged again at every stream for its end (``check_gate``), all of it when another manifest came into
+force, and presented again when it was renewed (``needed``). A peer that does not speak hello (another
+libp2p implementation) is a guest.
 
 One call, one message each way, both of the form {run, manifest, version: [min, max], certificate,
 window, agent}; the listener adds {verdict: code or ""} so that a dialer learns how it was judged.
@@ -132,8 +134,15 @@ async def answer(call: Call, admission: Admission) -> None:
     call.connection.presented = own.certificate
 
 
+def judge_again(connection: Connection, admission: Admission) -> None:
+    """Bring the verdict up to date where another manifest came into force since the hello."""
+    if connection.hello is not None and connection.judged_by != admission.trust.manifest_hash:
+        _judge(connection, connection.hello, admission)
+
+
 def check_gate(connection: Connection, admission: Admission) -> None:
     """Raise Refused unless the peer is a member right now."""
+    judge_again(connection, admission)
     if connection.refusal is not None:
         raise connection.refusal
     if connection.member is None:
@@ -162,23 +171,26 @@ def _own(connection: Connection, admission: Admission, window: int) -> Hello:
 def _judge(connection: Connection, hello: Hello, admission: Admission) -> None:
     """Write down what the peer is."""
     connection.hello = hello
+    connection.judged_by = admission.trust.manifest_hash
     connection.member = None
     connection.refusal = None
     try:
-        _same_run(hello, admission.trust)
+        _same_run(connection.peer, hello, admission.trust)
         if hello.certificate is not None or connection.peer in admission.trust.standing:
             connection.member = admission.admit(connection.peer, hello.certificate)
     except Refused as refusal:
         connection.refusal = refusal
 
 
-def _same_run(hello: Hello, trust: Trust) -> None:
+def _same_run(peer: PeerId, hello: Hello, trust: Trust) -> None:
     if hello.run != trust.run:
         raise Refused("wrong_run", f"this node belongs to run {trust.run!r}, not to {hello.run!r}")
-    if hello.manifest != trust.manifest_hash:
-        raise Refused(
-            "manifest_mismatch", "the two nodes have different manifests of the run; get the newest"
-        )
+    if not trust.knows(hello.manifest):
+        trust.heard_other()
+        if peer not in trust.authorities:  # they hear of a newer one first, and have to spread it
+            raise Refused(
+                "manifest_mismatch", "the two nodes have different manifests of the run; get the newest"
+            )
     if hello.version[0] > VERSION[1] or hello.version[1] < VERSION[0]:
         raise Refused(
             "version_mismatch",

@@ -221,17 +221,40 @@ class Revocations:
             raise Refused("revoked", f"the run's authority took this node out: {entry.why}")
 
 
-@attrs.frozen(kw_only=True)
+KNOWN_LIMIT: Final = 32
+"""So many other versions of the run's manifest a node goes on to accept in hello."""
+
+
+@attrs.define(kw_only=True)
 class Trust:
-    """What one node believes about membership: the manifest's word, and the authorities' revocations."""
+    """What one node believes about membership: the manifest's word, and the authorities' revocations.
+
+    One object a node, shared by all who judge; ``renew`` changes it for all of them at once.
+    """
 
     run: str
     manifest_hash: bytes
+    known: tuple[bytes, ...] = ()
+    """Hashes of other versions of the same run's manifest: not everybody hears of a new one at once."""
+    heard_other: Callable[[], None] = attrs.field(default=lambda: None, eq=False, repr=False)
+    """Called when a peer's hello names a manifest that this node does not know."""
     authorities: frozenset[PeerId]
     standing: Mapping[PeerId, str] = attrs.field(factory=dict)
     """Seeds, trainers and authorities by role: members without a certificate."""
     revocations: Revocations = attrs.field(factory=Revocations, eq=False, repr=False)
     """Of members with a certificate; whom the manifest lists only a new manifest takes out."""
+
+    def knows(self, manifest_hash: bytes) -> bool:
+        """Whether this is the hash of the manifest in force or of another version of it."""
+        return manifest_hash == self.manifest_hash or manifest_hash in self.known
+
+    def renew(self, newer: Trust) -> None:
+        """Believe a newer manifest from now on; revocations stay."""
+        others = (*(one for one in self.known if one != newer.manifest_hash), self.manifest_hash)
+        self.known = others[-KNOWN_LIMIT:]
+        self.manifest_hash = newer.manifest_hash
+        self.authorities = newer.authorities
+        self.standing = newer.standing
 
     def check(self, certificate: Certificate | None, peer: PeerId, now: float) -> Member:
         """The member that ``peer`` is, or ``Refused`` with the reason why it is none."""

@@ -289,6 +289,11 @@ class StageCompute:
 
     # Steps and slices
 
+    def configure(self, training: TrainingConfig) -> None:
+        """Take up settings of a newer manifest, between two steps; what slices and wire follow from stays."""
+        self.training = training
+        self.optimizer.configure(training)
+
     def step(self, step: int) -> int:
         """The clock reached ``step``: how many samples the update used."""
         self._make_writable()

@@ -136,6 +136,14 @@ class Phase(Event):
 
 
 @attrs.frozen(kw_only=True)
+class SettingsTaken(Event):
+    """A replica trains by settings of a newer manifest, from the update that leads to ``step``."""
+
+    step: int
+    settings: list[str]
+
+
+@attrs.frozen(kw_only=True)
 class Saved(Event):
     """A snapshot lies on disk."""
 

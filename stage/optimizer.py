@@ -101,9 +101,9 @@ class Optimizer:
         emit: Emit = ignore,
     ) -> None:
         self.weights = weights
-        self.config = config
         self.stage = stage
-        self.max_norm = config.max_norm / math.sqrt(stages)
+        self.stages = stages
+        self.configure(config)
         self.basis = basis
         """U (d×k), where the stage has matrices that are kept in its span."""
         if weights.layout.constrained and basis is None:
@@ -122,6 +122,11 @@ class Optimizer:
         """Updates made so far: Adam's own count, part of the state."""
         self._held: set[Held] = set()
         self._returned: SimpleQueue[Held] = SimpleQueue()
+
+    def configure(self, config: TrainingConfig) -> None:
+        """Use these settings from the next step on."""
+        self.config = config
+        self.max_norm = config.max_norm / math.sqrt(self.stages)
 
     def step(self, step: int, samples: int) -> StepTaken:
         """The clock reached ``step`` with ``samples`` gradients in the accumulator.

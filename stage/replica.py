@@ -34,7 +34,7 @@ from p2p.identity import PeerId
 from stage.clock import StepClock
 from stage.config import TrainingConfig
 from stage.device import STEP, Device
-from stage.events import FetchFailed, Phase, RoundAbandoned, RoundFinished, SaveFailed, Step
+from stage.events import FetchFailed, Phase, RoundAbandoned, RoundFinished, SaveFailed, SettingsTaken, Step
 from stage.roster import MATES, Entry, StageView
 
 ROUND_S = 30.0
@@ -59,6 +59,9 @@ class PackedSlice(Protocol):
 
 class ReplicaCompute(Protocol):
     """The part of ``StageCompute`` that a replica's life needs; device thread only."""
+
+    def configure(self, training: TrainingConfig) -> None:
+        """Use these settings from the next step on."""
 
     def step(self, step: int) -> int:
         """Update with what is accumulated; how many samples it used."""
@@ -105,6 +108,8 @@ class Replica:
         self.peer_id = peer_id
         self.stage = stage
         self._training = training
+        self._newer: TrainingConfig | None = None
+        """Settings to take up at the next step."""
         self._clock = clock
         self._device = device
         self._compute = compute
@@ -139,6 +144,10 @@ class Replica:
         """Newest round that a mate is known to be at."""
         self._round_wanted = trio.Event()
         averager.later_round = self._mate_is_at
+
+    def configure(self, training: TrainingConfig) -> None:
+        """Take up settings of a newer manifest before the next step."""
+        self._newer = training
 
     def resumed(self, step: int) -> None:
         """Before ``run``: the weights are those of an own snapshot of ``step``."""
@@ -191,6 +200,7 @@ class Replica:
                 if self._clock.step <= self.step:
                     await self._advanced.wait()
                 continue
+            await self._take_up(target)
             if self.serving and target - self.step > self._training.max_stale_steps and self._active_mates():
                 self._fresh = False
                 self.set_phase("syncing", f"{target - self.step} steps behind the clock")
@@ -200,6 +210,16 @@ class Replica:
             else:
                 await self._update(target, nursery)
             self._round_wanted.set()
+
+    async def _take_up(self, target: int) -> None:
+        if self._newer is None:
+            return
+        before, after, self._newer = self._training, self._newer, None
+        await self._device.run(STEP, self._compute.configure, after)
+        self._training = after
+        names = [field.name for field in attrs.fields(TrainingConfig)]
+        settings = [f"{name} = {getattr(after, name)}" for name in names if _differ(before, after, name)]
+        self._emit(SettingsTaken(step=target, settings=settings))
 
     async def _update(self, target: int, nursery: trio.Nursery) -> None:
         samples = await self._device.run(STEP, self._compute.step, target)
@@ -365,3 +385,7 @@ class Replica:
             return self.disagreement is not None, "none with one active mate"
         limit = max(CLOSE_FLOOR, CLOSE_RATIO * statistics.median(known))
         return self.disagreement <= limit, f"{limit:.3f}"
+
+
+def _differ(before: TrainingConfig, after: TrainingConfig, name: str) -> bool:
+    return bool(getattr(before, name) != getattr(after, name))

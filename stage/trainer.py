@@ -132,7 +132,8 @@ class Trainer:
         self._identity = identity
         self._run = run
         self._model = model
-        self._training = training
+        self.training = training
+        """Replaced when a newer manifest comes into force."""
         self._clock = clock
         self._source = source
         self._shard = shard
@@ -170,7 +171,7 @@ class Trainer:
     async def run(self) -> None:
         """Until the goal is reached, or ``stopping`` is set and what is in flight has ended."""
         self._publish()
-        self._evaluated = self._clock.step // max(1, self._training.eval_every)
+        self._evaluated = self._clock.step // max(1, self.training.eval_every)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_journal)
@@ -222,7 +223,7 @@ class Trainer:
         loss = passed.answer.loss
         self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
         self._emit(MicrobatchCompleted(ticket=ticket.id, path=list(passed.answer.path), loss=loss))
-        step, every = self._clock.step, self._training.eval_every
+        step, every = self._clock.step, self.training.eval_every
         # The clock is everybody's: it may pass the very step between two completions of ours.
         if self._evaluate and every and step // every > self._evaluated:
             self._evaluated = step // every
@@ -239,8 +240,8 @@ class Trainer:
                 path=[self._identity.peer_id],
                 tokens=self._model.seq,
                 documents=list(row.starts),
-                dtype=self._training.wire_dtype,
-                dtype_back=self._training.wire_dtype_backward,
+                dtype=self.training.wire_dtype,
+                dtype_back=self.training.wire_dtype_backward,
                 inline=False,
                 deadline_s=CALL_S,
             )

@@ -2,7 +2,8 @@
 
 Each change is one transaction with its line in the audit log, counts at the next decision, and wakes who
 waits. Removed members are published at once, and every ``PUBLISH_S``, as a list signed by this authority
-(``revocation``); their certificates are worth nothing from then on. Limits: those of the fields.
+(``revocation``); their certificates are worth nothing from then on. So is the newest manifest of the run
+(``manifests``), once there is a second version. Limits: those of the fields.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 import trio
 
+from agorad import manifests, standing
 from agorad.authority import revocation
 from agorad.authority.issue import JOINS_PAUSED, MAX_NODES
 from agorad.control import BadRequest
 from agorad.events import Operated
-from p2p.errors import P2PError
+from p2p.errors import LocalError, P2PError, RemoteError
 from p2p.identity import PeerId
 from p2p.membership import Revoked
 
@@ -32,6 +34,8 @@ STORE_S: Final = 5.0
 MOST_NODES: Final = 1_000_000
 MOST_HOURS: Final = 24.0 * 3650
 AUDIT_LIMIT: Final = 1000
+MANIFEST: Final = "manifest"
+"""Setting and audit line that say which version was published."""
 KINDS: Final = ("account", "peer")
 
 
@@ -51,6 +55,7 @@ class Operator:
                 "joins": self._joins,
                 "capacity": self._capacity,
                 "audit": self._audit,
+                "publish": self._publish,
             }
         )
 
@@ -60,10 +65,19 @@ class Operator:
             self._changed = trio.Event()
             try:
                 await self._store_list()
+                await self._store_manifest()
             except (P2PError, trio.TooSlowError):
                 pass  # the next time is seconds away
             with trio.move_on_after(PUBLISH_S):
                 await self._changed.wait()
+
+    async def _store_manifest(self) -> None:
+        node = self._node
+        if node.manifest.run.version == 1:
+            return  # everybody began with it
+        for page, value in enumerate(manifests.pages(node.manifest)):
+            key = manifests.key(node.manifest.run.id, page)
+            await node.dht.store(key, node.identity.peer_id, value, ttl=LIST_TTL_S, deadline=STORE_S)
 
     async def _store_list(self) -> None:
         node, now = self._node, self._node.clock()
@@ -139,6 +153,29 @@ class Operator:
         if not (type(limit) is int and 0 < limit <= AUDIT_LIMIT):
             raise BadRequest(f"limit is a whole number from 1 to {AUDIT_LIMIT}")
         return [attrs.asdict(entry) for entry in await self._desk.ask(self._desk.store.audit_log, limit)]
+
+    async def _publish(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Put a newer manifest into force, here and, through the hash table, everywhere."""
+        content, signature = request.get("content"), request.get("signature")
+        if not isinstance(content, str) or not isinstance(signature, str):
+            raise BadRequest("content and signature are those of a signed manifest, as texts")
+        node = self._node
+        try:
+            newer = manifests.parse(content.encode(), signature)
+            manifests.follow(node.manifest, newer)
+            manifests.pages(newer)
+            if node.identity.peer_id not in newer.trust().authorities:
+                raise LocalError(
+                    "the newer manifest no longer lists this authority; publish it at one that stays"
+                )
+        except (LocalError, RemoteError) as error:
+            raise BadRequest(str(error)) from error
+        changed = manifests.changed(node.manifest, newer)
+        await self._set(MANIFEST, f"{newer.run.version} {newer.hash.hex()[:16]}", request)
+        if newer.run.version > node.manifest.run.version:  # it may have come another way meanwhile
+            standing.take(node, newer)
+        self._changed.set()
+        return {"version": newer.run.version, "hash": newer.hash.hex(), "changed": changed}
 
     async def _set(self, name: str, value: str, request: Mapping[str, Any]) -> None:
         by, now = _words(request, "by", 64, "operator"), self._node.clock()

@@ -11,8 +11,12 @@ from typing import Any, Final, TypeVar
 
 import click
 
+from agorad import manifests
 from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask
 from agorad.cli.targets import find, target_options
+from agorad.run import load
+from agorad.usage import NamedPath
+from p2p.errors import LocalError
 
 F = TypeVar("F", bound=Callable[..., Any])
 RECOMPUTE_S: Final = 3600.0
@@ -136,6 +140,23 @@ def recompute(as_json: bool, **where: Path | None) -> None:
     _tell(found, as_json, lines if troubles else [*lines, "all points agree with them"])
     if troubles:
         raise SystemExit(5)
+
+
+@authority.command()
+@click.argument("path", metavar="RUN", type=NamedPath())
+@_options
+def publish(path: Path, as_json: bool, **where: Path | None) -> None:
+    """Give a running run a newer version of its manifest, signed with `agoractl run sign`.
+
+    Example: agoractl authority publish run.toml --config my-run/authority/agorad.toml
+    """
+    manifest = load(path)
+    if len(manifest.content) > manifests.CONTENT_LIMIT:
+        raise LocalError(f"{path} is too large for a live run: {len(manifest.content)} bytes")
+    assert manifest.signature is not None
+    done = _do("publish", where, content=manifest.content.decode(), signature=manifest.signature.ed25519)
+    what = ", ".join(done["changed"]) or "nothing that a node looks at"
+    _tell(done, as_json, [f"version {done['version']} is in force; changed: {what}"])
 
 
 def _do(command: str, where: dict[str, Path | None], *, timeout: float = 15.0, **arguments: Any) -> Any:

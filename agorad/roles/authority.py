@@ -62,6 +62,7 @@ from agorad.events import JoinAnswered
 from agorad.node import Node
 from p2p.errors import LocalError, Refused, RemoteError
 from p2p.groups import plain
+from p2p.hello import judge_again
 from p2p.identity import PeerId
 from p2p.membership import Certificate
 from p2p.rpc import Call
@@ -113,6 +114,7 @@ async def run(node: Node, outside: Outside | None = None) -> None:
         await desk.restore()
         node.host.handle(PROTOCOL, desk.serve, open_to_all=True)
         operator = Operator(node, desk)
+        node.manifest_taken.append(desk.take_manifest)
         points = PointsDesk(node, store, desk.ask, open_store)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(desk.room.run)
@@ -207,8 +209,15 @@ class Desk:
         granted = Granted(certificate=certificate.encode(), account=certificate.account, why=why[:WHY_LIMIT])
         await call.send(granted.to_header())
 
+    def take_manifest(self) -> None:
+        """Go on by a newer manifest's rules; who waits is told what that means."""
+        self.room.queue.rules = self.node.manifest.admission
+        self.room.changed()
+
     def _same_run(self, call: Call) -> None:
         """``Refused`` as hello found; but an odd certificate is no reason not to ask for a good one."""
+        if self.node.host.membership is not None:
+            judge_again(call.connection, self.node.host.membership)
         greeting, found = call.connection.hello, call.connection.refusal
         if greeting is None or found is None:
             return

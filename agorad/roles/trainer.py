@@ -102,6 +102,10 @@ async def run(node: Node) -> None:
             data=source.describe(),
         )
 
+    def take_manifest() -> None:
+        trainer.training = node.manifest.training
+
+    node.manifest_taken.append(take_manifest)
     node.update_status = update_status
     node.nursery.start_soon(roster.run)
     node.nursery.start_soon(_publish_clock, node, clock, trainer)

@@ -200,6 +200,9 @@ class _Worker:
             nursery.start_soon(self.roster.run)
             nursery.start_soon(watch_clock, node, self.clock, self.replica.clock_advanced)
             nursery.start_soon(self.replica.run)
+            node.manifest_taken.append(lambda: self.replica.configure(node.manifest.training))
+            if node.manifest.training != self.compute.training:  # it changed while this node began
+                self.replica.configure(node.manifest.training)
             node.update_status = self.update_status
             await trio.lowlevel.checkpoint()
             nursery.start_soon(self.declaration.run)

@@ -184,6 +184,58 @@ def test_another_run_or_manifest(trust: Trust, code: str) -> None:
     run(main)
 
 
+def test_versions_of_one_manifest_that_are_known_speak_to_each_other() -> None:
+    newer = attrs.evolve(TRUST, manifest_hash=b"\6" * 32)
+
+    async def main() -> None:
+        heard: list[str] = []
+        one = Node(attrs.evolve(newer, known=(HASH,)))
+        two = Node(attrs.evolve(TRUST, heard_other=lambda: heard.append("other")))
+        for node in (one, two):
+            node.certificate = certificate(node.identity.peer_id)
+        async with running(one, two):
+            await two.ask(one)  # the newer one knows the older
+            with pytest.raises(Refused) as caught:
+                await one.ask(two)
+            assert caught.value.code == "manifest_mismatch"
+            assert heard
+            two.host.membership.trust.renew(newer)
+            await one.ask(two)  # on the same connection, without another hello
+            await two.ask(one)
+
+    run(main)
+
+
+def test_an_authority_may_be_ahead_of_all_others() -> None:
+    ahead = attrs.evolve(TRUST, manifest_hash=b"\6" * 32, known=(HASH,))
+
+    async def main() -> None:
+        heard: list[str] = []
+        one = Node(ahead, AUTHORITY)
+        standing = {AUTHORITY.peer_id: "authority"}
+        two = Node(attrs.evolve(TRUST, standing=standing, heard_other=lambda: heard.append("other")))
+        async with running(one, two):
+            await one.ask(two)
+            assert heard
+
+    run(main)
+
+
+def test_who_is_listed_no_longer_is_no_member_on_old_connections_either() -> None:
+    async def main() -> None:
+        one = Node(attrs.evolve(TRUST))
+        two = Node(attrs.evolve(TRUST, standing={one.identity.peer_id: "seed"}))
+        two.certificate = certificate(two.identity.peer_id)
+        async with running(one, two):
+            await one.ask(two)
+            two.host.membership.trust.renew(attrs.evolve(TRUST, manifest_hash=b"\6" * 32))
+            with pytest.raises(Refused) as caught:
+                await one.ask(two)
+            assert caught.value.code == "no_certificate"
+
+    run(main)
+
+
 def test_certificate_that_runs_out_is_noticed_at_the_next_stream() -> None:
     async def main() -> None:
         one, two = Node(), Node()

@@ -17,7 +17,7 @@ from p2p.records import StageRecord
 from stage.clock import Reading, StepClock
 from stage.config import TrainingConfig
 from stage.device import Device
-from stage.events import Phase, SaveFailed, Step
+from stage.events import Phase, SaveFailed, SettingsTaken, Step
 from stage.replica import PROMOTE_S, Replica
 from stage.roster import Entry, StageView
 
@@ -38,6 +38,9 @@ class Weights:
 
     def step(self, _step: int) -> int:
         return 1
+
+    def configure(self, training: TrainingConfig) -> None:
+        self.training = training
 
     def forget(self) -> None:
         pass
@@ -143,6 +146,25 @@ def test_a_replica_that_fell_behind_an_active_mate_synchronises() -> None:
         assert bench.replica.phase == "syncing"
 
     bench.live(body)
+
+
+def test_newer_settings_count_from_the_next_step_on() -> None:
+    bench = Bench()
+    newer = TrainingConfig(seed=1, target_batch=1, average_every=1 << 20, lr=0.5, max_stale_steps=7)
+
+    async def body() -> None:
+        await bench.advance(1)
+        bench.replica.configure(newer)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not bench.of(SettingsTaken)
+        await bench.advance(2)
+        await bench.advance(3)
+
+    bench.live(body)
+    kinds = [type(event) for event in bench.events if not isinstance(event, Phase)]
+    assert kinds == [Step, SettingsTaken, Step, Step]
+    (taken,) = bench.of(SettingsTaken)
+    assert (taken.step, taken.settings) == (2, ["max_stale_steps = 7", "lr = 0.5"])
 
 
 def test_a_step_that_a_donor_made_up_does_not_stop_the_clock() -> None:
