@@ -93,6 +93,11 @@ _LINES: Final[dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]]] = {
     "renewal_overdue": ("JOIN", lambda e: f"the certificate ran out, in grace now: {e['why']}"),
     "join_delayed": ("JOIN", lambda e: f"not in yet ({e['why']}); asking again in {e['retry_s']:.0f} s"),
     "join_answered": ("JOIN", _joined),
+    "receipts_delayed": (
+        "POINTS",
+        lambda e: f"{e['waiting']} receipts wait ({e['why']}); trying again in {e['retry_s']:.0f} s",
+    ),
+    "receipts_dropped": ("POINTS", lambda e: f"{e['count']} receipts given up: {e['why']}"),
     "subscriber_failed": ("BUG", lambda e: f"{e['subscriber']} failed: {e['error']}"),
     "handler_failed": ("BUG", lambda e: f"a handler failed: {e.get('error', '')}"),
     "peer_refused": ("PEER", lambda e: f"refused {short(e['peer'])} on {e['protocol']}: {e['why']}"),

@@ -79,7 +79,11 @@ class Submitter:
                 trouble = await self._some()
                 if trouble is None:
                     wait_s = FIRST_WAIT_S
+                    self._node.warnings.pop("receipts_waiting", None)
                     continue
+                self._node.warnings["receipts_waiting"] = (
+                    f"no authority takes receipts of work ({trouble}); {self._outbox.waiting} wait on disk"
+                )
                 retry_s = wait_s * self._node.rng.uniform(0.5, 1.5)
                 self._node.emit(
                     ReceiptsDelayed(why=trouble, waiting=self._outbox.waiting, retry_s=round(retry_s, 1))
@@ -127,6 +131,10 @@ class Submitter:
 
     def _report(self, authority: PeerId, credited: Credited) -> None:
         refused = credited.refused
+        if refused:
+            self._node.warnings["receipts"] = (
+                f"an authority did not believe the receipt of {refused[0][0] or 'a ticket'}: {refused[0][1]}"
+            )
         self._node.emit(
             ReceiptsSubmitted(
                 authority=authority,

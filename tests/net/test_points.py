@@ -223,8 +223,18 @@ def test_what_a_pipeline_works_is_credited_to_who_worked(
             shown = await trio.run_process(line, capture_stdout=True)
             assert b"* 1 " in shown.stdout
             assert b"alice" in shown.stdout
-            found = await office.commands["recompute"]({})
-            assert (found["receipts"], found["troubles"]) == (completed + evaluated, ())
+            line = [*line[:3], "authority", "recompute", "--socket", str(office.config.control)]
+            shown = await trio.run_process([*line, "--json"], capture_stdout=True)
+            found = json.loads(shown.stdout)
+            assert (found["receipts"], found["troubles"]) == (completed + evaluated, [])
+            assert found["compute"] == {"alice": per_worker[0] + per_worker[1], "bob": per_worker[2]}
+            store = town.store()
+            with store.books.transact() as execute:
+                execute("UPDATE balances SET compute = compute + 1 WHERE account = 'bob'", {})
+            store.close()
+            shown = await trio.run_process(line, capture_stdout=True, check=False)
+            assert shown.returncode == 5
+            assert b"account 'bob'" in shown.stdout
 
     within(main)
 
@@ -283,6 +293,7 @@ def test_receipts_wait_for_the_authority_through_a_restart(
             for receipt in receipts[:200]:
                 submitter.keep(receipt)
             await until(lambda: source.bus.counts["receipts_delayed"] >= 2)
+            assert "no authority takes receipts" in source.status_document()["warnings"][0]
             for receipt in receipts[200:]:
                 submitter.keep(receipt)
             began = trio.current_time()
