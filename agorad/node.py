@@ -244,8 +244,9 @@ async def run_node(
 
 
 def _forget(settings: Config) -> None:
-    """Remove the event file of a node that could not start, and the folder if nothing else is in it."""
-    settings.events.unlink(missing_ok=True)
+    """Remove what a node that could not start wrote, and the folder if nothing else is in it."""
+    for path in (settings.events, settings.node.state / manifests.FILE):
+        path.unlink(missing_ok=True)
     try:
         settings.node.state.rmdir()
     except OSError:
