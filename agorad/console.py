@@ -44,11 +44,12 @@ def _queued(e: Mapping[str, Any]) -> str:
     if e["eta_s"] is None:
         when = "waiting for a node to leave" if e["waitlisted"] else "nobody can say how long it takes"
     else:
-        when = f"about {_duration(e['eta_s'])} to go"
+        when = f"about {duration(e['eta_s'])} to go"
     return f"place {e['position']} in the queue; {'the run is full; ' if e['waitlisted'] else ''}{when}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """``2 h 5 min``, ``3 min 4 s`` or ``12 s``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -100,8 +100,11 @@ async def fetch(
     floats: int,
     fingerprint: str,
     room: Callable[[int], bytearray | mmap.mmap],
+    progress: Callable[[SnapshotManifest, int], None] = lambda _manifest, _done: None,
 ) -> Fetched:
     """A mate's state, in memory that ``room`` gives for its size.
+
+    ``progress`` is told the bytes that are here: none once the manifest is, then after each chunk.
 
     Raises P2PError, or trio.TooSlowError when the donor stalls.
     """
@@ -115,7 +118,8 @@ async def fetch(
         manifest = open_manifest(donor, bytes(answer.payload), signature)
         assembly = Assembly(manifest, floats=floats, fingerprint=fingerprint, room=room)
         wanted = assembly.missing()
-        asked = 0
+        asked = done = 0
+        progress(manifest, done)
         while not assembly.complete:
             while asked < len(wanted) and asked < len(wanted) - len(assembly.missing()) + AHEAD:
                 await call.send({"t": "chunk", "index": wanted[asked]})
@@ -124,6 +128,8 @@ async def fetch(
                 part = await call.receive(max_payload=CHUNK)
             index = _index(part.header, len(manifest.chunks))
             await trio.to_thread.run_sync(assembly.add, index, part.payload)
+            done += len(part.payload)
+            progress(manifest, done)
     return Fetched(*assembly.result())
 
 

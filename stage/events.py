@@ -167,6 +167,17 @@ class Resumed(Event):
 
 
 @attrs.frozen(kw_only=True)
+class StateFetching(Event):
+    """A newcomer is downloading the state of a stage-mate: ``bytes`` of ``size`` so far."""
+
+    donor: str
+    step: int
+    bytes: int
+    size: int
+    seconds: float
+
+
+@attrs.frozen(kw_only=True)
 class StateFetched(Event):
     """A newcomer installed the state of a stage-mate."""
 

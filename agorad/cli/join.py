@@ -6,28 +6,34 @@ time, writes one node's folder a GPU and runs the nodes in the foreground until 
 
 from __future__ import annotations
 
-import getpass
 import json
+import os
 import shutil
-import subprocess
 import sys
+import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import attrs
 import click
 
-from agorad.config import DEFAULT_PORT
-from agorad.join import answers as kept
-from agorad.join import cloud, findings, layout, source
-from agorad.join.answers import Answers, Secret
+from agorad import facts
+from agorad.join import answers, cloud, findings, layout, questions, reach, secret, source
+from agorad.join.answers import Answers
+from agorad.join.cloud import Place
 from agorad.join.findings import Finding
+from agorad.join.layout import Planned
+from agorad.join.lines import COLOURS, Line
+from agorad.join.live import Live
+from agorad.join.secret import Secret
 from agorad.run import Manifest
 from agorad.usage import NamedPath
 from p2p.errors import LocalError
 
-MOST_GPUS: Final = 16
-_MARKS: Final = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
+T = TypeVar("T")
+_MARKS: Final = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
 
 
 class _Dashed(click.Command):
@@ -43,12 +49,33 @@ class _Dashed(click.Command):
         return super().parse_args(ctx, [dashed(arg) for arg in args])
 
 
+@attrs.frozen(kw_only=True)
+class _Flags:
+    """What was said on the command line."""
+
+    gpu_ids: tuple[str, ...]
+    token: str | None
+    account: str | None
+    email: str | None
+    host_port: int | None
+    announce_port: int | None
+    announce_ip: str | None
+    identity_path: Path | None
+    log_file: Path | None
+    batch_size_override: int | None
+    use_docker: bool
+    skip_input: bool
+    reconfigure: bool
+    only_check: bool
+    as_json: bool
+
+
 @click.command(cls=_Dashed)
 @click.argument("where", metavar="[RUN]", required=False)
-@click.option("--gpu-id", "gpu_ids", multiple=True, metavar="N[,N…]", help="GPUs to use; one node each.")
+@click.option("--gpu-id", "gpu_ids", multiple=True, metavar="N[,N…]|cpu", help="GPUs to use; one node each.")
 @click.option("--token", metavar="@FILE|-", help="The account's secret or Hugging Face token.")
 @click.option("--account", help="The account, where the run keeps its own list.")
-@click.option("--email", help="Taken and kept for compatibility; nothing sends it.")
+@click.option("--email", help="Kept in the settings on this machine; nothing sends it.")
 @click.option("--host-port", type=click.IntRange(1, 65535), help="TCP port; 49200 + GPU id by default.")
 @click.option("--announce-port", type=click.IntRange(1, 65535), help="Its number outside, if another.")
 @click.option("--announce-ip", help="Address or name that peers reach this machine at.")
@@ -60,176 +87,165 @@ class _Dashed(click.Command):
 @click.option("--reconfigure", is_flag=True, help="Ask again instead of using earlier answers.")
 @click.option("--check", "only_check", is_flag=True, help="Look at the machine, start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --check: findings as one JSON document.")
-def join(
-    where: str | None,
-    gpu_ids: tuple[str, ...],
-    token: str | None,
-    account: str | None,
-    email: str | None,
-    host_port: int | None,
-    announce_port: int | None,
-    announce_ip: str | None,
-    identity_path: Path | None,
-    log_file: Path | None,
-    batch_size_override: int | None,
-    use_docker: bool,
-    skip_input: bool,
-    reconfigure: bool,
-    only_check: bool,
-    as_json: bool,
-) -> None:
+def join(where: str | None, **flags: Any) -> None:
     """Take part in a run. RUN is the path or the address of its manifest; the last run by default.
 
     Example: agoractl join https://example.org/run.toml
     """
-    if use_docker:
+    found = secret.from_environment()  # before anything is started that could inherit it
+    sys.exit(_join(where, _Flags(**flags), found))
+
+
+def _join(where: str | None, flags: _Flags, token: str) -> int:
+    if flags.use_docker:
         raise click.UsageError("--use-docker is not available in this version; join without it")
-    if as_json and not only_check:
+    if flags.as_json and not flags.only_check:
         raise click.UsageError("--json goes with --check")
-    manifest, beside = _manifest(where)
-    earlier = Answers() if reconfigure else kept.recall().get(manifest.run.id, Answers())
+    manifest = source.last() if where is None else source.load(where)
+    remembered = answers.recall().get(manifest.run.id)
+    earlier = Answers() if flags.reconfigure or remembered is None else remembered
+    manifest = source.settled(manifest, earlier)
+    local = None if where is None or source.is_address(where) else Path(where).absolute().parent
+    given = secret.given(flags.token, token, local)
+    ask = sys.stdin.isatty() and sys.stderr.isatty() and not flags.skip_input
+    first_time = ask and (flags.reconfigure or remembered is None)
     place = cloud.detect()
-    device, count = _device()
-    chosen = attrs.evolve(
-        earlier,
-        account=account if account is not None else earlier.account,
-        email=email if email is not None else earlier.email,
-        gpus=_gpus(gpu_ids) or earlier.gpus,
-        announce_ip=announce_ip if announce_ip is not None else earlier.announce_ip,
-        announce_port=announce_port or earlier.announce_port,
-        port=host_port or earlier.port,
-        slots=batch_size_override or earlier.slots,
-    )
-    chosen = attrs.evolve(chosen, gpus=chosen.gpus or (0,))
-    if device is None and (missing := [gpu for gpu in chosen.gpus if gpu >= count]):
-        raise LocalError(f"there is no GPU {missing[0]}: nvidia-smi shows {count}, numbered from 0")
-    chosen = attrs.evolve(chosen, port=chosen.port or DEFAULT_PORT + chosen.gpus[0])
-    nodes = layout.plan(manifest, chosen, device=device, identity=identity_path, log=log_file)
-    if not as_json:
-        click.echo(_greeting(manifest, place), err=True)
-    found = [
-        finding
-        for node in nodes
-        for finding in findings.look(manifest, device=node.device, port=node.port, state=node.folder)
-    ]
-    if as_json:
-        click.echo(json.dumps({"run": manifest.run.id, "findings": [f.to_json() for f in found]}))
-    else:
-        click.echo("\n".join(_table(found)), err=True)
-    if only_check:
-        sys.exit(5 if any(finding.verdict == "fail" for finding in found) else 0)
-    if failed := next((finding for finding in found if finding.verdict == "fail"), None):
-        click.echo(f"agoractl: {failed.name}: {failed.found}; {failed.remedy}", err=True)
-        sys.exit(1)
-    secret = kept.given_secret(token, beside)
-    ask = sys.stdin.isatty() and not skip_input
-    chosen, secret = _complete(manifest, chosen, secret, nodes, ask=ask, place=place, again=reconfigure)
+    if not flags.as_json:
+        click.echo(_greeting(manifest, flags.reconfigure or remembered is None), err=True)
+
+    gpus = facts.find_gpus()
+    chosen = _chosen(flags, earlier, given)
+    cpu = flags.gpu_ids == ("cpu",) or (not gpus and not flags.gpu_ids)
+    if not chosen.gpus:
+        several = first_time and len(gpus) > 1 and not flags.only_check and not cpu
+        chosen = attrs.evolve(chosen, gpus=questions.choose_gpus(gpus) if several else (0,))
+
+    def plan(port: int | None, outside: int | None) -> list[Planned]:
+        return layout.plan(
+            manifest, chosen, cpu=cpu, port=port, announce_port=outside,
+            identity=flags.identity_path, log=flags.log_file,
+        )  # fmt: skip
+
+    nodes = plan(flags.host_port, flags.announce_port)
+    seen = reach.look(manifest)
+    found = findings.of_machine(manifest, nodes, place, seen)
+    if flags.only_check:
+        found += _ports(nodes, place)
+        if flags.as_json:
+            click.echo(json.dumps({"run": manifest.run.id, "findings": [f.to_json() for f in found]}))
+        else:
+            _show(found)
+        return 5 if any(finding.verdict == "fail" for finding in found) else 0
+    _show(found)
+    if (code := _failed(found)) is not None:
+        return code
+    new = any(not (node.folder / "certificate").exists() for node in nodes)
+    if not ask and (sentence := questions.missing(manifest, chosen, given, new=new)):
+        raise click.UsageError(sentence)
+    if ask and new and (given is None or questions.missing(manifest, chosen, given, new=new)):
+        chosen, given = questions.who(manifest, chosen, given)
+    if first_time:
+        if flags.email is None:
+            address = questions.ask("Email (optional, stays on this machine)", questions.email, chosen.email)
+            chosen = attrs.evolve(chosen, email=address)
+        chosen, port, outside = questions.where(
+            chosen, nodes[0], place, port_given=flags.host_port is not None
+        )
+        nodes = plan(port, outside or None)
+    found = _ports(nodes, place)
+    _show(found)
+    if (code := _failed(found)) is not None:
+        return code
     for node in nodes:
         layout.write(manifest, chosen, node, place)
-    click.echo(f"settings kept in {kept.keep(manifest.run.id, chosen)}", err=True)
-    from agorad.join.live import Live
-
-    sys.exit(Live(lambda line: click.echo(line)).run(nodes, secret))
-
-
-def _manifest(where: str | None) -> tuple[Manifest, Path | None]:
-    """The manifest, and the folder it lies in if it is a file."""
-    if where is not None:
-        local = None if where.startswith(("http://", "https://")) else Path(where).absolute().parent
-        return source.load(where), local
-    runs = list(kept.recall())
-    if not runs:
-        raise click.UsageError("name the run: the path or the address of its run.toml")
-    folder = kept.folder("STATE", ".local/state") / runs[-1]
-    for path in sorted(folder.glob("gpu*/run.toml")):
-        return source.load(str(path)), None
-    raise LocalError(f"nothing is left of run {runs[-1]} in {folder}; name its manifest")
+    by_gpu = chosen.nodes | {node.gpu: node.answers for node in nodes}
+    kept = answers.keep(manifest.run.id, attrs.evolve(chosen, operator=manifest.run.operator, nodes=by_gpu))
+    told = f"answers are kept in {kept}, the token is not; Ctrl-C leaves the run cleanly"
+    click.echo(_wrapped(told, 0, sys.stderr), err=True)
+    return Live(_say, warm_steps=manifest.training.warm_steps).run(nodes, given)
 
 
-def _device() -> tuple[str | None, int]:
-    """(None, how many) where there are GPUs, else ("cpu", 0)."""
-    program = shutil.which("nvidia-smi")
-    if program is not None:
+def _chosen(flags: _Flags, earlier: Answers, given: Secret | None) -> Answers:
+    """Earlier answers with what the command line says laid over them."""
+
+    def read(option: str, value: str | None, check: Callable[[str], T], default: T) -> T:
         try:
-            done = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=5.0, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return "cpu", 0
-        count = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
-        if count:
-            return None, count
-    return "cpu", 0
+            return default if value is None else check(value)
+        except LocalError as error:
+            raise click.UsageError(f"{option}: {error}") from None
 
-
-def _gpus(texts: tuple[str, ...]) -> tuple[int, ...]:
-    numbers = [part.strip() for text in texts for part in text.split(",")]
-    if not all(part.isdigit() and int(part) < 256 for part in numbers):
-        raise click.UsageError(f"--gpu-id {','.join(texts)}: whole numbers from 0, like 0 or 0,1")
-    gpus = tuple(dict.fromkeys(int(part) for part in numbers))
-    if len(gpus) > MOST_GPUS:
-        raise click.UsageError(f"--gpu-id names {len(gpus)} GPUs; {MOST_GPUS} are possible")
-    return gpus
-
-
-def _greeting(manifest: Manifest, place: cloud.Place) -> str:
-    info, model = manifest.run, manifest.model
-    where = f"; this machine is at {place.cloud}" if place.cloud else ""
-    return (
-        f"run {info.name} ({info.id}), version {info.version}, signed by {info.operator}\n"
-        f"{sum(model.layers)} layers in {model.stages} stages, d {model.d}{where}"
+    listed = ",".join(flags.gpu_ids) if flags.gpu_ids else None
+    if flags.gpu_ids == ("cpu",):
+        listed = "0"
+    named = given.split()[0] if given is not None else ""
+    account = read("--account", flags.account, questions.account, named or earlier.account)
+    if flags.account and named not in ("", account):
+        raise click.UsageError(f"--account {account}: the invitation is one of account {named}")
+    return attrs.evolve(
+        earlier,
+        account=account,
+        email=read("--email", flags.email, questions.email, earlier.email),
+        gpus=read("--gpu-id", listed, questions.gpus, earlier.gpus),
+        announce_ip=read("--announce-ip", flags.announce_ip, questions.host, earlier.announce_ip),
+        slots=flags.batch_size_override or earlier.slots,
     )
 
 
-def _table(found: list[Finding]) -> list[str]:
+def _ports(nodes: list[Planned], place: Place) -> list[Finding]:
+    return [
+        findings.of_node(node, place, label="port" if len(nodes) == 1 else f"GPU {node.gpu} port")
+        for node in nodes
+    ]
+
+
+def _greeting(manifest: Manifest, first: bool) -> str:
+    info, model = manifest.run, manifest.model
+    compare = "\ncompare this key with what the operator published" if first else ""
+    return (
+        f"run {info.name} ({info.id}), version {info.version}: "
+        f"{sum(model.layers)} layers in {model.stages} stages, d {model.d}\n"
+        f"signed by {info.operator}{compare}"
+    )
+
+
+def _show(found: list[Finding]) -> None:
     width = max(len(finding.name) for finding in found)
-    lines = []
     for finding in found:
         remedy = f"; {finding.remedy}" if finding.remedy else ""
-        lines.append(f"  {_MARKS[finding.verdict]}  {finding.name.ljust(width)}  {finding.found}{remedy}")
-    return lines
+        text = _wrapped(f"{finding.found}{remedy}", width + 10, sys.stderr)
+        mark, colour = _MARKS[finding.verdict]
+        click.echo(
+            f"  {click.style(mark, fg=colour)}  {finding.name.ljust(width)}  {text}",
+            err=True,
+            color=_colour(),
+        )
 
 
-def _complete(
-    manifest: Manifest,
-    chosen: Answers,
-    secret: Secret | None,
-    nodes: list[layout.Planned],
-    *,
-    ask: bool,
-    place: cloud.Place,
-    again: bool,
-) -> tuple[Answers, Secret | None]:
-    """What is missing is asked for, or named in an error."""
-    listed = manifest.admission.accounts == "file"
-    if secret is not None and listed and secret.split()[0]:
-        chosen = attrs.evolve(chosen, account=secret.split()[0])
-    new = [node for node in nodes if not (node.folder / "certificate").exists()]
-    if listed and not chosen.account:
-        if not ask:
-            raise click.UsageError(
-                f"run {manifest.run.name!r} lets in whom its operator lists: ask for an invitation and give "
-                "it with --token @FILE or AGORA_TOKEN, or name --account and its secret"
-            )
-        chosen = attrs.evolve(chosen, account=click.prompt("Account", err=True))
-    if secret is None and new and (ask or not listed):
-        what = "The account's secret" if listed else "Hugging Face token (read access is enough)"
-        if not ask:
-            raise click.UsageError(
-                "this node is not known to the run yet: give a Hugging Face token in HF_TOKEN, or with "
-                "--token @FILE"
-            )
-        typed: Any = getpass.getpass(f"{what}: ")
-        secret = Secret(typed.strip()) if typed.strip() else None
-    if ask and (again or place.cloud) and not chosen.announce_ip:
-        first = cloud.announced_port(place, chosen.port)
-        chosen = attrs.evolve(
-            chosen,
-            announce_ip=click.prompt(
-                "Address that peers reach this machine at (empty: its own)",
-                default=place.address, show_default=bool(place.address), err=True,
-            ),
-        )  # fmt: skip
-        if chosen.announce_ip and cloud.remaps(place):
-            chosen = attrs.evolve(
-                chosen, announce_port=click.prompt("Port outside", default=first, type=int, err=True)
-            )
-    return chosen, secret
+def _failed(found: list[Finding]) -> int | None:
+    failed = next((finding for finding in found if finding.verdict == "fail"), None)
+    if failed is None:
+        return None
+    click.echo(f"agoractl: {failed.name}: {failed.found}; {failed.remedy}", err=True)
+    return int(failed.exit)
+
+
+def _say(label: str, line: Line) -> None:
+    """One line on stdout: time, node if there are several, tag, sentence."""
+    tag, sentence = line
+    head = f"{time.strftime('%H:%M:%S')} {label}{' ' if label else ''}"
+    text = _wrapped(sentence, len(head) + len(tag) + 3, sys.stdout)
+    click.echo(f"{head}{click.style(f'[{tag}]', fg=COLOURS[tag])} {text}", color=_colour())
+    sys.stdout.flush()
+
+
+def _wrapped(text: str, indent: int, stream: Any) -> str:
+    """Broken between words where a terminal is too narrow for it."""
+    if not stream.isatty():
+        return text
+    width = max(40, shutil.get_terminal_size().columns) - 1
+    lines = textwrap.wrap(text, max(20, width - indent), break_long_words=False, break_on_hyphens=False)
+    return f"\n{' ' * indent}".join(lines)
+
+
+def _colour() -> bool | None:
+    return False if os.environ.get("NO_COLOR") else None

@@ -20,6 +20,7 @@ import click
 from agorad import run as manifests
 from agorad.authority import accounts
 from agorad.cli.plan import plan
+from agorad.hosts import kind_of
 from agorad.run import Manifest, NodeRef, RunInfo
 from agorad.settings import override, unstructure
 from agorad.usage import NamedPath
@@ -29,7 +30,8 @@ from stage.config import split_layers
 
 ROLES: Final = ("seed", "authority", "trainer")
 OWN_ACCOUNT: Final = "operator"
-_LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+FIRST_PORT: Final = 49170
+"""Of seed, authority and trainer; workers of the same machine begin at 49200."""
 
 
 @click.group()
@@ -45,7 +47,7 @@ run.add_command(plan)
 @click.option("--dir", "folder", type=NamedPath(), help="Where to put it; the name by default.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address that peers reach the nodes at.")
 @click.option(
-    "--port", type=click.IntRange(1, 65533), default=49200, show_default=True, help="First of three."
+    "--port", type=click.IntRange(1, 65533), default=FIRST_PORT, show_default=True, help="First of three."
 )
 @click.option("--preset", default="demo", show_default=True, help="Model and training to start from.")
 @click.option("--stages", type=int, help="Cut the preset's layers in so many; its own cut by default.")
@@ -72,7 +74,10 @@ def init(
     folder = folder or Path(name)
     operator = Identity.generate()
     keys = {role: Identity.generate() for role in ROLES}
-    kind = _kind_of(host)
+    try:
+        kind = kind_of(host)
+    except LocalError as error:
+        raise LocalError(f"--host {error}") from None
     refs = {
         role: NodeRef(peer_id=key.peer_id, addrs=(f"/{kind}/{host}/tcp/{port + offset}",))
         for offset, (role, key) in enumerate(keys.items())
@@ -104,6 +109,8 @@ def init(
         "\n".join(f"start with: agorad --config {folder / role / 'agorad.toml'}" for role in ROLES), err=True
     )
     click.echo(f"then on this machine: agoractl join {folder / 'run.toml'}", err=True)
+    if kind == "ip4" and ipaddress.ip_address(host).is_loopback:
+        click.echo("only this machine can reach these nodes; --host names an address for others", err=True)
     click.echo(f"let others in with: agoractl run account NAME --dir {folder}", err=True)
 
 
@@ -151,17 +158,11 @@ def account(name: str, folder: Path, as_json: bool) -> None:
         raise LocalError(f"there is no account file {path}; --dir names the folder that `run init` made")
     secret = accounts.add(path, name)
     click.echo(json.dumps({"account": name, "secret": secret}) if as_json else secret)
-
-
-def _kind_of(host: str) -> str:
-    """The multiaddr protocol of an address or a name."""
-    try:
-        return f"ip{ipaddress.ip_address(host).version}"
-    except ValueError:
-        labels = host.split(".")
-    if labels[-1].isdigit() or not all(_LABEL.fullmatch(label) for label in labels) or len(host) > 253:
-        raise LocalError(f"--host {host!r} is neither an IP address nor a host name")
-    return "dns4"
+    if not as_json:
+        click.echo(
+            f"give {name} this and {folder / 'run.toml'}; then: agoractl join run.toml --account {name}",
+            err=True,
+        )
 
 
 def _write_node(folder: Path, role: str, key: Identity, port: int, announce: tuple[str, ...]) -> None:

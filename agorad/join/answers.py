@@ -1,61 +1,63 @@
 """What a contributor answered, kept for the next time: ``join.json`` in the settings folder, 0600.
 
-The account's secret or token is no answer that is kept: it lives in memory until the nodes have it, and they
-hand it to the authority once. Where it comes from, in this order: ``--token @FILE`` or ``--token -``,
-``HF_TOKEN`` or ``AGORA_TOKEN``, a file ``invitation`` beside the manifest, a prompt.
+By run id, the run joined last at the end. Never the account's secret (``agorad.join.secret``). A file that
+is damaged is as good as none: everything in it can be asked again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import attrs
-import click
 
 from p2p.errors import LocalError
 
-LIMIT: Final = 64 << 10
-TOKEN_LIMIT: Final = 4096
-VARIABLES: Final = ("HF_TOKEN", "AGORA_TOKEN")
-INVITATION: Final = "invitation"
+LIMIT: Final = 256 << 10
+
+
+@attrs.frozen(kw_only=True)
+class NodeAnswers:
+    """For the node of one GPU; 0 and empty where nothing was said."""
+
+    port: int = 0
+    announce_port: int = 0
+    identity: str = ""
+    log: str = ""
 
 
 @attrs.frozen(kw_only=True)
 class Answers:
     """For one run."""
 
+    operator: str = ""
+    """Who signed the manifest when this run was joined first."""
     account: str = ""
     email: str = ""
     gpus: tuple[int, ...] = ()
-    """Empty until chosen."""
-    port: int = 0
-    """Of the first GPU; 0 until chosen."""
+    """Of the last join; empty until chosen."""
     announce_ip: str = ""
-    announce_port: int = 0
     slots: int = 0
     """Microbatches at a time; 0 leaves it to the node."""
+    nodes: dict[int, NodeAnswers] = attrs.field(factory=dict)
+    """By GPU."""
 
-
-@attrs.frozen
-class Secret:
-    """An account's secret or token, out of every printed form."""
-
-    text: str = attrs.field(repr=False)
-
-    def split(self) -> tuple[str, str]:
-        """(account, secret) of an invitation ``account:secret``; the account is empty without one."""
-        account, colon, secret = self.text.partition(":")
-        return (account, secret) if colon else ("", self.text)
+    def node(self, gpu: int) -> NodeAnswers:
+        """What was said of one GPU."""
+        return self.nodes.get(gpu, NodeAnswers())
 
 
 def folder(kind: str, fallback: str) -> Path:
-    """The user's ``config`` or ``state`` folder for agora, by the XDG rules."""
-    root = os.environ.get(f"XDG_{kind}_HOME")
-    return (Path(root) if root else Path.home() / fallback) / "agora"
+    """The user's ``CONFIG`` or ``STATE`` folder for agora, by the XDG rules (relative paths do not count)."""
+    root = os.environ.get(f"XDG_{kind}_HOME", "")
+    return (Path(root) if root.startswith("/") else Path.home() / fallback) / "agora"
+
+
+def states() -> Path:
+    """Holds a folder a run."""
+    return folder("STATE", ".local/state")
 
 
 def path() -> Path:
@@ -64,20 +66,19 @@ def path() -> Path:
 
 
 def recall() -> dict[str, Answers]:
-    """Kept answers by run id, the last run last. A damaged file is as good as none."""
+    """Kept answers by run id, the last run last."""
     try:
         with path().open("rb") as file:
             kept = json.loads(file.read(LIMIT))
         return {str(run): _read(entry) for run, entry in kept.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 
 def configs() -> list[Path]:
-    """Settings of the nodes that were joined last."""
+    """Settings of the nodes of the run that was joined last."""
     runs = list(recall())
-    root = folder("STATE", ".local/state")
-    return sorted(root.joinpath(runs[-1]).glob("gpu*/agorad.toml")) if runs else []
+    return sorted(states().joinpath(runs[-1]).glob("gpu*/agorad.toml")) if runs else []
 
 
 def keep(run: str, answers: Answers) -> Path:
@@ -88,9 +89,9 @@ def keep(run: str, answers: Answers) -> Path:
     file = path()
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fresh = file.with_name(file.name + ".new")
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as out:
+        fresh = file.with_name(f"{file.name}.{os.getpid()}")
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+            os.fchmod(out.fileno(), 0o600)
             json.dump({name: attrs.asdict(entry) for name, entry in kept.items()}, out, indent=1)
         fresh.replace(file)
     except OSError as error:
@@ -98,52 +99,19 @@ def keep(run: str, answers: Answers) -> Path:
     return file
 
 
-def _read(entry: dict[str, object]) -> Answers:
-    known = {field.name: type(field.default) for field in attrs.fields(Answers)}
-    fit = {key: value for key, value in entry.items() if key in known}
-    gpus = fit.pop("gpus", [])
+def _read(entry: dict[str, Any]) -> Answers:
+    gpus, nodes = entry.pop("gpus", []), entry.pop("nodes", {})
     if not isinstance(gpus, list) or not all(type(gpu) is int for gpu in gpus):
         raise TypeError("gpus")
+    by_gpu = {int(gpu): NodeAnswers(**_plain(NodeAnswers, said)) for gpu, said in nodes.items()}
+    return Answers(gpus=tuple(gpus), nodes=by_gpu, **_plain(Answers, entry))
+
+
+def _plain(cls: type, entry: dict[str, Any]) -> dict[str, Any]:
+    """Numbers and texts that ``cls`` knows, of the right type; a later version's others are left out."""
+    kinds = {field.name: type(field.default) for field in attrs.fields(cls)}
+    fit = {key: value for key, value in entry.items() if kinds.get(key) in (int, str)}
     for key, value in fit.items():
-        if type(value) is not known[key]:
+        if type(value) is not kinds[key]:
             raise TypeError(key)
-    return Answers(gpus=tuple(gpus), **fit)  # type: ignore[arg-type]
-
-
-def given_secret(option: str | None, beside: Path | None) -> Secret | None:
-    """The secret that was given without asking, and out of this process's environment; None if none was."""
-    text: str | None = None
-    named = [os.environ.pop(name, "") for name in VARIABLES]  # children inherit nothing of it
-    if option is not None:
-        text = _from_option(option)
-    elif any(named):
-        text = next(value for value in named if value)
-    elif beside is not None and (beside / INVITATION).exists():
-        text = _from_file(beside / INVITATION)
-    if text is None:
-        return None
-    text = text.strip()
-    if not text or len(text) > TOKEN_LIMIT or not text.isprintable():
-        raise LocalError("the token is empty or not one line of text; copy it again")
-    return Secret(text)
-
-
-def _from_option(option: str) -> str:
-    if option == "-":
-        return sys.stdin.readline(TOKEN_LIMIT + 2)
-    if not option.startswith("@"):
-        raise click.UsageError(
-            "--token takes @FILE, or - for standard input: on a command line every user of this machine "
-            "could read the token; HF_TOKEN works too"
-        )
-    return _from_file(Path(option[1:]))
-
-
-def _from_file(file: Path) -> str:
-    try:
-        with file.open() as opened:
-            return opened.read(TOKEN_LIMIT + 2)
-    except OSError as error:
-        raise LocalError(f"cannot read the token from {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise LocalError(f"the token in {file} is not text") from error
+    return fit

@@ -1,9 +1,9 @@
 """Runs the nodes of a join and says in plain lines what they do, from their events.
 
 Each node is a child process: its standard error goes to its log file, its account's secret comes over a
-pipe that only it inherits. Lines are those of ``agorad.console``; once a minute a node that works says how
-much it did. The first Ctrl-C (or SIGTERM) lets all nodes leave cleanly, a second one ends them at once. No
-log is ever read.
+pipe that only it inherits. Its events come over its control socket (``lines`` turns them into sentences);
+once a minute a node says how much it did. The first Ctrl-C, SIGTERM or closing of the terminal lets all
+nodes leave cleanly, a second one ends them at once. No log is ever read.
 """
 
 from __future__ import annotations
@@ -22,57 +22,70 @@ from typing import Any, Final
 import attrs
 
 from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask, follow
-from agorad.console import friendly
 from agorad.exitcodes import ExitCode, advice
-from agorad.join.answers import Secret
-from agorad.join.layout import Planned
+from agorad.join.layout import Planned, open_log
+from agorad.join.lines import Line, Narrator
+from agorad.join.secret import Secret
 
 PULSE_S: Final = 60.0
 TICK_S: Final = 0.2
+LAST_WORDS_S: Final = 2.0
 LAST_BYTES: Final = 64 << 10
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@attrs.define
+@attrs.define(eq=False)
 class _Child:
     node: Planned
     process: subprocess.Popen[bytes]
-    added: int = 0
-    said_at: float = 0.0
+    narrator: Narrator
+    said_at: float
     began: float = attrs.field(factory=time.time)
     listener: threading.Thread | None = None
-    last: dict[str, Any] = attrs.field(factory=dict)
-    """The event ``stopped``, once it came."""
+    buried: bool = False
 
 
 class Live:
-    """The children and what they say. ``say`` gets one line at a time."""
+    """The children and what they say. ``say`` gets a node's label (empty if there is one node) and a line."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, say: Callable[[str, Line], None], *, warm_steps: int, pulse_s: float = PULSE_S
+    ) -> None:
         self._say = say
+        self._warm_steps = warm_steps
+        self._pulse_s = pulse_s
         self._entries: queue.Queue[tuple[_Child, Mapping[str, Any]]] = queue.Queue(maxsize=4096)
         self._children: list[_Child] = []
+        self._many = False
         self._asked = 0
+        self._said_leaving = False
 
     def run(self, nodes: list[Planned], secret: Secret | None) -> int:
         """Until all nodes have ended; the exit code of the first that did not end well, else 0."""
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._many = len(nodes) > 1
+        code = 0
+        before = {number: signal.signal(number, self._stop) for number in SIGNALS}
         try:
             for node in nodes:
-                self._start(node, secret)
-            while any(child.process.poll() is None for child in self._children):
+                if not self._asked:
+                    self._start(node, secret)
+            while any(not child.buried for child in self._children):
                 self._hear(TICK_S)
+                if self._asked and not self._said_leaving:  # not in the handler: it may interrupt a line
+                    self._said_leaving = True
+                    self._say("", ("NODE", "leaving: what is begun is finished first; again to end at once"))
                 self._pulse()
-            for child in self._children:
-                assert child.listener is not None
-                child.listener.join(TICK_S * 20)
-            self._hear(0.0)
+                for child in self._children:
+                    if not child.buried and child.process.poll() is not None:
+                        code = code or self._bury(child)
         finally:
             for child in self._children:
                 if child.process.poll() is None:
                     child.process.kill()
+                    child.process.wait()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return self._verdict()
+        return code
 
     def _start(self, node: Planned, secret: Secret | None) -> None:
         command = [sys.executable, "-m", "agorad.main", "--config", str(node.config)]
@@ -82,7 +95,8 @@ class Live:
             os.write(writing, secret.split()[1].encode())  # below a pipe's size: never blocks
             os.close(writing)
             command += ["--secret-fd", str(reading)]
-        with node.log.open("ab") as log:
+        log = open_log(node)
+        try:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -91,12 +105,18 @@ class Live:
                 pass_fds=() if reading is None else (reading,),
                 start_new_session=True,  # Ctrl-C is for us: we stop them in order
             )
-        if reading is not None:
-            os.close(reading)
-        child = _Child(node, process, said_at=time.monotonic())
+        finally:
+            os.close(log)
+            if reading is not None:
+                os.close(reading)
+        child = _Child(node, process, Narrator(self._warm_steps), time.monotonic())
         self._children.append(child)
+        self._tell(child, ("NODE", f"starting on {node.device}; its log is {node.log}"))
         child.listener = threading.Thread(target=self._follow, args=(child,), daemon=True)
         child.listener.start()
+
+    def _tell(self, child: _Child, line: Line) -> None:
+        self._say(f"gpu{child.node.gpu}" if self._many else "", line)
 
     def _follow(self, child: _Child) -> None:
         for entry in _events(child):
@@ -110,55 +130,57 @@ class Live:
             except queue.Empty:
                 return
             wait_s = 0.0
-            if entry.get("event") == "stopped":
-                child.last = dict(entry)
-            line = friendly(entry)
-            if line is not None:
-                self._say(f"gpu{child.node.gpu} {line}" if len(self._children) > 1 else line)
+            was_active = child.narrator.active
+            for line in child.narrator.hear(entry):
+                self._tell(child, line)
+            if child.narrator.active and not was_active:
+                child.said_at = time.monotonic()  # the first minute of work begins here
 
     def _pulse(self) -> None:
         now = time.monotonic()
         for child in self._children:
-            if now - child.said_at < PULSE_S or child.process.poll() is not None:
+            if self._asked or now - child.said_at < self._pulse_s or child.process.poll() is not None:
                 continue
             child.said_at = now
             try:
                 status = ask(child.node.control, "status", timeout=2.0)
             except (Unreachable, NoAnswer, CommandFailed):
                 continue
-            done = (status.get("microbatches") or {}).get("added", 0)
-            loss = "" if status.get("loss") is None else f", loss {status['loss']:.3f}"
-            name = f"gpu{child.node.gpu} " if len(self._children) > 1 else ""
-            self._say(
-                f"{name}{time.strftime('%H:%M:%S')} [WORK] {status.get('phase')}: {done - child.added} "
-                f"microbatches in the last minute, step {status.get('step')}{loss}"
-            )
-            child.added = done
+            if status.get("phase") not in ("joining", "queued"):  # of those the events say it all
+                self._tell(child, child.narrator.pulse(status))
 
     def _stop(self, number: int, _frame: object) -> None:
         self._asked += 1
         for child in self._children:
+            child.narrator.asked = True
             if child.process.poll() is None:
-                child.process.send_signal(signal.SIGTERM)
-        if self._asked == 1:
-            self._say("leaving: finishing what is begun (again to end at once)")
+                child.process.send_signal(signal.SIGTERM if self._asked == 1 else signal.SIGKILL)
 
-    def _verdict(self) -> int:
-        worst = 0
-        for child in self._children:
-            code = child.process.returncode
-            if code == 0 or (self._asked and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
-                continue
-            worst = worst or (code if code > 0 else ExitCode.BUG)
-            why = child.last.get("why") or (
-                f"killed by signal {-code}" if code < 0 else f"see {child.node.log}"
+    def _bury(self, child: _Child) -> int:
+        """Say how it ended; its exit code as ours, 0 for an end that was asked for."""
+        assert child.listener is not None
+        child.listener.join(LAST_WORDS_S)
+        self._hear(0.0)
+        child.buried = True
+        code, why = child.process.returncode, child.narrator.ended.get("why", "")
+        if self._asked > 1 and code != 0:
+            self._tell(child, ("NODE", "ended at once, as asked"))
+            return 130
+        if code == 0 or (self._asked and code == -signal.SIGTERM):
+            self._tell(child, ("NODE", "ended; goodbye"))
+            return 0
+        if code < 0:
+            why = f"killed by signal {-code}" + (
+                ", which is what happens when the machine runs out of memory" if code == -9 else ""
             )
-            self._say(f"the node ended with code {code}: {why}")
-            if code > 0 and (remedy := advice(code)):
-                self._say(f"what to do: {remedy}")
-        if not worst and not any(child.last for child in self._children) and not self._asked:
-            self._say("all nodes ended")
-        return worst
+            remedy = advice(ExitCode.MEMORY) if code == -9 else f"the log is {child.node.log}"
+        else:
+            why = why or f"the reason is at the end of {child.node.log}"
+            remedy = advice(code)
+        self._tell(child, ("ERROR", f"ended with code {code if code > 0 else 128 - code}: {why}"))
+        if remedy:
+            self._tell(child, ("ERROR", f"what to do: {remedy}"))
+        return int(code if code > 0 else 128 - code)
 
 
 def _events(child: _Child) -> Iterator[Mapping[str, Any]]:

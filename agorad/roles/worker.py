@@ -28,7 +28,7 @@ from stage.compute import StageCompute, wire_shape
 from stage.device import STEP, Device
 from stage.donor import PROTOCOL as STATE_PROTOCOL
 from stage.donor import Donor, fetch
-from stage.events import Resumed, Saved, StateFetched
+from stage.events import Resumed, Saved, StateFetched, StateFetching
 from stage.microbatch import MicrobatchServer
 from stage.nexthop import NextHop
 from stage.placement import DeviceError, choose_device
@@ -37,10 +37,13 @@ from stage.replica import Replica
 from stage.roster import Declaration, Roster
 from stage.router import Router
 from stage.snapshot import SnapshotStore, State
+from stage.state import SnapshotManifest
 
 DRAIN_S = 10.0
 """How long microbatches in progress may still take once the node is to leave."""
 CLOCK_RETRY_S = 0.5
+PROGRESS_S = 2.0
+"""Between two reports of a download."""
 
 
 async def run(node: Node) -> None:
@@ -271,6 +274,20 @@ class _Worker:
         """Install a mate's state; returns its step."""
         began = trio.current_time()
         addrs = self.mates.addrs(donor)
+        told = -PROGRESS_S
+
+        def progress(manifest: SnapshotManifest, done: int) -> None:
+            nonlocal told
+            seconds = trio.current_time() - began
+            if done and seconds - told < PROGRESS_S:
+                return
+            told = seconds
+            self.node.emit(
+                StateFetching(
+                    donor=donor, step=manifest.step, bytes=done, size=manifest.size, seconds=seconds
+                )
+            )
+
         fetched = await fetch(
             self.node.host,
             donor,
@@ -279,6 +296,7 @@ class _Worker:
             floats=self.compute.floats,
             fingerprint=self.compute.fingerprint,
             room=self.store.scratch,
+            progress=progress,
         )
         manifest = fetched.manifest
         state = State.of(manifest, fetched.data)
