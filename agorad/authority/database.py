@@ -51,7 +51,7 @@ class Database:
         """``where``: a file for SQLite, or an SQLAlchemy URL. ``LocalError`` if it cannot be used."""
         self._url = _url(where)
         self._postgres = self._url.get_backend_name() == "postgresql"
-        self.name: Final = self._url.render_as_string(hide_password=True)
+        self.name: Final = _name(self._url)
         try:
             self._engine = sqlalchemy.create_engine(self._url, **self._options())
             if not self._postgres:
@@ -59,7 +59,8 @@ class Database:
                 event.listen(self._engine, "begin", _sqlite_begins)
             self._migrate()
         except SQLAlchemyError as error:
-            raise LocalError(f"cannot use the authority's database {self.name}: {_said(error)}") from None
+            said = self._said(error)
+            raise LocalError(f"cannot use the authority's database {self.name}: {said}") from None
         except ModuleNotFoundError as error:
             raise LocalError(
                 f"the database {self.name} needs the Python package {error.name}; "
@@ -76,8 +77,17 @@ class Database:
                 yield lambda statement, values: _execute(connection, statement, values)
         except SQLAlchemyError as error:
             raise refusal(
-                "unavailable", f"the authority's database fails ({_said(error)})", RETRY_S
+                "unavailable", f"the authority's database fails ({self._said(error)})", RETRY_S
             ) from None
+
+    def _said(self, error: SQLAlchemyError) -> str:
+        """The driver's first line, without a secret of the URL."""
+        cause = getattr(error, "orig", None) or error
+        lines = str(cause).strip().splitlines()
+        said = lines[0][:200] if lines else type(cause).__name__
+        for secret in _secrets(self._url):
+            said = said.replace(secret, "***")
+        return said
 
     def close(self) -> None:
         """Close all connections."""
@@ -86,7 +96,10 @@ class Database:
     def _options(self) -> dict[str, Any]:
         if not self._postgres:
             return {"connect_args": {"timeout": WAIT_S, "check_same_thread": False}}
-        settings = f"-c statement_timeout={WAIT_S * 1000} -c lock_timeout={WAIT_S * 1000}"
+        settings = (
+            f"-c statement_timeout={WAIT_S * 1000} -c lock_timeout={WAIT_S * 1000} "
+            "-c synchronous_commit=on"  # whatever the server does for others: acknowledged is on disk
+        )
         return {
             "pool_size": CONNECTIONS,
             "pool_timeout": WAIT_S,
@@ -140,13 +153,17 @@ def _url(where: Path | str) -> URL:
         return URL.create("sqlite", database=str(where))
     try:
         url = make_url(where)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise LocalError(
             "authority.database is no URL; write sqlite:////path/to/file or postgresql://user@host/name"
         ) from None
     kind = url.get_backend_name()
     if kind not in ("sqlite", "postgresql"):
         raise LocalError(f"authority.database: {kind!r} is not supported; sqlite and postgresql are")
+    if kind == "sqlite" and url.database in (None, "", ":memory:"):
+        raise LocalError("authority.database: grants have to outlive the process; name a file for sqlite")
+    if "@" in (url.host or ""):
+        raise LocalError("authority.database: write an '@' in a password as %40")
     if kind == "postgresql" and url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
     try:
@@ -169,8 +186,17 @@ def _sqlite_begins(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _said(error: SQLAlchemyError) -> str:
-    """The driver's first line, which has no URL in it."""
-    cause = getattr(error, "orig", None) or error
-    lines = str(cause).strip().splitlines()
-    return lines[0][:200] if lines else type(cause).__name__
+def _name(url: URL) -> str:
+    """The database in words, without anything that may hold a secret."""
+    if url.get_backend_name() == "sqlite":
+        return f"sqlite {url.database}"
+    return f"{url.get_backend_name()} {url.database or ''} at {url.host or 'its socket'}"
+
+
+def _secrets(url: URL) -> list[str]:
+    """What must be in no text: the password, wherever the URL has it."""
+    given = [url.password or ""]
+    for key, value in url.query.items():
+        if "password" in key.lower():
+            given += [value] if isinstance(value, str) else value
+    return [text for text in map(str, given) if text]

@@ -215,6 +215,12 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
         ("mysql://root@host/name", "not supported"),
         ("not a url", "no URL"),
         ("postgresql://me:geheim@127.0.0.1:9/name", "cannot use"),
+        ("postgresql://me@127.0.0.1:9/name?password=geheim", "cannot use"),
+        ("postgresql://me@127.0.0.1:9/name?sslpassword=geheim", "cannot use"),
+        ("postgresql://me:ge@geheim@127.0.0.1:9/name", "%40|cannot use"),
+        ("postgresql://me:geheim@127.0.0.1:port/name", "no URL"),
+        ("postgresql://me:geheim@[::1/name", "no URL"),
+        ("sqlite://", "name a file"),
     ):
         with pytest.raises(LocalError, match=words) as error:
             Store(where)
