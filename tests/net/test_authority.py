@@ -83,6 +83,8 @@ async def living(settings: config.Config, role: Callable[[Node], Awaitable[None]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: run_node(settings, announced, started_at=time.time()))
         node = await receiver.receive()
+        if role is authority.run:  # who asks before it serves is told that it speaks no such protocol
+            await until_event(node, "ready")
         yield node
         node.stop("the test is over")
 
