@@ -49,10 +49,11 @@ from tests.system.swarms import Demo, demo
 ANSWER_S = 8.0
 MEGABYTE = bytes(1 << 20)
 EVERYBODY = {hello.PROTOCOL, kad.PROTOCOL, SELF}
+POINTS = "/agora/points/1"
 SERVED = {
     "seed": EVERYBODY | {PROBE},
     "trainer": EVERYBODY | {PROBE},
-    "authority": EVERYBODY | {PROBE, JOIN},
+    "authority": EVERYBODY | {PROBE, JOIN, POINTS},
     "worker": EVERYBODY | {MICROBATCH, STATE, ROUND},
 }
 OPTIONS = (
@@ -189,7 +190,7 @@ class Stranger:
             told = await identify(call.connection, deadline=ANSWER_S)
         ours = {name for name in told.protocols if name.startswith("/agora/")}
         assert ours == SERVED[node["role"]]
-        return ours - {hello.PROTOCOL, JOIN}
+        return ours - {hello.PROTOCOL, JOIN, POINTS}  # the leaderboard is for all
 
     async def is_refused(self, node: dict[str, Any], code: str) -> None:
         """Every protocol, asked in every way, answers with the code."""
