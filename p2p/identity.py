@@ -29,6 +29,9 @@ ED25519 = 1
 
 KEY_FILE_LIMIT = 4096
 _MULTIHASH_PREFIX = b"\x00\x24"  # identity "hash" of 36 bytes
+_CID_PREFIX = b"\x01\x72"  # CID version 1, content type libp2p-key
+_BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
+_CID_BASES = {"b": _BASE32, "k": "0123456789abcdefghijklmnopqrstuvwxyz", "z": base58.ALPHABET}
 _KEY_PREFIX = protobuf.field(1, ED25519) + b"\x12\x20"  # key type, then 32 bytes of key
 
 
@@ -45,6 +48,30 @@ def public_key_of(peer_id: PeerId) -> bytes:
     if len(data) != len(prefix) + 32 or not data.startswith(prefix):
         raise RemoteError(f"{peer_id!r} is not an Ed25519 peer id")
     return data[len(prefix) :]
+
+
+def parse_peer_id(text: str) -> PeerId:
+    """Peer id from any of its text forms: base58, or a CIDv1 in base32 (``b``), base36 (``k``) or base58 (``z``).
+
+    RemoteError when it is none, or holds no Ed25519 key (libp2p peer-ids specification, "Decoding").
+    """
+    digits = _CID_BASES.get(text[:1])
+    if digits is None or len(text) > base58.MAX_LENGTH:
+        peer_id = PeerId(text)
+        public_key_of(peer_id)
+        return peer_id
+    number = 0
+    for character in text[1:]:
+        value = digits.find(character)
+        if value < 0:
+            raise RemoteError(f"{text!r} is not a peer id: {character!r} does not belong to its base")
+        number = number * len(digits) + value
+    if digits is _BASE32:
+        number >>= 5 * len(text[1:]) % 8  # what fills up the last character
+    data = number.to_bytes((number.bit_length() + 7) // 8, "big")
+    if not data.startswith(_CID_PREFIX):
+        raise RemoteError(f"{text!r} is a content id, but not of a libp2p key")
+    return peer_id_from_bytes(data[len(_CID_PREFIX) :])
 
 
 def peer_id_bytes(peer_id: PeerId) -> bytes:

@@ -7,6 +7,7 @@ verbatim so that a peer may announce more than we can use. Limits: 16 parts, 512
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 from typing import Self, final
 
@@ -14,7 +15,7 @@ import attrs
 
 from p2p import protobuf
 from p2p.errors import RemoteError
-from p2p.identity import PeerId, peer_id_bytes, peer_id_from_bytes
+from p2p.identity import PeerId, parse_peer_id, peer_id_bytes, peer_id_from_bytes
 
 MAX_PARTS = 16
 MAX_BYTES = 512
@@ -30,14 +31,22 @@ _PROTOCOLS = {
     "dns6": (55, _TEXT_VALUE),
     "dnsaddr": (56, _TEXT_VALUE),
     "udp": (273, 2),
+    "webrtc-direct": (280, 0),
+    "webrtc": (281, 0),
     "p2p-circuit": (290, 0),
     "unix": (400, _TEXT_VALUE),
     "p2p": (421, _TEXT_VALUE),
+    "https": (443, 0),
     "tls": (448, 0),
+    "sni": (449, _TEXT_VALUE),
+    "noise": (454, 0),
     "quic": (460, 0),
     "quic-v1": (461, 0),
+    "webtransport": (465, 0),
+    "certhash": (466, _TEXT_VALUE),
     "ws": (477, 0),
     "wss": (478, 0),
+    "http": (480, 0),
 }
 _BY_CODE = {code: name for name, (code, _size) in _PROTOCOLS.items()}
 _ALIASES = {"ipfs": "p2p"}
@@ -169,10 +178,22 @@ def _binary(name: str, value: str) -> bytes:
     except (ValueError, OverflowError) as error:
         raise RemoteError(f"{value!r} is not a value for /{name}") from error
     if name == "p2p":
-        return peer_id_bytes(PeerId(value))
+        return peer_id_bytes(parse_peer_id(value))
+    if name == "certhash":
+        return _certificate_hash(value)
     if _PROTOCOLS[name][1] == _TEXT_VALUE and not value:
         raise RemoteError(f"/{name} needs a value")
     return value.encode()
+
+
+def _certificate_hash(value: str) -> bytes:
+    """Bytes of a multihash in multibase; others write base64url (``u``) alone."""
+    try:
+        if not value.startswith("u"):
+            raise ValueError("not base64url")
+        return base64.b64decode(value[1:] + "=" * (-len(value[1:]) % 4), altchars=b"-_", validate=True)
+    except ValueError as error:
+        raise RemoteError(f"{value!r} is not a value for /certhash") from error
 
 
 def _text(name: str, data: bytes) -> str:
@@ -182,6 +203,8 @@ def _text(name: str, data: bytes) -> str:
         return str(int.from_bytes(data, "big"))
     if name == "p2p":
         return peer_id_from_bytes(data)
+    if name == "certhash":
+        return "u" + base64.urlsafe_b64encode(data).decode().rstrip("=")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

@@ -315,7 +315,10 @@ class Session:
             stream.send_window -= amount
             stream.pending_bytes -= amount
             flags = self._flags(stream)
-            if stream.fin_pending and not stream.pending_bytes:
+            # A FIN behind data has a frame of its own: js-libp2p takes the flags of a frame before its data
+            # and drops data that comes with the end.
+            ends = stream.fin_pending and not stream.pending_bytes
+            if ends and not amount:
                 flags |= FIN
                 stream.fin_sent = True
                 if stream.fin_received:
@@ -336,6 +339,9 @@ class Session:
                 self._enqueue(stream)
             else:
                 self.drained.append(stream)
+                if ends and not stream.fin_sent:
+                    stream.queued = True
+                    ready.appendleft(stream)
         return used
 
     # what the peer does

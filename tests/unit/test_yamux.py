@@ -182,6 +182,27 @@ def test_data_before_a_reset_stays_readable() -> None:
     assert read(one, near) == b"no, because"
 
 
+@pytest.mark.parametrize("size", [1, 1000, 65_507, 65_508, 100_000])
+def test_the_end_of_a_stream_never_rides_on_its_data(size: int) -> None:
+    one, two = pair()
+    mine, theirs = opened(one, two)
+    one.send(mine, [memoryview(bytes(size))])
+    one.close_sending(mine)
+    flagged = []
+    while one.wants_to_send():
+        record = output(one)
+        two.receive(memoryview(record))
+        offset = 0
+        while offset < len(record):
+            _, kind, flags, _, length = HEADER.unpack_from(record, offset)
+            if flags & FIN:
+                flagged.append((kind, length))
+            offset += HEADER.size + (length if kind == DATA else 0)
+    assert flagged == [(DATA, 0)]
+    assert read(two, theirs)[1:] == bytes(size)
+    assert theirs.fin_received
+
+
 def test_half_close_both_ways_forgets_the_stream() -> None:
     one, two = pair()
     near, far = opened(one, two)
