@@ -51,7 +51,7 @@ def public_key_of(peer_id: PeerId) -> bytes:
 
 
 def parse_peer_id(text: str) -> PeerId:
-    """Peer id from any of its text forms: base58, or a CIDv1 in base32 (``b``), base36 (``k``) or base58 (``z``).
+    """Peer id from any of its text forms: base58, or a CIDv1 in base32, 36 or 58 (``b``, ``k``, ``z``).
 
     RemoteError when it is none, or holds no Ed25519 key (libp2p peer-ids specification, "Decoding").
     """
