@@ -125,7 +125,7 @@ void project(py::object h, int h_dtype, py::object table, py::object basis, int 
     Operand to(out, packed_bytes(out_dtype, rows, k), true, 1, "out");
     py::gil_scoped_release unlocked;
     Basis whole{u.as<void>(), basis_dtype, d, k};
-    Layout u_rows = rows_of(whole), last = last_columns(whole);
+    Layout u_rows = rows_of(whole, whole_columns(k)), last = last_columns(whole);
     ProjectTask task{from.as<void>(),
                      minus ? less.as<void>() : nullptr,
                      u_rows.get(),
@@ -159,7 +159,7 @@ void subspace_weights(py::object w, int w_dtype, py::object basis, int basis_dty
     int64_t ww = size_of(w_dtype), uw = size_of(basis_dtype);
     Operand to(w, d * n * ww, true, size_t(ww), "W"), u(basis, d * k * uw, false, size_t(uw), "U");
     py::gil_scoped_release unlocked;
-    Layout u_rows = rows_of({u.as<void>(), basis_dtype, d, k});
+    Layout u_rows = rows_of({u.as<void>(), basis_dtype, d, k}, k);
     // Columns of a unit: wide, so that pieces of W's rows are long; but every thread gets some.
     int64_t panel = kMaxPanel;
     while (panel > kPanel && (padded(k, kRowGroup) * panel > kPanelFloats || n < panel * threads)) panel /= 2;

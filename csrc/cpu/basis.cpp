@@ -3,19 +3,69 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <mutex>
 #include <new>
+#include <utility>
 
 #include "../functors/common.h"
 
 namespace agora {
 namespace {
 
+// Pieces of memory between two calls, at most 16 MiB: the system takes a page fault for every 4 KB of a fresh
+// one, which is five times the work of laying U out. A thread that finds the store busy does without.
+class Store {
+  public:
+    // Null: none of that size.
+    void* take(size_t bytes) {
+        std::unique_lock<std::mutex> hold(mutex_, std::try_to_lock);
+        if (!hold.owns_lock()) return nullptr;
+        for (Piece& piece : pieces_) {
+            if (piece.memory != nullptr && piece.bytes == bytes) return std::exchange(piece.memory, nullptr);
+        }
+        return nullptr;
+    }
+
+    // Frees what it does not keep: `memory`, or a piece of another layout in its place.
+    void give(void* memory, size_t bytes) {
+        std::unique_lock<std::mutex> hold(mutex_, std::try_to_lock);
+        if (hold.owns_lock() && bytes <= kMostBytes) {
+            Piece* place =
+                std::find_if(pieces_, pieces_ + kPieces, [](Piece& p) { return p.memory == nullptr; });
+            if (place == pieces_ + kPieces) {
+                place = pieces_ + next_;
+                next_ = (next_ + 1) % kPieces;
+            }
+            std::swap(place->memory, memory);
+            place->bytes = bytes;
+        }
+        free(memory);
+    }
+
+  private:
+    static constexpr int kPieces = 4;
+    static constexpr size_t kMostBytes = size_t(4) << 20;
+    struct Piece {
+        void* memory = nullptr;
+        size_t bytes = 0;
+    };
+    std::mutex mutex_;
+    Piece pieces_[kPieces];
+    int next_ = 0;
+};
+
+Store& store() {
+    static Store* one = new Store;  // leaked on purpose: calls may outlive static objects
+    return *one;
+}
+
 Layout zeros(int64_t floats) {
-    size_t bytes = size_t(padded(floats)) * sizeof(float);
-    void* memory = aligned_alloc(64, bytes);
+    size_t bytes = size_t(std::max(padded(floats), kPad)) * sizeof(float);
+    void* memory = store().take(bytes);
+    if (memory == nullptr) memory = aligned_alloc(64, bytes);
     if (memory == nullptr) throw std::bad_alloc();
     memset(memory, 0, bytes);
-    return Layout(static_cast<float*>(memory));
+    return Layout(static_cast<float*>(memory), Return{bytes});
 }
 
 // U's number (i, j) goes to place i * down + j * right.
@@ -43,11 +93,11 @@ void spread(float* out, const Basis& basis, int64_t row, int64_t d, int64_t colu
 
 }  // namespace
 
-void Free::operator()(float* memory) const { free(memory); }
+void Return::operator()(float* memory) const { store().give(memory, bytes); }
 
-Layout rows_of(const Basis& basis) {
-    Layout out = zeros(padded(basis.d, kRowGroup) * padded(basis.k));
-    spread(out.get(), basis, 0, basis.d, 0, basis.k, padded(basis.k), 1);
+Layout rows_of(const Basis& basis, int64_t columns) {
+    Layout out = zeros(padded(basis.d, kRowGroup) * padded(columns));
+    spread(out.get(), basis, 0, basis.d, 0, columns, padded(columns), 1);
     return out;
 }
 

@@ -1,6 +1,7 @@
 // U as the boundary's kernels read it: fp32, on cache lines, padded with zeros to whole vectors.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include <memory>
@@ -9,10 +10,12 @@
 
 namespace agora {
 
-struct Free {
+// Gives the memory back, to be kept for the next layout of that size.
+struct Return {
+    size_t bytes = 0;
     void operator()(float* memory) const;
 };
-using Layout = std::unique_ptr<float[], Free>;
+using Layout = std::unique_ptr<float[], Return>;
 
 // U [d, k] of any dtype, row after row.
 struct Basis {
@@ -22,7 +25,8 @@ struct Basis {
 };
 
 // All throw std::bad_alloc.
-Layout rows_of(const Basis& basis);       // padded(d, kRowGroup) rows of padded(k)
+// The first `columns` of U: padded(d, kRowGroup) rows of padded(columns).
+Layout rows_of(const Basis& basis, int64_t columns);
 Layout panels_of(const Basis& basis);     // U^T in panels of kPanel columns: for each, k rows of kPanel
 Layout last_columns(const Basis& basis);  // the last kLast columns as rows of padded(d); short k: zeros first
 

@@ -56,13 +56,14 @@ struct Nothing {
 };
 
 // Asks for the rows that will be read next, a line a step: the hardware does not foresee the jump from a
-// piece of one row to the next row's.
+// piece of one row to the next row's. Into L2: rows of d numbers often lie at the same places of L1, which
+// has room for one group of them beside U.
 struct Soon {
     const char* line;
     int64_t lines, jump, left;  // lines of a row, bytes from one row's end to the next row
 
     __attribute__((always_inline)) inline void step() {
-        __builtin_prefetch(line);
+        __builtin_prefetch(line, 0, 2);
         line += 64;
         if (--left == 0) {
             line += jump;
@@ -132,7 +133,7 @@ struct Delivery {
         Floats h = load_floats(sums);
         if (plus) {
             h += load_floats(plus);
-            __builtin_prefetch(plus + ahead);
+            __builtin_prefetch(plus + ahead, 0, 2);  // L1 holds the sums
             plus += kWidth;
         }
         if (bypass)
@@ -236,7 +237,7 @@ static void expand(const ExpandTask& t, int64_t begin, int64_t end) {
         expand_block(t, i * t.block, t.rows - i * t.block < t.block ? t.rows - i * t.block : t.block);
 }
 
-constexpr int64_t kProjectSpan = 256;  // floats of a row that stay in L1 while U's panel passes
+constexpr int64_t kProjectSpan = 512;  // floats of a row that stay in L1 while U's panel passes
 
 // sums[r][j], as lanes: += left[r] times row j of `last`, j < N; n is a multiple of kWidth.
 template <int N>
@@ -282,7 +283,7 @@ static void put_row(void* out, int dtype, int64_t row, int64_t rows, const float
 static void project_block(const ProjectTask& t, int64_t first, int64_t rows) {
     constexpr int64_t kSpan = kProjectSpan;
     // A few columns past the last whole vector are cheaper as sums of lanes along d than as one more vector.
-    const int64_t stride = padded(t.k), last_stride = padded(t.d);
+    const int64_t stride = padded(t.k), u_stride = padded(whole_columns(t.k)), last_stride = padded(t.d);
     const int64_t few = t.k % kWidth <= kLast ? t.k % kWidth : 0;
     const int64_t vectors = (t.k - few + kWidth - 1) / kWidth;
     alignas(64) float left[kRows * kSpan], sums[kBlockFloats], lanes[kMaxBlock * kLast * kWidth];
@@ -305,11 +306,13 @@ static void project_block(const ProjectTask& t, int64_t first, int64_t rows) {
                     for (int64_t j = width; j < padded(width); j++) left[r * kSpan + j] = 0;
                 }
             }
-            const int64_t next = (first + group + kRows) * t.d + column;
+            // The next group, or the first one's next columns.
+            const int64_t next =
+                group + kRows < rows ? (first + group + kRows) * t.d + column : first * t.d + column + kSpan;
             Soon soon = {static_cast<const char*>(t.h) + next * size, kSpan * size / 64, (t.d - kSpan) * size,
                          kSpan * size / 64};
-            product<kByRows>(sums + group * stride, stride, from, from_stride, t.basis + column * stride,
-                             stride, width, vectors, soon);
+            product<kByRows>(sums + group * stride, stride, from, from_stride, t.basis + column * u_stride,
+                             u_stride, width, vectors, soon);
             float* to = lanes + group * kLast * kWidth;
             const float* columns = t.last + (kLast - few) * last_stride + column;
             if (few == 3)

@@ -34,7 +34,7 @@ struct ExpandTask {
 struct ProjectTask {
     const void* h;
     const void* table;          // of h's dtype, or null
-    const float *basis, *last;  // rows of U, and its last kLast columns as rows
+    const float *basis, *last;  // rows of U's whole_columns, and its last kLast columns as rows
     void* out;                  // of any alignment
     int64_t rows, d, k, block;
     int h_dtype, out_dtype;  // kInt8: `rows` scales, then the codes
@@ -63,6 +63,10 @@ constexpr int64_t kPanel = 48;  // columns of U^T that lie together: for each, k
 constexpr int64_t kLast = 3;    // columns of U that project also has as rows (see last_columns)
 
 constexpr int64_t padded(int64_t n, int64_t unit = kPad) { return (n + unit - 1) / unit * unit; }
+
+// Columns of U that project may read as rows of U, on any instruction set: the few past whole vectors are
+// read from the last columns.
+constexpr int64_t whole_columns(int64_t k) { return k % kPad <= kLast ? k - k % kPad : k; }
 
 constexpr int64_t kMaxK = 1024;    // checked by the bindings: bounds stacks
 constexpr int64_t kRowGroup = 8;   // rows are split over threads in multiples of this

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import agora_kernels
 import pytest
@@ -22,6 +23,8 @@ SHAPES = [
     (97, 111, 33),
     (256, 192, 24),
     (5, 1025, 51),
+    (9, 1040, 23),
+    (65, 530, 34),
     (2, 300, 1024),
     (24, 801, 3),
     (8, 416, 130),
@@ -74,6 +77,28 @@ def test_error_at_most_twice_torchs(
         (dh - low) @ basis,
         (dh.double() - low.double()) @ basis.double(),
     )
+
+
+def test_calls_at_once_have_layouts_of_their_own() -> None:
+    """Memory of U's layouts is kept between calls; two calls must never hold the same piece."""
+    cases = []
+    for seed in range(8):  # of one size, so that all want each other's memory; more than are kept
+        g = torch.Generator().manual_seed(seed)
+        h, basis = torch.randn(16, 1024, generator=g), torch.randn(1024, 51, generator=g)
+        cases.append(
+            (h, basis, kernels.project(h, basis), kernels.expand_rows(h[:, :51].contiguous(), basis, h))
+        )
+
+    def differ(case: tuple[Tensor, Tensor, Tensor, Tensor]) -> int:
+        h, basis, c, out = case
+        again = [
+            (kernels.project(h, basis), kernels.expand_rows(h[:, :51].contiguous(), basis, h))
+            for _ in range(100)
+        ]
+        return sum(not (torch.equal(c, x) and torch.equal(out, y)) for x, y in again)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(differ, cases)) == [0] * 8
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])

@@ -1,4 +1,5 @@
 """The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their own tests find nothing.
+What threads share, the pool and the memory of U's layouts, under ThreadSanitizer as well.
 
 The module is compiled once more, with redzones around its memory; the preloaded runtime puts some around
 torch's tensors too. The optimisation stays that of CMakeLists.txt, so what is looked at is what ships.
@@ -29,6 +30,35 @@ WRITE_PAST_A_TENSOR = f"""{START}
 import torch
 tensor = torch.empty(10)
 agora_kernels.normal(tensor.data_ptr(), 11, 1, 1, 1.0, 1)
+"""
+
+# Calls at once, of more layouts than are kept, as the bindings make them.
+CALLS_AT_ONCE = """
+#include <stdlib.h>
+#include <thread>
+#include <vector>
+#include "cpu/basis.h"
+#include "cpu/pool.h"
+
+int main() {
+    std::vector<float> u(96 * 51, 1.0f);
+    std::vector<std::thread> callers;
+    for (int caller = 0; caller < 6; caller++) {
+        callers.emplace_back([&u, caller] {
+            for (int call = 0; call < 200; call++) {
+                agora::Basis basis{u.data(), 0, 64 + 16 * (caller % 3), 51};
+                agora::Layout rows = agora::rows_of(basis, 48), last = agora::last_columns(basis);
+                std::vector<float> sums(16);
+                agora::parallel_for(2, 16, 1, [&](int64_t begin, int64_t end) {
+                    for (int64_t i = begin; i < end; i++) sums[i] = rows[i] + last[i] + 1;
+                });
+                for (float sum : sums)
+                    if (sum != 3) abort();
+            }
+        });
+    }
+    for (std::thread& caller : callers) caller.join();
+}
 """
 
 
@@ -97,3 +127,13 @@ def test_nothing_is_found(module: Path, name: str) -> None:
     path = ROOT / "tests" / "unit" / f"test_kernels_{name}.py"
     done = run(module, RUN_TESTS, "-q", "-p", "no:cacheprovider", "-m", "not long and not gpu", str(path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def test_calls_at_once_race_for_nothing(tmp_path: Path) -> None:
+    source, program = tmp_path / "calls.cpp", tmp_path / "calls"
+    source.write_text(CALLS_AT_ONCE)
+    kernels = [str(ROOT / "csrc" / "cpu" / name) for name in ("basis.cpp", "pool.cpp")]
+    command = ["g++", "-std=c++17", "-O1", "-g1", "-fsanitize=thread", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*command, str(source), *kernels, "-o", str(program), "-pthread"], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
