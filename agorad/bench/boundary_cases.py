@@ -1,7 +1,8 @@
 """The boundary's kernels against torch: the token table, expand, project, and the subspace of weights.
 
-Torch's side has what ours avoids: the table F, stored. Its products are those of its own library, results go
-to memory that is there already on both sides.
+Torch's side has what ours avoids: the table F, stored, whose rows it gathers where our kernel makes them.
+Where our kernel is given the rows, so is torch. Its products are those of its own library, results go to
+memory that is there already on both sides.
 """
 
 from __future__ import annotations
@@ -62,23 +63,28 @@ def boundary_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Iter
         torch.index_select(table, 0, ids[at(i)], out=outs[at(i)])
         return outs[at(i)].addmm_(cs[at(i)], across)
 
-    eager_expand = [
-        gather_then_product,
-        lambda i: torch.addmm(table[ids[at(i)]], cs[at(i)], across, out=outs[at(i)]),
-        lambda i: torch.mm(cs[at(i)], across, out=outs[at(i)]).add_(table[ids[at(i)]]),
-    ]
-    whole_expand = lambda: _compiled(  # noqa: E731
-        lambda t, i, c, u: t[i] + c @ u, lambda i: (table, ids[at(i)], cs[at(i)], across)
-    )
     yield Case(
         "expand", bytes=2 * big + small, **common,
         ours=lambda i: kernels.expand_rows(cs[at(i)], basis, rows[at(i)], out=outs[at(i)]),
-        eager=eager_expand, whole=whole_expand,
+        eager=[
+            lambda i: torch.addmm(rows[at(i)], cs[at(i)], across, out=outs[at(i)]),
+            lambda i: torch.mm(cs[at(i)], across, out=outs[at(i)]).add_(rows[at(i)]),
+        ],
+        whole=lambda: _compiled(
+            lambda r, c, u: r + c @ u, lambda i: (rows[at(i)], cs[at(i)], across)
+        ),
     )  # fmt: skip
     yield Case(
         "expand_inline", bytes=big + small + 8 * T, **common,
         ours=lambda i: kernels.expand(cs[at(i)], basis, ids[at(i)], SEED, 1.0, out=outs[at(i)]),
-        eager=eager_expand, whole=whole_expand,
+        eager=[
+            gather_then_product,
+            lambda i: torch.addmm(table[ids[at(i)]], cs[at(i)], across, out=outs[at(i)]),
+            lambda i: torch.mm(cs[at(i)], across, out=outs[at(i)]).add_(table[ids[at(i)]]),
+        ],
+        whole=lambda: _compiled(
+            lambda t, i, c, u: t[i] + c @ u, lambda i: (table, ids[at(i)], cs[at(i)], across)
+        ),
     )  # fmt: skip
     yield Case(
         "project", bytes=big + small, **common,
@@ -90,21 +96,18 @@ def boundary_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Iter
         whole=lambda: _compiled(lambda h, u: h @ u, lambda i: (hs[at(i)], basis)),
     )  # fmt: skip
 
-    def gather_subtract_product(i: int) -> Tensor:
-        difference = torch.index_select(table, 0, ids[at(i)], out=outs[at(i)])
-        torch.sub(hs[at(i)], difference, out=difference)
-        return torch.mm(difference, basis, out=c_out)
+    def subtract_then_product(i: int) -> Tensor:
+        torch.sub(hs[at(i)], rows[at(i)], out=outs[at(i)])
+        return torch.mm(outs[at(i)], basis, out=c_out)
 
     yield Case(
         "project_difference", bytes=2 * big + small, **common,
         ours=lambda i: kernels.project_difference(hs[at(i)], rows[at(i)], basis, out=c_out),
         eager=[
-            lambda i: torch.mm(hs[at(i)] - table[ids[at(i)]], basis, out=c_out),
-            gather_subtract_product,
+            subtract_then_product,
+            lambda i: torch.mm(hs[at(i)] - rows[at(i)], basis, out=c_out),
         ],
-        whole=lambda: _compiled(
-            lambda h, t, i, u: (h - t[i]) @ u, lambda i: (hs[at(i)], table, ids[at(i)], basis)
-        ),
+        whole=lambda: _compiled(lambda h, r, u: (h - r) @ u, lambda i: (hs[at(i)], rows[at(i)], basis)),
     )  # fmt: skip
 
     def quantised(i: int) -> None:
