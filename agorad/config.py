@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, get_args
 
 import attrs
 
+from agorad.metrics.address import read_address
 from agorad.settings import override, read_toml, structure
 from p2p.errors import LocalError
 from stage.settings import ComputeSettings
@@ -100,6 +101,16 @@ class AuthoritySection:
 
 
 @attrs.frozen(kw_only=True)
+class MetricsSection:
+    """``[metrics]``: figures for Prometheus; see docs/metrics.md."""
+
+    listen: str = ""
+    """Address and port of the page, like 127.0.0.1:49190; empty: none. Port 0 lets the kernel choose."""
+    peak_tflops: float | None = None
+    """What the device does at most, for the utilisation of its FLOPs; known for common GPUs."""
+
+
+@attrs.frozen(kw_only=True)
 class Config:
     """A checked node configuration; all paths absolute once ``load`` made it."""
 
@@ -108,6 +119,7 @@ class Config:
     compute: ComputeSettings = attrs.field(factory=ComputeSettings)
     trainer: TrainerSection = TrainerSection()
     authority: AuthoritySection = AuthoritySection()
+    metrics: MetricsSection = MetricsSection()
     _source: Path | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -121,12 +133,15 @@ class Config:
             ("trainer.seconds", self.trainer.seconds, 0, 1e9),
             ("authority.lifetime_s", self.authority.lifetime_s, 10, 30 * 86400),
             ("authority.grace_s", self.authority.grace_s, 0, 30 * 86400),
+            ("metrics.peak_tflops", self.metrics.peak_tflops, 1e-6, 1e6),
         )
         for name, value, low, high in bounds:
             if value is not None and not low <= value <= high:
                 raise LocalError(f"{name} = {value} must be between {low} and {high}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.node.device):
             raise LocalError(f"node.device = {self.node.device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:N'")
+        if self.metrics.listen:
+            read_address(self.metrics.listen)
         if not self.node.listen:
             raise LocalError("node.listen is empty; name at least one multiaddr, like /ip4/0.0.0.0/tcp/49200")
 
@@ -176,6 +191,7 @@ def from_table(
         worker=_absolute(config.worker, base),
         trainer=_absolute(config.trainer, base),
         authority=_absolute(config.authority, base),
+        metrics=_absolute(config.metrics, base),
     )
 
 

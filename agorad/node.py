@@ -43,6 +43,9 @@ from agorad.config import Config
 from agorad.events import Bus, Ready, Reloaded, Started, Stopped, Stopping
 from agorad.exitcodes import DaemonExit, ExitCode, verdict
 from agorad.log import Log
+from agorad.metrics import serve as metrics
+from agorad.metrics.book import Book
+from agorad.metrics.readings import Readings
 from agorad.notify import Notifier
 from agorad.run import Manifest
 from p2p.errors import LocalError, P2PError
@@ -90,6 +93,10 @@ class Node:
     """Whom this node believes; one object, so that a revocation counts everywhere at once."""
     certificate: Certificate | None = None
     """What this node presents in hello; set by ``joining``."""
+    book: Book = attrs.field(factory=Book)
+    """The node's figures."""
+    readings: Callable[[], Readings] = Readings
+    """The role's: what it can say of itself now."""
     manifest_taken: list[Callable[[], None]] = attrs.field(factory=list)
     """Called when ``manifest`` was replaced by a newer one; roles add theirs."""
     watch_s: float = standing.WATCH_S
@@ -111,6 +118,8 @@ class Node:
     started_at: float = 0.0
     """Of the process; same clock as ``time.time``."""
     is_ready: bool = False
+    metrics_url: str | None = None
+    """Where the figures are served."""
     farewells: list[Callable[[], Awaitable[None]]] = attrs.field(factory=list)
     """Called once the role has returned, while the host still runs: short words to peers."""
     ending: DaemonExit | None = None
@@ -150,20 +159,18 @@ class Node:
             self.ending = exit
         self.stop(exit.why)
 
-    def report_traffic(self) -> None:
-        """Emit what this process sent so far, by kind."""
+    def traffic(self) -> Traffic:
+        """What this process sent so far, by kind."""
         counters = self.host.counters
         averaging = sum(
             sent for name, (sent, _received) in counters.protocols.items() if name.startswith(ROUND_PROTOCOLS)
         )
-        self.emit(
-            Traffic(
-                boundary=self.boundary.bytes,
-                averaging=averaging,
-                control=counters.bytes_out - self.boundary.bytes - averaging,
-                forward_hops=self.boundary.forward_hops,
-                backward_hops=self.boundary.backward_hops,
-            )
+        return Traffic(
+            boundary=self.boundary.bytes,
+            averaging=averaging,
+            control=counters.bytes_out - self.boundary.bytes - averaging,
+            forward_hops=self.boundary.forward_hops,
+            backward_hops=self.boundary.backward_hops,
         )
 
     def status_document(self) -> dict[str, Any]:
@@ -190,6 +197,7 @@ class Node:
             "points": None,
             "queue": None,
             "addrs": [str(addr) for addr in self.host.addrs],
+            "metrics": self.metrics_url,
             **self.status,
             "warnings": warnings,
         }
@@ -304,6 +312,7 @@ async def _live(
                     services.start_soon(_obey, signals, node)
                 services.start_soon(node.notifier.watchdog)
                 services.start_soon(_report_traffic, node)
+                await services.start(metrics.run, node)
                 node.commands.update(_commands(node))
                 points.install(node)
                 await services.start(control_server.serve, listener, node.commands)
@@ -315,7 +324,7 @@ async def _live(
                 with trio.move_on_after(FAREWELL_S):
                     for farewell in node.farewells:
                         await farewell()
-                node.report_traffic()
+                node.emit(node.traffic())
                 nursery.cancel_scope.cancel()
             services.cancel_scope.cancel()  # after the host closed, so that it may say goodbye
         if node.ending is not None:
@@ -350,7 +359,7 @@ async def _drain(node: Node, role: Role) -> None:
 async def _report_traffic(node: Node) -> None:
     while True:
         await trio.sleep(TRAFFIC_S)
-        node.report_traffic()
+        node.emit(node.traffic())
 
 
 async def _obey(signals: AsyncIterator[int], node: Node) -> None:
@@ -371,12 +380,14 @@ def _reload(node: Node) -> None:
             raise LocalError("this node was not started from a file")
         fresh = config.load(path)
         fixed = [
-            field.name
-            for field in attrs.fields(config.NodeSection)
-            if getattr(fresh.node, field.name) != getattr(node.config.node, field.name)
+            f"{section}.{field.name}"
+            for section, kind in (("node", config.NodeSection), ("metrics", config.MetricsSection))
+            for field in attrs.fields(kind)
+            if getattr(getattr(fresh, section), field.name)
+            != getattr(getattr(node.config, section), field.name)
         ]
         if fixed:
-            raise LocalError(f"node.{fixed[0]} changes only with a restart")
+            raise LocalError(f"{fixed[0]} changes only with a restart")
     except LocalError as error:
         node.emit(Reloaded(ok=False, why=str(error)))
     else:

@@ -112,7 +112,7 @@ class Connection:
         self._first = upgraded.plaintext
         self._scratch = scratch
         self._serve = serve
-        self._session = Session(dialer=dialer, limits=limits, credit=credit)
+        self._session = Session(dialer=dialer, limits=limits, credit=credit, dropped=counters.dropped)
         self._streams: dict[Stream, MuxedStream] = {}
         self._output = trio.Event()
         self._emptied = trio.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import final
 
 
@@ -15,6 +16,8 @@ class Counters:
         self.bytes_in = 0
         self.protocols: dict[str, tuple[int, int]] = {}
         """Payload bytes (out, in) by protocol, headers and framing aside."""
+        self.dropped: Counter[str] = Counter()
+        """How often a written limit turned something away, by the limit's name in ``p2p.limits``."""
 
     def count(self, protocol: str, payload_out: int, payload_in: int) -> None:
         out, into = self.protocols.get(protocol, (0, 0))

@@ -287,11 +287,14 @@ class Host:
             self._dialer.end(peer_id, error)
 
     async def _accept(self, stream: trio.abc.Stream, addr: str) -> None:
-        if (
-            self._closing
-            or self._handshaking >= self.limits.handshakes
-            or len(self._all) >= self.limits.connections
-        ):
+        full = None
+        if self._handshaking >= self.limits.handshakes:
+            full = "handshakes"
+        elif len(self._all) >= self.limits.connections:
+            full = "connections"
+        if self._closing or full is not None:
+            if full is not None:
+                self.counters.dropped[full] += 1
             await trio.aclose_forcefully(stream)
             return
         self._handshaking += 1
@@ -358,6 +361,7 @@ class Host:
             if self.membership is not None and connection.peer not in self.membership.trust.standing:
                 connection.close("connections aside are for listed nodes")
             elif self._asides >= self.limits.asides:
+                self.counters.dropped["asides"] += 1
                 connection.close("too many connections aside")
         self._asides += not connection.dialer
         self._all[connection] = None
@@ -504,6 +508,7 @@ class Host:
         connection.running[protocol] = running + 1
         try:
             if running >= self.limits.calls_per_protocol:
+                self.counters.dropped["calls_per_protocol"] += 1
                 raise Refused("busy", f"{running} calls of {protocol} are running already", 1.0)
             if connection.dialer and protocol != hello.PROTOCOL:
                 # The peer's answer to our hello may be read after its first call. What is open to guests

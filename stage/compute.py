@@ -35,7 +35,7 @@ from stage.messages import Request
 from stage.microbatch import Shape
 from stage.model import Stage, TailLoss, document_index
 from stage.optimizer import Held as HeldState
-from stage.optimizer import Optimizer
+from stage.optimizer import Optimizer, StepTaken
 from stage.placement import Peak, SavedBytes, compiles, compute_dtype, memory_budget
 from stage.settings import ComputeSettings
 from stage.snapshot import State
@@ -147,6 +147,8 @@ class StageCompute:
         """What a microbatch needs at most while it is computed layer by layer, as measured."""
         self.samples = 0
         """Samples in the accumulator."""
+        self.last_step: StepTaken | None = None
+        """The last update that was made."""
         self._held: set[HeldMicrobatch] = set()
         self._released: list[HeldMicrobatch] = []
         self._generation = 0
@@ -298,6 +300,8 @@ class StageCompute:
         """The clock reached ``step``: how many samples the update used."""
         self._make_writable()
         taken = self.optimizer.step(step, self.samples)
+        if taken.outcome == "updated":
+            self.last_step = taken
         if taken.outcome in ("updated", "not finite"):
             self.samples = 0
         return taken.samples if taken.outcome == "updated" else 0

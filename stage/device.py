@@ -24,6 +24,8 @@ import trio
 T = TypeVar("T")
 
 BACKWARD, STEP, FORWARD = 0, 1, 2
+JOBS = ("backward", "step", "forward")
+"""Names of the priorities; a step is all that is neither pass: updates, slices, copies of the state."""
 MAX_QUEUED = 4096
 
 
@@ -49,8 +51,12 @@ class Device:
         self._heap: list[tuple[int, int, _Job]] = []
         self._order = itertools.count()
         self._closing = False
-        self.busy_s = 0.0
-        """Seconds spent in jobs since the start (utilisation = busy_s / wall)."""
+        self.busy_s = dict.fromkeys(JOBS, 0.0)
+        """Seconds spent in jobs since the start, by kind (utilisation = their sum / wall)."""
+        self.jobs = dict.fromkeys(JOBS, 0)
+        """How many there were."""
+        self.running_since: float | None = None
+        """``time.monotonic`` at which the present job began; None while there is none."""
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
 
     def __enter__(self) -> Device:
@@ -100,13 +106,15 @@ class Device:
                     self._condition.wait()
                 if not self._heap:
                     return
-                job = heapq.heappop(self._heap)[2]
+                priority, _, job = heapq.heappop(self._heap)
                 if job.state == "dropped":
                     continue
                 job.state = "running"
-            began = time.perf_counter()
+            began = self.running_since = time.monotonic()
             job.result = outcome.capture(job.call)
-            self.busy_s += time.perf_counter() - began
+            self.running_since = None
+            self.busy_s[JOBS[priority]] += time.monotonic() - began
+            self.jobs[JOBS[priority]] += 1
             job.state = "ended"
             try:
                 job.token.run_sync_soon(job.done.set)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from p2p.errors import LocalError
+from stage.hardware import find_gpu
 from stage.settings import CompileMode, ComputeDtype
 
 GIB = 1 << 30
@@ -59,6 +60,31 @@ def memory_budget(gib: float | None, device: torch.device) -> int:
         total: int = torch.cuda.get_device_properties(device).total_memory
         return total
     return int(CPU_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def peak_flops(device: torch.device, tflops: float | None) -> float | None:
+    """FLOP/s of a device at most: as said, from the table of GPUs, or None."""
+    if tflops is not None:
+        return tflops * 1e12
+    if device.type != "cuda":
+        return None
+    try:
+        return find_gpu(torch.cuda.get_device_name(device)).tflops * 1e12
+    except LocalError:
+        return None
+
+
+def vram(device: torch.device) -> dict[str, int]:
+    """Bytes of an accelerator's memory: total, free (of all processes), and this one's; empty for a CPU."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "total": total,
+        "free": free,
+        "allocated": torch.cuda.memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+    }
 
 
 class Peak:

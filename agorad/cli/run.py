@@ -21,6 +21,7 @@ from agorad import run as manifests
 from agorad.authority import accounts
 from agorad.cli.plan import plan
 from agorad.hosts import kind_of
+from agorad.metrics.address import DEFAULT_PORT
 from agorad.run import Manifest, NodeRef, RunInfo
 from agorad.settings import override, unstructure
 from agorad.usage import NamedPath
@@ -100,7 +101,7 @@ def init(
     if folder.exists() and any(folder.iterdir()):
         raise LocalError(f"the folder {folder} is not empty; name another with --dir")
     for offset, (role, key) in enumerate(keys.items()):
-        _write_node(folder / role, role, key, port + offset, refs[role].addrs)
+        _write_node(folder / role, role, key, port + offset, refs[role].addrs, DEFAULT_PORT - 1 - offset)
     operator.save(folder / "operator.key")
     manifests.save(manifest, folder / "run.toml")
     _invite(folder)
@@ -165,12 +166,17 @@ def account(name: str, folder: Path, as_json: bool) -> None:
         )
 
 
-def _write_node(folder: Path, role: str, key: Identity, port: int, announce: tuple[str, ...]) -> None:
+def _write_node(
+    folder: Path, role: str, key: Identity, port: int, announce: tuple[str, ...], metrics_port: int
+) -> None:
     import tomli_w
 
     key.save(folder / "identity.key")
     node = {"role": role, "run": "../run.toml", "state": ".", "announce": list(announce)}
-    table: dict[str, Any] = {"node": {**node, "listen": [f"/ip4/0.0.0.0/tcp/{port}"]}}
+    table: dict[str, Any] = {
+        "node": {**node, "listen": [f"/ip4/0.0.0.0/tcp/{port}"]},
+        "metrics": {"listen": f"127.0.0.1:{metrics_port}"},
+    }
     if role == "authority":
         table["authority"] = {"accounts": "accounts.toml"}
     (folder / "agorad.toml").write_text(tomli_w.dumps(table))

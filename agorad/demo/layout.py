@@ -31,13 +31,14 @@ from stage.presets import demo as demo_preset
 MANIFEST_SECTIONS: Final = ("model", "training", "admission", "data")
 SNAPSHOT_EVERY: Final = 5
 """Steps between snapshots: a demo is short, and a killed worker should have one to come back with."""
-NODE_SECTIONS: Final = ("node", "worker", "trainer", "authority")
+NODE_SECTIONS: Final = ("node", "worker", "trainer", "authority", "metrics")
 MOST: Final = {"stages": 32, "workers": 64, "trainers": 8}
 MOST_STEPS: Final = 10**9
 MOST_SECONDS: Final = 1e9
 DECIDED: Final = {
     "node.role": "", "node.name": "", "node.run": "", "node.state": "", "node.identity": "",
     "node.listen": "", "node.announce": "", "node.control": "", "node.log": "",
+    "metrics.listen": "",
     "worker.account": "", "worker.secret_file": "", "worker.stage": "", "authority.accounts": "",
     "trainer.data": "--data", "trainer.steps": "--steps", "trainer.seconds": "--seconds",
 }  # fmt: skip
@@ -151,7 +152,7 @@ def prepare(plan: Plan, folder: Path) -> Layout:
             "role": node.role, "name": node.name, "run": "../run.toml", "state": ".",
             "listen": [node.addr], "log": "agorad.log",
         }  # fmt: skip
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {"metrics": {"listen": "127.0.0.1:0"}}
         if node.role == "worker":
             extra["worker"] = {
                 "account": "demo", "secret_file": "../secret", "stage": node.stage,

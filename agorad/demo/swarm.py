@@ -130,6 +130,7 @@ class Swarm:
                     "control": str(running.node.control),
                     "config": str(running.node.config),
                     "log": str(running.node.log),
+                    "metrics": running.status.get("metrics"),
                 }
                 for running in self.nodes
             ],

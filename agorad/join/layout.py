@@ -14,6 +14,7 @@ from agorad.config import DEFAULT_PORT
 from agorad.hosts import kind_of
 from agorad.join.answers import Answers, NodeAnswers, states
 from agorad.join.cloud import Place
+from agorad.metrics import address as metrics
 from agorad.run import Manifest
 from p2p.errors import LocalError
 
@@ -103,6 +104,7 @@ def write(manifest: Manifest, answers: Answers, node: Planned, place: Place) -> 
             "listen": [f"/ip4/0.0.0.0/tcp/{node.port}"], "announce": announced(answers, node, place),
         },
         "worker": {"account": answers.account},
+        "metrics": {"listen": f"127.0.0.1:{metrics.DEFAULT_PORT + node.gpu}"},
     }  # fmt: skip
     if answers.slots:
         table["worker"]["slots"] = answers.slots

@@ -59,6 +59,7 @@ from agorad.authority.queue import Place, Queue
 from agorad.authority.store import Grant, Store
 from agorad.authority.waiting import Waiter, WaitingRoom
 from agorad.events import JoinAnswered
+from agorad.metrics.readings import Readings
 from agorad.node import Node
 from p2p.errors import LocalError, Refused, RemoteError
 from p2p.groups import plain
@@ -115,6 +116,7 @@ async def run(node: Node, outside: Outside | None = None) -> None:
         node.host.handle(PROTOCOL, desk.serve, open_to_all=True)
         operator = Operator(node, desk)
         node.manifest_taken.append(desk.take_manifest)
+        node.readings = lambda: Readings(waiting=len(desk.room.queue))
         points = PointsDesk(node, store, desk.ask, open_store)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(desk.room.run)

@@ -12,6 +12,7 @@ import random
 import trio
 
 from agorad.clockwatch import watch_clock
+from agorad.metrics.readings import Readings
 from agorad.node import Node
 from agorad.outbox import Outbox
 from agorad.points import Submitter
@@ -102,11 +103,17 @@ async def run(node: Node) -> None:
             data=source.describe(),
         )
 
+    def readings() -> Readings:
+        return Readings(
+            in_progress=trainer.in_flight, samples=clock.samples, tokens_a_sample=manifest.model.seq
+        )
+
     def take_manifest() -> None:
         trainer.training = node.manifest.training
 
     node.manifest_taken.append(take_manifest)
     node.update_status = update_status
+    node.readings = readings
     node.nursery.start_soon(roster.run)
     node.nursery.start_soon(_publish_clock, node, clock, trainer)
     node.nursery.start_soon(watch_clock, node, clock, lambda: None)

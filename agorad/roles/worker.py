@@ -17,6 +17,7 @@ from agorad import points
 from agorad.clockwatch import read_clock, watch_clock
 from agorad.exitcodes import DaemonExit, ExitCode, hardware
 from agorad.joining import obtain_certificate
+from agorad.metrics.readings import Readings
 from agorad.node import Node
 from p2p.averaging import Averager, RoundConfig
 from p2p.errors import LocalError, P2PError, Refused
@@ -31,7 +32,8 @@ from stage.donor import Donor, fetch
 from stage.events import Resumed, Saved, StateFetched, StateFetching
 from stage.microbatch import MicrobatchServer
 from stage.nexthop import NextHop
-from stage.placement import DeviceError, choose_device
+from stage.parameters import ticket_flops
+from stage.placement import DeviceError, choose_device, peak_flops, vram
 from stage.reduce import KernelReducer
 from stage.replica import Replica
 from stage.roster import Declaration, Roster
@@ -207,6 +209,7 @@ class _Worker:
             if node.manifest.training != self.compute.training:  # it changed while this node began
                 self.replica.configure(node.manifest.training)
             node.update_status = self.update_status
+            node.readings = self.readings
             await trio.lowlevel.checkpoint()
             nursery.start_soon(self.declaration.run)
             node.ready()
@@ -322,6 +325,22 @@ class _Worker:
             },
             rounds_in_flight=self.replica.rounds_in_flight,
             disagreement=self.replica.disagreement,
+        )
+
+    def readings(self) -> Readings:
+        taken = self.compute.last_step
+        return Readings(
+            in_progress=self.server.in_progress,
+            slots=self.node.config.worker.slots,
+            slots_free=self.server.slots_free,
+            compute_s=dict(self.device.busy_s),
+            jobs=dict(self.device.jobs),
+            microbatch_flops=ticket_flops(self.node.manifest.model, self.stage, "train"),
+            peak_flops=peak_flops(self.compute.device, self.node.config.metrics.peak_tflops),
+            gradient_norm=None if taken is None else taken.norm,
+            learning_rate=None if taken is None else taken.lr,
+            vram=vram(self.compute.device),
+            samples=self.clock.samples,
         )
 
     async def leave(self) -> None:

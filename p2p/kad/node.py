@@ -112,6 +112,8 @@ class Dht:
         self._routes: OrderedDict[str, tuple[float, list[Contact]]] = OrderedDict()
         self._everybody: tuple[float, list[Contact]] | None = None
         self._recent: OrderedDict[str, tuple[float, dict[str, Record]]] = OrderedDict()
+        self.asked = {"store": (0, 0.0), "get": (0, 0.0)}
+        """How often this node stored or read something, and the seconds that took."""
         self._exchange = Exchange(
             host,
             self.table,
@@ -146,7 +148,11 @@ class Dht:
             self._emit(RecordRefused(peer=self._identity.peer_id, key=key, code=error.code))
         self._own[key, subkey] = _Own(record, now + ttl / 2 if ttl >= RENEW_FROM_S else math.inf)
         self._own_changed.set()
-        return 1 + await self._place(record, deadline)
+        began = trio.current_time()
+        try:
+            return 1 + await self._place(record, deadline)
+        finally:
+            self._asked("store", began)
 
     async def get(self, key: str, *, deadline: float, fresh: bool = True) -> dict[str, Record]:
         """The live records of a key, by subkey; empty if there are none.
@@ -171,14 +177,22 @@ class Dht:
                 lookup.widen(WIDE)
             return nodes
 
-        with trio.move_on_after(deadline):
-            await self._drive(lookup, ask)
+        began = trio.current_time()
+        try:
+            with trio.move_on_after(deadline):
+                await self._drive(lookup, ask)
+        finally:
+            self._asked("get", began)
         if not heard and (lookup.queries or self._seeds):
             raise PeerGone(f"no node of the hash table answered ({lookup.queries} were asked)")
         now = self._clock()
         found = {subkey: record for subkey, record in found.items() if record.expires > now}
         remember(self._recent, key, (now, found), MAX_ROUTES)
         return dict(found)
+
+    def _asked(self, operation: str, began: float) -> None:
+        count, seconds = self.asked[operation]
+        self.asked[operation] = count + 1, seconds + trio.current_time() - began
 
     async def get_many(self, keys: Iterable[str], *, deadline: float) -> dict[str, dict[str, Record]]:
         """Several keys at once; those that could not be read are missing from the answer."""
