@@ -66,7 +66,7 @@ class TcpTransport:
         except ValueError as error:  # a name that no resolver takes: an empty label, one too long
             raise DialError(f"{addr}: not a host name") from error
         try:
-            _tune(stream)
+            tune(stream)
         except OSError as error:  # gone already
             await trio.aclose_forcefully(stream)
             raise DialError(f"{addr}: {_reason(error)}") from error
@@ -103,7 +103,7 @@ class TcpListener:
     async def serve(self, accept: Accept) -> None:
         async def accepted(stream: trio.SocketStream) -> None:
             try:
-                _tune(stream)
+                tune(stream)
                 remote = stream.socket.getpeername()
             except OSError:  # gone already
                 await trio.aclose_forcefully(stream)
@@ -117,7 +117,8 @@ class TcpListener:
             await listener.aclose()
 
 
-def _tune(stream: trio.SocketStream) -> None:
+def tune(stream: trio.SocketStream) -> None:
+    """No waiting for small packets to fill up, and a short queue in the kernel."""
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     low_water = getattr(socket, "TCP_NOTSENT_LOWAT", None)
     if low_water is not None:

@@ -15,7 +15,7 @@ _SIZES: Final = ("demo", "100m", "1b", "8b")
 
 @click.group()
 def bench() -> None:
-    """Measure what this machine does: kernels."""
+    """Measure what this machine does: kernels, net."""
 
 
 @bench.command()
@@ -61,6 +61,31 @@ def kernels(
         torch.device(device), names or _SIZES, wanted or benchmark.KERNELS, compiled=compiled, say=say
     )
     click.echo(json.dumps(result) if as_json else _table(result))
+
+
+@bench.command()
+@click.option(
+    "--bytes", "size", type=click.IntRange(1 << 20, 1 << 33), default=256_000_000, help="Of one run."
+)
+@click.option("--repeat", type=click.IntRange(1, 100), default=5, help="Runs; the median counts.")
+@click.option("--link", metavar="MBPS/RTT_MS", help="Over a line of this speed and delay; needs root.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def net(size: int, repeat: int, link: str | None, as_json: bool) -> None:
+    """Bulk between two processes, encrypted and multiplexed, and small calls beside it.
+
+    Beside it in the same run: a bare loop that only cuts, encrypts and sends, and the cipher alone.
+    Example: agoractl bench net --bytes 100000000 --link 200/80 --repeat 1
+    """
+    from agorad.bench import net as benchmark
+    from agorad.lab.network import NoLab
+
+    try:
+        result = benchmark.run(size, repeat, benchmark.parse_link(link))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    except NoLab as error:
+        raise CommandFailed("no lab", str(error)) from error
+    click.echo(json.dumps(result) if as_json else benchmark.lines(result))
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -1,0 +1,139 @@
+"""``bench net``: what one stream between two processes carries, and what a small call waits beside it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
+
+from agorad.ask import CommandFailed
+from agorad.lab.network import Line, lab
+from p2p.identity import Identity
+from p2p.membership import issue
+
+START_S: Final = 30.0
+RUN_S: Final = 900.0
+MODULE: Final = (sys.executable, "-m", "agorad.bench.net_peer")
+
+
+def parse_link(text: str | None) -> tuple[float, float] | None:
+    """``200/80`` as Mbit/s and milliseconds of round trip; ValueError with a sentence."""
+    if text is None:
+        return None
+    try:
+        mbps, rtt_ms = (float(word) for word in text.split("/"))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not MBPS/RTT_MS, such as 200/80") from error
+    if not (0.1 <= mbps <= 10_000 and 0 <= rtt_ms <= 10_000):
+        raise ValueError(f"{text!r}: speed from 0.1 to 10000 Mbit/s, round trip up to 10000 ms")
+    return mbps, rtt_ms
+
+
+def run(size: int, repeat: int, link: tuple[float, float] | None) -> dict[str, Any]:
+    """Measure; the result is what ``--json`` prints. NoLab where a link is asked for and cannot be."""
+    authority = Identity.generate()
+    with ExitStack() as stack:
+        near: list[str] = []
+        far: list[str] = []
+        address = "127.0.0.1"
+        if link is not None:
+            line = Line(up_mbps=link[0], delay_ms=link[1] / 4)
+            here, there = stack.enter_context(lab([line, line]))
+            near, far, address = here.command(), there.command(), there.addr
+        listener = stack.enter_context(_end(far, {"end": "listen", "address": address}, authority))
+        where = _said(listener)
+        spec = {
+            "end": "send",
+            "address": address,
+            **where,
+            "bytes": size,
+            "repeat": repeat,
+            "bare": link is None,
+        }
+        sender = stack.enter_context(_end(near, spec, authority))
+        said = _said(sender)
+    seconds = said["seconds"]
+    framing = said["framing_seconds"]
+    return {
+        "bytes": size,
+        "seconds": seconds,
+        "mb_per_s": size / statistics.median(seconds) / 1e6,
+        "framing_mb_per_s": size / statistics.median(framing) / 1e6 if framing else None,
+        "aead_mb_per_s": said["aead_mb_per_s"],
+        "link": None if link is None else {"mbps": link[0], "rtt_ms": link[1]},
+        "call_ms": {"idle": said["idle_ms"], **_spread(said["call_ms"])},
+    }
+
+
+def lines(result: dict[str, Any]) -> str:
+    """For people."""
+    calls, link = result["call_ms"], result["link"]
+    out = [f"one stream    {result['mb_per_s']:8.1f} MB/s  ({result['mb_per_s'] * 8:.0f} Mbit/s)"]
+    if result["framing_mb_per_s"] is not None:
+        ratio = result["mb_per_s"] / result["framing_mb_per_s"]
+        out.append(f"bare loop     {result['framing_mb_per_s']:8.1f} MB/s  (we reach {ratio:.2f} of it)")
+    if link is not None:
+        share = result["mb_per_s"] * 8 / link["mbps"]
+        out.append(
+            f"line          {link['mbps'] / 8:8.1f} MB/s  (we reach {share:.2f} of it), {link['rtt_ms']:g} ms"
+        )
+    out.append(f"cipher alone  {result['aead_mb_per_s']:8.1f} MB/s")
+    out.append(
+        f"1 KB call     {calls['idle']:8.1f} ms idle; beside the bulk {calls['p50']:.1f} (p50), "
+        f"{calls['p95']:.1f} (p95), {calls['max']:.1f} (max)"
+    )
+    return "\n".join(out)
+
+
+def _spread(values: list[float]) -> dict[str, float | None]:
+    if not values:
+        return {"p50": None, "p95": None, "max": None}
+    ordered = sorted(values)
+    return {
+        "p50": statistics.median(ordered),
+        "p95": ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))],
+        "max": ordered[-1],
+    }
+
+
+@contextmanager
+def _end(prefix: list[str], spec: dict[str, Any], authority: Identity) -> Iterator[subprocess.Popen[str]]:
+    """A process that plays one end; ended when the block is left."""
+    key, now = Identity.generate(), time.time()
+    certificate = issue(
+        authority,
+        run="bench",
+        account="bench",
+        peer_id=key.peer_id,
+        issued=now,
+        expires=now + RUN_S + 60,
+    )
+    spec = {
+        **spec,
+        "key": key.encode().hex(),
+        "authority": authority.peer_id,
+        "certificate": certificate.encode().hex(),
+    }
+    process = subprocess.Popen([*prefix, *MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(spec) + "\n")
+        process.stdin.flush()
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _said(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise CommandFailed("failed", "one end of the measurement ended early; its words are above")
+    said: dict[str, Any] = json.loads(line)
+    return said
