@@ -24,9 +24,19 @@ help:
 demo: .venv/.installed
 	@$(BIN)/agoractl demo $(ARGS)
 
+# What only computes runs in two processes beside each other; what measures, kills and waits runs alone after it.
+BESIDE := tests/unit tests/sim tests/interop
+ALONE := tests/net tests/system
+QUICK := -m "not long and not gpu"
+
 test: .venv/.tools lint
 	@echo "make: running the tests"
-	@$(BIN)/python -m pytest -m "not long and not gpu" $(ARGS)
+ifneq ($(filter tests/%,$(ARGS)),)
+	@$(BIN)/python -m pytest $(QUICK) $(ARGS)
+else
+	@$(BIN)/python -m pytest $(QUICK) $(ARGS) -n 2 --dist loadfile $(BESIDE) || [ $$? = 5 ] # 5: ARGS chose none
+	@$(BIN)/python -m pytest $(QUICK) $(ARGS) $(ALONE) || [ $$? = 5 ]
+endif
 
 test-long: .venv/.tools
 	@echo "make: running the long tests"
