@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "leave": ("leave", "Ask nodes to stop cleanly."),
     "points": ("points", "Who has earned what: the run's leaderboard."),
     "run": ("run", "Create, sign, show and plan a run."),
+    "service": ("service", "Nodes that start with the machine: systemd."),
     "status": ("status", "What this machine's nodes do."),
 }
 """Module of each command (which holds a click command of the module's name) and its line of help."""

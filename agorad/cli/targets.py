@@ -1,8 +1,8 @@
 """Which daemons a command talks to: options shared by all that open control sockets.
 
 ``--dir`` names a demo's folder (its ``swarm.json`` lists the sockets), ``--config`` a node's settings,
-``--socket`` the socket itself; without any of them the settings that ``agorad`` itself would read, else the
-nodes that ``agoractl join`` made for the run joined last.
+``--socket`` the socket itself; without any of them the settings that ``agorad`` itself would read and
+those of the system's services, else the nodes that ``agoractl join`` made for the run joined last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import attrs
 import click
 
 from agorad.ask import Unreachable
-from agorad.config import default_path, load
+from agorad.config import SYSTEM_STATE, default_path, load
 from agorad.join.answers import configs
 from agorad.usage import NamedPath
 from p2p.errors import LocalError
@@ -53,12 +53,23 @@ def find(folder: Path | None, config: Path | None, socket: Path | None) -> list[
     if socket is not None:
         return [Target(socket.name, socket)]
     path = config or default_path()
-    if config is None and not path.exists():
-        if joined := [load(found) for found in configs()]:
-            return [Target(settings.name, settings.control) for settings in joined]
+    if config is not None:
+        settings = load(config)
+        return [Target(settings.name, settings.control)]
+    found = [path] if path.exists() else []
+    found += services() or ([] if found else configs())
+    if not found:
         raise Unreachable(f"this machine has no node: there is no {path}; name one with --config or --dir")
-    settings = load(path)
-    return [Target(settings.name, settings.control)]
+    targets = {settings.control: Target(settings.name, settings.control) for settings in map(load, found)}
+    return list(targets.values())
+
+
+def services() -> list[Path]:
+    """Settings of the nodes that are instances of the system's service, as far as this user may look."""
+    try:
+        return sorted(SYSTEM_STATE.glob("*/agorad.toml"))
+    except OSError:
+        return []
 
 
 def _of_swarm(folder: Path) -> list[Target]:
