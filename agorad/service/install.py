@@ -73,6 +73,9 @@ def install(
         done.steps.append(f"create the account {ACCOUNT}")
     if not runtime:
         done.steps.append(f"create {RUNTIME}")
+    foreign = _foreign(STATE)
+    if foreign:
+        done.steps.append(f"give {STATE} to {ACCOUNT}")
     enable = [name for name in wanted if not manager.is_enabled(name)]
     begin = [name for name in wanted if start and not manager.is_active(name)]
     done.steps += [f"enable {name}, so that it starts with the machine" for name in enable]
@@ -95,6 +98,9 @@ def install(
             manager.do("systemd-sysusers", str(files.PLACES["agora.sysusers"]))
         if not runtime:
             manager.do("systemd-tmpfiles", "--create", str(files.PLACES["agora.tmpfiles"]))
+        if foreign:
+            entry = pwd.getpwnam(ACCOUNT)
+            give(STATE, entry.pw_uid, entry.pw_gid)
         if made:
             manager.do("systemctl", "daemon-reload")
         if enable:
@@ -105,6 +111,8 @@ def install(
             manager.says("systemctl", "disable", "--quiet", name)
         changes.undo(made)
         if not account:
+            if foreign:
+                give(STATE, 0, 0)
             _remove_account(manager)
         if not runtime:
             shutil.rmtree(RUNTIME, ignore_errors=True)
@@ -146,7 +154,7 @@ def uninstall(manager: Manager, *, dry_run: bool, purge: bool) -> Done:
     if STATE.exists() and purge:
         shutil.rmtree(STATE)
     elif STATE.exists() and account:
-        _to_root(STATE)
+        give(STATE, 0, 0)  # no later account with the same number shall have the keys
     if account:
         _remove_account(manager)
     return done
@@ -165,9 +173,22 @@ def _remove_account(manager: Manager) -> None:
         manager.do("userdel", ACCOUNT)
 
 
-def _to_root(folder: Path) -> None:
-    """Nobody else may get hold of the keys by being given the number of the account that is gone."""
+def give(folder: Path, uid: int, gid: int) -> None:
+    """The folder and all in it; links are given, not followed."""
     for place, folders, names in os.walk(folder):
-        os.lchown(place, 0, 0)
+        os.lchown(place, uid, gid)
         for name in (*folders, *names):
-            os.lchown(Path(place) / name, 0, 0)
+            os.lchown(Path(place) / name, uid, gid)
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether something in it is not the service's."""
+    try:
+        uid = pwd.getpwnam(ACCOUNT).pw_uid
+    except KeyError:
+        return folder.exists()
+    return any(
+        os.lstat(Path(place) / name).st_uid != uid
+        for place, folders, names in os.walk(folder)
+        for name in (".", *folders, *names)
+    )
