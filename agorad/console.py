@@ -81,6 +81,8 @@ _LINES: Final[dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]]] = {
     "ready": ("NODE", _ready),
     "stopping": ("NODE", lambda e: f"leaving: {e['why']}"),
     "stopped": ("NODE", lambda e: f"ended with {e['code']}: {e['why']}"),
+    "held": ("NODE", lambda e: f"paused: {e['why']}"),
+    "let_go": ("NODE", lambda _e: "no longer paused"),
     "reloaded": ("NODE", lambda e: "settings read again" if e["ok"] else f"settings kept: {e['why']}"),
     "certificate_granted": ("JOIN", _granted),
     "address_observed": ("NET", lambda e: f"{short(e['by'])} sees this machine at {e['address']}"),

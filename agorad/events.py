@@ -70,6 +70,19 @@ class Stopped(Event):
 
 
 @attrs.frozen(kw_only=True)
+class Held(Event):
+    """The node is paused: it does no work ``until`` then, or until it is let go."""
+
+    why: str
+    until: float | None
+
+
+@attrs.frozen(kw_only=True)
+class LetGo(Event):
+    """The node is no longer paused."""
+
+
+@attrs.frozen(kw_only=True)
 class Reloaded(Event):
     """SIGHUP: the configuration was read again; ``why`` says what was wrong if it was kept as before."""
 

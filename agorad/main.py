@@ -6,12 +6,12 @@ starts without torch. Errors that people can mend are one sentence on stderr; a 
 
 from __future__ import annotations
 
-import faulthandler
 import importlib
 import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,6 @@ def _secret(descriptor: int) -> str:
 
 def _live(settings: Config, secret: str | None) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    # A manager's watchdog ends a loop that hangs with SIGABRT: the log then says where it hung.
-    faulthandler.enable()
     # A host may have more connections than the descriptors that many systems allow at first.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
@@ -95,11 +93,35 @@ def _live(settings: Config, secret: str | None) -> None:
         signal.signal(number, lambda _number, _frame: sys.exit(ExitCode.CLEAN))
     role = importlib.import_module(f"agorad.roles.{settings.node.role}")
 
-    async def live() -> None:
+    async def live() -> bool:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            await run_node(settings, role.run, started_at=start_time(), signals=signals, secret=secret)
+            return await run_node(settings, role.run, started_at=_began(), signals=signals, secret=secret)
 
-    trio.run(live)
+    if trio.run(live):
+        _begin_again()
+
+
+_AGAIN = "AGORA_STARTED_AGAIN"
+
+
+def _began() -> float:
+    """Unix time: of the process, or of its new beginning."""
+    return float(os.environ.pop(_AGAIN, 0.0)) or start_time()
+
+
+def _begin_again() -> None:
+    """This process with the same arguments and the program that is installed now. Its secret was used up."""
+    os.environ[_AGAIN] = str(time.time())
+    arguments = [sys.executable, "-m", "agorad.main"]
+    given = iter(sys.argv[1:])
+    for argument in given:
+        if argument == "--secret-fd":
+            next(given, None)
+        elif not argument.startswith("--secret-fd="):
+            arguments.append(argument)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, arguments)
 
 
 def _explain(error: BaseException) -> int:

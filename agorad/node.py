@@ -15,6 +15,7 @@ process; a role that overstays its drain is cancelled.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -39,6 +40,8 @@ from agorad import (
     standing,
     state_dirs,
 )
+from agorad.commands import Pace
+from agorad.commands import install as install_commands
 from agorad.config import Config
 from agorad.events import Bus, Ready, Reloaded, Started, Stopped, Stopping
 from agorad.exitcodes import DaemonExit, ExitCode, verdict
@@ -47,6 +50,7 @@ from agorad.metrics import serve as metrics
 from agorad.metrics.book import Book
 from agorad.metrics.readings import Readings
 from agorad.notify import Notifier
+from agorad.pausing import Pausing
 from agorad.run import Manifest
 from p2p.errors import LocalError, P2PError
 from p2p.event import Event
@@ -122,6 +126,13 @@ class Node:
     """Where the figures are served."""
     farewells: list[Callable[[], Awaitable[None]]] = attrs.field(factory=list)
     """Called once the role has returned, while the host still runs: short words to peers."""
+    again: bool = False
+    """Whether the process starts anew once this node has ended."""
+    pausing: Pausing = attrs.field(
+        init=False, default=attrs.Factory(lambda self: Pausing(self.bus.emit, self.clock), True)
+    )
+    pace: Pace = attrs.field(factory=Pace)
+    """Of microbatches."""
     ending: DaemonExit | None = None
     """How this node ends, where that is not cleanly; set by ``end``."""
 
@@ -149,9 +160,18 @@ class Node:
         """Begin to leave; calling it again does nothing."""
         if not self.stopping.is_set():
             self.emit(Stopping(why=why))
-            self.notifier.stopping()
+            if self.again:
+                self.notifier.reloading()
+            else:
+                self.notifier.stopping()
             self.status["phase"] = "leaving"
             self.stopping.set()
+
+    def restart(self) -> None:
+        """Leave in order, then begin anew in the same process; the manager is told of a reload."""
+        if not self.stopping.is_set():
+            self.again = True
+            self.stop("asked to restart")
 
     def end(self, exit: DaemonExit) -> None:
         """Leave in order, as with ``stop``, and end with this code; the first one counts."""
@@ -184,6 +204,7 @@ class Node:
             "role": self.config.node.role,
             "pid": os.getpid(),
             "peer_id": self.identity.peer_id,
+            "version": __version__,
             "uptime_s": round(time.time() - self.started_at, 3),
             "run": self.manifest.run.id,
             "manifest": {"version": self.manifest.run.version, "hash": self.manifest.hash.hex()},
@@ -199,8 +220,20 @@ class Node:
             "addrs": [str(addr) for addr in self.host.addrs],
             "metrics": self.metrics_url,
             **self.status,
+            **self._extra(),
             "warnings": warnings,
         }
+
+    def _extra(self) -> dict[str, Any]:
+        """What is added to the role's own words."""
+        found: dict[str, Any] = {}
+        if _done(batches := self.status.get("microbatches") or {}) is not None:
+            found["microbatches"] = {**batches, "per_minute": self.pace.per_minute()}
+        if self.pausing.why:
+            until = self.pausing.until
+            found["paused"] = self.pausing.why
+            found["paused_until"] = until if until is not None and math.isfinite(until) else None
+        return found
 
 
 Role = Callable[[Node], Awaitable[None]]
@@ -213,8 +246,11 @@ async def run_node(
     started_at: float,
     signals: AsyncIterator[int] | None = None,
     secret: str | None = None,
-) -> None:
-    """Live as one node until the role returns or one of ``signals`` says so. Raises what went wrong."""
+) -> bool:
+    """Live as one node until the role returns or one of ``signals`` says so. Raises what went wrong.
+
+    True: the process is to start again.
+    """
     listen = _addresses(settings.node.listen, "node.listen")
     announce = _addresses(settings.node.announce, "node.announce")
     manifest = preflight.check(settings)
@@ -236,7 +272,9 @@ async def run_node(
         )
     )
     try:
-        await _live(settings, manifest, identity, bus, listen, announce, role, started_at, signals, secret)
+        again = await _live(
+            settings, manifest, identity, bus, listen, announce, role, started_at, signals, secret
+        )
     except BaseException as error:
         code, why = verdict(error)
         bus.emit(Stopped(code=code, why=why or repr(error)[:200]))
@@ -244,7 +282,8 @@ async def run_node(
             _forget(settings)  # it never took part, so there is nothing to remember
         raise
     else:
-        bus.emit(Stopped(code=ExitCode.CLEAN, why="done"))
+        bus.emit(Stopped(code=ExitCode.CLEAN, why="restarting" if again else "done"))
+        return again
     finally:
         bus.close()
         for lock in locks:
@@ -282,7 +321,7 @@ async def _live(
     started_at: float,
     signals: AsyncIterator[int] | None,
     secret: str | None,
-) -> None:
+) -> bool:
     rng = random.Random()
     manifest, known = manifests.restore(settings.node.state, manifest)
     host = Host(identity, emit=bus.emit, rng=rng, limits=_limits(settings, manifest))
@@ -311,11 +350,11 @@ async def _live(
                 if signals is not None:
                     services.start_soon(_obey, signals, node)
                 services.start_soon(node.notifier.watchdog)
-                services.start_soon(node.notifier.starting)
-                services.start_soon(node.notifier.tell, node.status_document)
                 services.start_soon(_report_traffic, node)
+                services.start_soon(_keep_pace, node)
+                services.start_soon(node.pausing.run)
                 await services.start(metrics.run, node)
-                node.commands.update(_commands(node))
+                install_commands(node)
                 points.install(node)
                 await services.start(control_server.serve, listener, node.commands)
                 node.learn_listed()
@@ -324,13 +363,14 @@ async def _live(
                 await _drain(node, role)
                 node.stop("the role's work is done")
                 with trio.move_on_after(FAREWELL_S):
-                    for farewell in node.farewells:
+                    for farewell in () if node.again else node.farewells:
                         await farewell()
                 node.emit(node.traffic())
                 nursery.cancel_scope.cancel()
             services.cancel_scope.cancel()  # after the host closed, so that it may say goodbye
         if node.ending is not None:
             raise node.ending
+        return node.again
     finally:
         listener.close()
         settings.control.unlink(missing_ok=True)
@@ -364,10 +404,25 @@ async def _report_traffic(node: Node) -> None:
         node.emit(node.traffic())
 
 
+async def _keep_pace(node: Node) -> None:
+    while True:
+        node.update_status()
+        if (done := _done(node.status.get("microbatches"))) is not None:
+            node.pace.note(trio.current_time(), done)
+        await trio.sleep(TRAFFIC_S)
+
+
+def _done(batches: Mapping[str, Any] | None) -> int | None:
+    return None if not batches else batches.get("completed", batches.get("added"))
+
+
 async def _obey(signals: AsyncIterator[int], node: Node) -> None:
     async for number in signals:
         if number == signal.SIGHUP:
             _reload(node)
+        elif node.again:  # not again, then: this time to stay away
+            node.again = False
+            node.notifier.stopping()
         elif node.stopping.is_set():
             os._exit(128 + number)
         else:
@@ -375,8 +430,7 @@ async def _obey(signals: AsyncIterator[int], node: Node) -> None:
 
 
 def _reload(node: Node) -> None:
-    if node.is_ready:
-        node.notifier.reloading()
+    node.notifier.reloading()
     try:
         path = node.config.path
         if path is None:
@@ -396,32 +450,7 @@ def _reload(node: Node) -> None:
     else:
         node.config = fresh
         node.emit(Reloaded(ok=True, why=""))
-    if node.is_ready:
-        node.notifier.ready()
-
-
-def _commands(node: Node) -> dict[str, control.Command]:
-    async def status(_request: Mapping[str, Any]) -> dict[str, Any]:
-        return node.status_document()
-
-    async def counters(_request: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "events": dict(node.bus.counts),
-            "protocols": {name: list(pair) for name, pair in node.host.counters.protocols.items()},
-            "bytes": [node.host.counters.bytes_out, node.host.counters.bytes_in],
-        }
-
-    async def events(request: Mapping[str, Any]) -> Any:
-        since = request.get("since", 0)
-        if type(since) is not int:
-            raise control.BadRequest("since is the id of an event, a whole number")
-        return node.bus.follow(since) if request.get("follow") else node.bus.since(since)
-
-    async def leave(_request: Mapping[str, Any]) -> dict[str, Any]:
-        node.stop("asked to leave")
-        return {}
-
-    return {"status": status, "counters": counters, "events": events, "leave": leave}
+    node.notifier.ready()
 
 
 def _presented(node: Node) -> bytes | None:

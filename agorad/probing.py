@@ -185,7 +185,7 @@ def stage_rosters(node: Node) -> Rosters:
             view = roster.view(stage)
             await roster.refresh(view)
             for peer, entry in view.entries.items():
-                if entry.record.phase != "leaving":
+                if entry.record.phase not in ("leaving", "paused"):
                     found[peer] = [str(addr) for addr in entry.addrs]
         return found
 

@@ -95,6 +95,10 @@ class Connection:
         """Why the peer's hello made it no member."""
         self.judged_by = b""
         """Hash of the manifest that was in force when the hello was judged."""
+        self.rtt: float | None = None
+        """Seconds that the last answered ping took."""
+        self.bytes_out = 0
+        self.bytes_in = 0
         self.presented: bytes | None = None
         """The certificate of ours that the peer has seen."""
         self.identifying = trio.Lock()
@@ -118,7 +122,7 @@ class Connection:
         self._emptied = trio.Event()
         self._watchers = 0
         self._watch_changed = trio.Event()
-        self._heard = trio.current_time()
+        self.began = self._heard = trio.current_time()
         self._ping_value = 0
         self._pings: dict[int, tuple[float, float]] = {}
         self._ping_waiters: dict[int, trio.Event] = {}
@@ -270,6 +274,7 @@ class Connection:
             if not data:
                 raise PeerGone("the peer closed the connection")
             self._counters.bytes_in += len(data)
+            self.bytes_in += len(data)
             self._heard = trio.current_time()
             self.last_heard = self._clock()
             if rest:
@@ -346,6 +351,7 @@ class Connection:
 
     async def _send(self, data: memoryview) -> None:
         self._counters.bytes_out += len(data)
+        self.bytes_out += len(data)
         await self._stream.send_all(data)
 
     def _tell_drained(self) -> None:
@@ -404,6 +410,7 @@ class Connection:
         asked = self._pings.pop(value, None)
         if asked is not None:
             self.lease.renew(asked)
+            self.rtt = trio.current_time() - asked[0]
         waiter = self._ping_waiters.pop(value, None)
         if waiter is not None:
             waiter.set()

@@ -138,6 +138,8 @@ class Replica:
         self._sync_news = trio.Event()
         """Something that ends or begins SYNCING may have happened: a phase, a round."""
         self._warm_from = 0
+        self._held = False
+        """Paused: no phase but that one, no steps, no rounds."""
         self._samples_since_round = 0.0
         self._last_round_number = 0
         self._mates_round = 0
@@ -157,12 +159,29 @@ class Replica:
 
     def set_phase(self, to: str, why: str) -> None:
         """Change phase, tell the bus and the stage."""
-        if to == self.phase:
+        if to == self.phase or (self._held and to != "paused"):
             return
         before, self.phase = self.phase, to
         self._emit(Phase(from_=before, to=to, why=why))
         self._sync_news.set()
         self._phase_changed()
+
+    def hold(self) -> None:
+        """Do nothing until ``release``: no microbatches, no steps, no rounds. The clock is still followed."""
+        self._held = True
+        self.set_phase("paused", "asked to")
+
+    def release(self) -> None:
+        """Back to work: at once where nothing was missed, else as after a start."""
+        if not self._held:
+            return
+        self._held = False
+        if self.lag == 0:
+            self.set_phase("active", "resumed; nothing was missed")
+        else:
+            self._fresh, self.disagreement = self.lag <= self._training.max_stale_steps, None
+            self.set_phase("syncing", f"resumed {self.lag} steps behind the clock")
+        self._round_wanted.set()
 
     @property
     def serving(self) -> bool:
@@ -179,7 +198,9 @@ class Replica:
 
     async def run(self) -> None:
         """Enter the right phase, then follow the clock until cancelled."""
-        if self._clock.step == 0:
+        if self._held:
+            pass
+        elif self._clock.step == 0:
             self.set_phase("active", "genesis")
         else:
             self._fresh = self.lag <= self._training.max_stale_steps
@@ -204,7 +225,7 @@ class Replica:
             if self.serving and target - self.step > self._training.max_stale_steps and self._active_mates():
                 self._fresh = False
                 self.set_phase("syncing", f"{target - self.step} steps behind the clock")
-            if self.phase == "syncing":
+            if self.phase in ("syncing", "paused"):
                 await self._device.run(STEP, self._compute.forget)
                 self.step = target
             else:
@@ -264,6 +285,8 @@ class Replica:
         each insisted on the round of its own step they could miss each other for ever, so the highest number
         wins, within what the clock can plausibly have advanced.
         """
+        if self._held:
+            return False
         ahead = number - self._clock.step // self._training.average_every
         if ahead > (AHEAD_SYNCING if self.phase == "syncing" else AHEAD):
             return False
@@ -273,7 +296,7 @@ class Replica:
 
     async def _round(self, number: int) -> None:
         mates = set(self._mates.in_phase(*MATES)) - {self.peer_id}
-        if not mates:
+        if not mates or self._held:
             return  # a round of one is not a round
         self.rounds_in_flight += 1
         try:

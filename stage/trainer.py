@@ -134,6 +134,8 @@ class Trainer:
         self._model = model
         self.training = training
         """Replaced when a newer manifest comes into force."""
+        self.held = False
+        """Nothing new is issued while it is set."""
         self._clock = clock
         self._source = source
         self._shard = shard
@@ -192,7 +194,7 @@ class Trainer:
             if self._goal is not None and planned >= self._goal:
                 if self._in_flight == 0:
                     return
-            elif self._in_flight < self._credits():
+            elif self._in_flight < self._credits() and not self.held:
                 position = self._reopened.pop(0) if self._reopened else self._journal.take()
                 self._in_flight += 1
                 work.start_soon(self._one, work, position)

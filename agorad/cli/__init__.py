@@ -25,12 +25,19 @@ COMMANDS: Final = {
     "identity": ("identity", "Show or create a node's key."),
     "join": ("join", "Take part in a run: one command to a node at work."),
     "leave": ("leave", "Ask nodes to stop cleanly."),
+    "logs": ("logs", "What a node wrote."),
+    "pause": ("pause", "Hold nodes: no work, but the place is kept."),
+    "peers": ("peers", "Whom nodes are connected to."),
+    "ping": ("ping", "Reach one peer: path and time."),
     "points": ("points", "Who has earned what: the run's leaderboard."),
+    "restart": ("restart", "Stop nodes in order and start them again."),
+    "resume": ("pause", "Let paused nodes go on."),
     "run": ("run", "Create, sign, show and plan a run."),
-    "service": ("service", "Nodes that start with the machine: systemd."),
     "status": ("status", "What this machine's nodes do."),
+    "swarm": ("swarm", "The whole run: stages, replicas, load."),
+    "wait": ("wait", "Until nodes are as a script needs them."),
 }
-"""Module of each command (which holds a click command of the module's name) and its line of help."""
+"""Module of each command (which holds a click command of that name) and its line of help."""
 
 
 class LazyGroup(click.Group):
@@ -43,7 +50,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, _help = COMMANDS[cmd_name]
-        return cast(click.Command, getattr(importlib.import_module(f"agorad.cli.{module}"), module))
+        return cast(click.Command, getattr(importlib.import_module(f"agorad.cli.{module}"), cmd_name))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

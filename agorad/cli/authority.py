@@ -13,7 +13,7 @@ import click
 
 from agorad import manifests
 from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask
-from agorad.cli.targets import find, target_options
+from agorad.cli.targets import Where, find, target_options
 from agorad.run import load
 from agorad.usage import NamedPath
 from p2p.errors import LocalError
@@ -34,7 +34,7 @@ def _options(command: F) -> F:
 
 @authority.command()
 @_options
-def members(as_json: bool, **where: Path | None) -> None:
+def members(where: Where, as_json: bool) -> None:
     """Nodes with a running certificate.
 
     Example: agoractl authority members --config my-run/authority/agorad.toml
@@ -53,7 +53,7 @@ def members(as_json: bool, **where: Path | None) -> None:
 @click.option("--why", default="", help="What the removed are told; at most 100 characters.")
 @click.option("--hours", type=float, help="For so long; for good by default.")
 @_options
-def ban(kind: str, name: str, why: str, hours: float | None, as_json: bool, **where: Path | None) -> None:
+def ban(kind: str, name: str, why: str, hours: float | None, where: Where, as_json: bool) -> None:
     """Remove an account or a peer, and keep it out; its nodes end within seconds.
 
     Example: agoractl authority ban account mallory --why "sends nonsense" --hours 24
@@ -67,7 +67,7 @@ def ban(kind: str, name: str, why: str, hours: float | None, as_json: bool, **wh
 @click.argument("kind", type=click.Choice(["account", "peer"]))
 @click.argument("name")
 @_options
-def unban(kind: str, name: str, as_json: bool, **where: Path | None) -> None:
+def unban(kind: str, name: str, where: Where, as_json: bool) -> None:
     """Take a ban back.
 
     Example: agoractl authority unban account mallory
@@ -77,7 +77,7 @@ def unban(kind: str, name: str, as_json: bool, **where: Path | None) -> None:
 
 @authority.command()
 @_options
-def bans(as_json: bool, **where: Path | None) -> None:
+def bans(where: Where, as_json: bool) -> None:
     """Who is kept out, and why.
 
     Example: agoractl authority bans
@@ -93,7 +93,7 @@ def bans(as_json: bool, **where: Path | None) -> None:
 @authority.command()
 @click.argument("state", type=click.Choice(["pause", "resume"]))
 @_options
-def joins(state: str, as_json: bool, **where: Path | None) -> None:
+def joins(state: str, where: Where, as_json: bool) -> None:
     """Hold all joins back, or let them go on; who waits keeps the place and is told.
 
     Example: agoractl authority joins pause
@@ -105,7 +105,7 @@ def joins(state: str, as_json: bool, **where: Path | None) -> None:
 @authority.command()
 @click.argument("nodes", type=click.IntRange(0, 1_000_000), required=False)
 @_options
-def capacity(nodes: int | None, as_json: bool, **where: Path | None) -> None:
+def capacity(nodes: int | None, where: Where, as_json: bool) -> None:
     """How many nodes the run takes from now on; the manifest's number if none is given.
 
     Example: agoractl authority capacity 200
@@ -117,7 +117,7 @@ def capacity(nodes: int | None, as_json: bool, **where: Path | None) -> None:
 @authority.command()
 @click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="So many lines.")
 @_options
-def audit(limit: int, as_json: bool, **where: Path | None) -> None:
+def audit(limit: int, where: Where, as_json: bool) -> None:
     """What operators did, the newest first.
 
     Example: agoractl authority audit --limit 20
@@ -129,7 +129,7 @@ def audit(limit: int, as_json: bool, **where: Path | None) -> None:
 
 @authority.command()
 @_options
-def recompute(as_json: bool, **where: Path | None) -> None:
+def recompute(where: Where, as_json: bool) -> None:
     """Check every stored receipt again, and the points against them. May take a while; harms nobody.
 
     Example: agoractl authority recompute
@@ -145,7 +145,7 @@ def recompute(as_json: bool, **where: Path | None) -> None:
 @authority.command()
 @click.argument("path", metavar="RUN", type=NamedPath())
 @_options
-def publish(path: Path, as_json: bool, **where: Path | None) -> None:
+def publish(path: Path, where: Where, as_json: bool) -> None:
     """Give a running run a newer version of its manifest, signed with `agoractl run sign`.
 
     Example: agoractl authority publish run.toml --config my-run/authority/agorad.toml
@@ -159,9 +159,9 @@ def publish(path: Path, as_json: bool, **where: Path | None) -> None:
     _tell(done, as_json, [f"version {done['version']} is in force; changed: {what}"])
 
 
-def _do(command: str, where: dict[str, Path | None], *, timeout: float = 15.0, **arguments: Any) -> Any:
+def _do(command: str, where: Where, *, timeout: float = 15.0, **arguments: Any) -> Any:
     """The answer of the authority among the nodes that were named."""
-    targets = find(where["folder"], where["config"], where["socket"])
+    targets = find(where)
     trouble: Exception | None = None
     for target in targets:
         try:

@@ -4,40 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
 from agorad.ask import ask, follow
-from agorad.cli.targets import find, target_options
+from agorad.cli.targets import Where, one, target_options
 from agorad.console import friendly
 
 
 @click.command()
 @target_options
-@click.option("--node", help="Which node of --dir, by name.")
 @click.option("--since", type=click.IntRange(min=0), default=0, help="Only events after this id.")
 @click.option("--follow", "following", is_flag=True, help="Go on as new ones happen.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines, all events, also on a terminal.")
-def events(
-    folder: Path | None,
-    config: Path | None,
-    socket: Path | None,
-    node: str | None,
-    since: int,
-    following: bool,
-    as_json: bool,
-) -> None:
+def events(where: Where, since: int, following: bool, as_json: bool) -> None:
     """What a node reports (the last 4096 events), as it happens with --follow.
 
     Example: agoractl events --dir /tmp/my-demo --node worker-0-0 --follow
     """
-    targets = [target for target in find(folder, config, socket) if node in (None, target.name)]
-    if len(targets) != 1:
-        raise click.UsageError(f"{len(targets)} nodes match; name one with --node")
+    path = one(where).socket
     machine = as_json or not sys.stdout.isatty()
-    path = targets[0].socket
     if following:
         for batch in follow(path, "events", since=since, follow=True):
             _show(batch, machine)

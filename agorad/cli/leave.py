@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from agorad.ask import NoAnswer, Unreachable, ask
-from agorad.cli.targets import find, target_options
+from agorad.cli.targets import Where, find, target_options
 
 
 @click.command()
 @target_options
-def leave(folder: Path | None, config: Path | None, socket: Path | None) -> None:
+def leave(where: Where) -> None:
     """Ask nodes to stop cleanly; returns once they were asked, they end within 30 s.
 
     Example: agoractl leave --config ~/.config/agora/agorad.toml
     """
     asked = 0
     trouble: Unreachable | NoAnswer | None = None
-    for target in find(folder, config, socket):
+    for target in find(where):
         try:
             ask(target.socket, "leave")
         except (Unreachable, NoAnswer) as error:

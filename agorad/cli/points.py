@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from typing import Any, Final
 
 import click
 
 from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask
-from agorad.cli.targets import find, target_options
+from agorad.cli.targets import Where, find, target_options
 
 ANSWER_S: Final = 10.0
 MOST: Final = 256
@@ -21,7 +20,7 @@ _COLUMNS: Final = ("rank", "user", "active", "joined", "compute", "presence", "s
 @target_options
 @click.option("--limit", type=click.IntRange(1, MOST), default=50, show_default=True, help="Rows to show.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def points(folder: Path | None, config: Path | None, socket: Path | None, limit: int, as_json: bool) -> None:
+def points(where: Where, limit: int, as_json: bool) -> None:
     """Who has earned what: a node of this machine asks an authority of its run.
 
     A point is a PFLOP of microbatches that a trainer issued and had answered, or an hour of presence.
@@ -29,7 +28,7 @@ def points(folder: Path | None, config: Path | None, socket: Path | None, limit:
     Example: agoractl points --dir /tmp/my-demo
     """
     trouble: Exception | None = None
-    for target in find(folder, config, socket):
+    for target in find(where):
         try:
             found = ask(target.socket, "points", timeout=ANSWER_S, limit=limit)
         except (Unreachable, NoAnswer, CommandFailed) as error:

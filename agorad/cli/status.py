@@ -1,4 +1,4 @@
-"""``agoractl status``: what this machine's nodes do, one row each, straight from their memory."""
+"""``agoractl status``: what this machine's nodes do, straight from their memory, on one screen."""
 
 from __future__ import annotations
 
@@ -6,125 +6,133 @@ import json
 import shutil
 import sys
 import time
-from pathlib import Path
 from typing import Any, Final
 
+import attrs
 import click
 
-from agorad.ask import NoAnswer, Unreachable, ask
-from agorad.cli.targets import Target, find, target_options
+from agorad import __version__
+from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask
+from agorad.cli.last_seen import LastSeen, last_seen
+from agorad.cli.status_screen import screen
+from agorad.cli.targets import Target, Where, find, target_options
+from p2p.errors import LocalError
 
 ANSWER_S: Final = 3.0
 WATCH_S: Final = 1.0
-_COLUMNS: Final = (
-    "node",
-    "role",
-    "phase",
-    "stage",
-    "step",
-    "loss",
-    "batches",
-    "last round",
-    "points",
-    "peers",
-    "up",
-)
-_DISPENSABLE: Final = ("role", "up", "peers", "points")
-"""What a narrow terminal does without, in this order."""
+
+
+@attrs.frozen
+class Down:
+    """A node that does not answer."""
+
+    target: Target
+    error: Unreachable | NoAnswer
+    seen: LastSeen
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        return {"name": self.target.name, "why": str(self.error), "last": attrs.asdict(self.seen)}
 
 
 @click.command()
 @target_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-@click.option("--watch", is_flag=True, help="Show it again every second until interrupted.")
-def status(folder: Path | None, config: Path | None, socket: Path | None, as_json: bool, watch: bool) -> None:
+@click.option("--watch", is_flag=True, help="Live, until interrupted.")
+def status(where: Where, as_json: bool, watch: bool) -> None:
     """What this machine's nodes do: phase, stage, step, loss, rounds, peers, warnings.
 
-    Example: agoractl status --dir /tmp/my-demo --watch
+    Ends with code 3 if no node answers, after saying what they did last.
+
+    Example: agoractl status --watch
     """
-    targets = find(folder, config, socket)
+    targets = find(where)
+    if watch and not as_json and sys.stdout.isatty():
+        _live(targets)
+        return
     while True:
-        nodes, silent = gather(targets)
+        nodes, down = gather(targets)
         if as_json:
-            click.echo(json.dumps({"nodes": nodes}))
-        else:
-            if watch and sys.stdout.isatty():
-                click.clear()
-            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-            click.echo("\n".join(table(nodes, width)))
-        for sentence in silent:
-            click.echo(sentence, err=True)
+            click.echo(json.dumps({"nodes": nodes, "down": [node.to_json() for node in down]}))
+        elif nodes:
+            click.echo("\n".join(screen(nodes, _width())))
+        _tell(nodes, down, as_json)
         if not watch:
+            if down and not nodes:
+                sys.exit(3 if isinstance(down[0].error, Unreachable) else 4)
             return
+        sys.stdout.flush()
         time.sleep(WATCH_S)
 
 
-def gather(targets: list[Target]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Status of each node that answers, and a sentence for each that does not.
-
-    If none answers, the first one's trouble is raised.
-    """
+def gather(targets: list[Target]) -> tuple[list[dict[str, Any]], list[Down]]:
+    """Status of each node that answers, and what is known of each that does not."""
     nodes: list[dict[str, Any]] = []
-    troubles: list[Unreachable | NoAnswer] = []
-    silent = []
+    down = []
     for target in targets:
         try:
             nodes.append(ask(target.socket, "status", timeout=ANSWER_S))
         except (Unreachable, NoAnswer) as error:
-            troubles.append(error)
-            silent.append(f"{target.name}: {error}")
-    if not nodes and troubles:
-        raise troubles[0]
-    return nodes, silent
+            down.append(Down(target, error, _last_seen(target)))
+        except CommandFailed as error:
+            down.append(Down(target, Unreachable(str(error)), _last_seen(target)))
+    return nodes, down
 
 
-def table(nodes: list[dict[str, Any]], width: int | None = None) -> list[str]:
-    """Lines for people; "-" is what there is not. Columns are left out where ``width`` is too small."""
-    rows = [_COLUMNS, *(_row(node) for node in nodes)]
-    widths = {name: max(len(row[at]) for row in rows) for at, name in enumerate(_COLUMNS)}
-    for name in _DISPENSABLE:
-        if width is None or sum(widths.values()) + 2 * (len(widths) - 1) <= width:
-            break
-        del widths[name]
-    lines = [
-        "  ".join(row[at].ljust(widths[name]) for at, name in enumerate(_COLUMNS) if name in widths).rstrip()
-        for row in rows
-    ]
-    warnings = [f"! {node['name']}: {warning}" for node in nodes for warning in node.get("warnings", ())]
-    runs = sorted({str(node["run"]) for node in nodes})
-    return [f"{len(nodes)} node{'s' * (len(nodes) != 1)} of {', '.join(runs)}", "", *lines, *warnings]
+def _last_seen(target: Target) -> LastSeen:
+    try:
+        return last_seen(target.settings().events)
+    except LocalError:
+        return LastSeen()
 
 
-def _row(node: dict[str, Any]) -> tuple[str, ...]:
-    last = node.get("round")
-    batches = node.get("microbatches") or {}
-    done = batches.get("completed", batches.get("added"))
-    return (
-        str(node["name"]),
-        str(node["role"]),
-        str(node["phase"]),
-        _or_dash(node.get("stage")),
-        str(node["step"]) if node["role"] in ("worker", "trainer") else "-",
-        "-" if node.get("loss") is None else f"{node['loss']:.3f}",
-        _or_dash(done),
-        "-" if not last else f"{last['number']}: {last['fraction']:.0%} of {last['members']}",
-        _points(node.get("points")),
-        str(node["peers"]),
-        duration(node["uptime_s"]),
-    )
+def _tell(nodes: list[dict[str, Any]], down: list[Down], as_json: bool) -> None:
+    for entry in down:
+        if entry.target.config is None or as_json:
+            click.echo(f"agoractl: {entry.target.name}: {entry.error}", err=True)
+            continue
+        if isinstance(entry.error, NoAnswer):
+            click.echo(f"agoractl: {entry.target.name} runs but {entry.error}; agoractl doctor", err=True)
+            continue
+        remedy = entry.seen.remedy(entry.target.config)
+        click.echo(f"agoractl: {entry.target.name} does not run: {entry.seen.sentence()}", err=True)
+        click.echo(f"  {remedy}", err=True)
+        if "not allowed" in str(entry.error):
+            click.echo(f"  {entry.error}", err=True)
+    others = {str(node["version"]) for node in nodes if node.get("version", __version__) != __version__}
+    if others:
+        click.echo(
+            f"agoractl: this is version {__version__}, running nodes are {', '.join(sorted(others))}; "
+            "agoractl restart brings them up to date",
+            err=True,
+        )
 
 
-def _points(earned: dict[str, float] | None) -> str:
-    return "-" if earned is None else f"{earned['compute'] + earned['presence']:.3g}"
+def _width() -> int | None:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def duration(seconds: float) -> str:
-    """``3h12m``, ``12m05s`` or ``7s``."""
-    whole = int(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+def _live(targets: list[Target]) -> None:
+    """The same screen redrawn in place by rich; Ctrl-C ends it."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
 
+    console = Console(highlight=False)
 
-def _or_dash(value: Any) -> str:
-    return "-" if value is None else str(value)
+    def draw() -> Text:
+        nodes, down = gather(targets)
+        lines = screen(nodes, console.width) if nodes else []
+        lines += [f"! {entry.target.name} does not run: {entry.seen.sentence()}" for entry in down]
+        shown = Text("\n".join(lines), overflow="ellipsis", no_wrap=True)
+        shown.highlight_regex(r"(?m)^! .*$", "yellow")
+        shown.highlight_regex(r"\bactive\b", "green")
+        return shown
+
+    try:
+        with Live(draw(), console=console, auto_refresh=False, screen=False) as live:
+            while True:
+                time.sleep(WATCH_S)
+                live.update(draw(), refresh=True)
+    except KeyboardInterrupt:
+        return

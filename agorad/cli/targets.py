@@ -1,27 +1,34 @@
 """Which daemons a command talks to: options shared by all that open control sockets.
 
-``--dir`` names a demo's folder (its ``swarm.json`` lists the sockets), ``--config`` a node's settings,
-``--socket`` the socket itself; without any of them the settings that ``agorad`` itself would read and
-those of the system's services, else the nodes that ``agoractl join`` made for the run joined last.
+``--dir`` names a demo's folder (its ``swarm.json`` lists the nodes), ``--config`` a node's settings,
+``--socket`` the socket itself, ``--node`` picks by name among several. Without the first three: every node of
+this machine, which are those with settings where ``agorad`` and its services look for them, those that
+``agoractl join`` made for the run joined last, and whoever else has a socket in a runtime folder.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import attrs
 import click
 
 from agorad.ask import Unreachable
-from agorad.config import SYSTEM_STATE, default_path, load
+from agorad.config import Config, default_path, load
 from agorad.join.answers import configs
 from agorad.usage import NamedPath
 from p2p.errors import LocalError
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+SERVICES: Final = Path("/var/lib/agora")
+"""Holds a folder a service, with its settings."""
+RUNTIME: Final = Path("/run/agora")
 
 
 @attrs.frozen
@@ -30,53 +37,127 @@ class Target:
 
     name: str
     socket: Path
+    config: Path | None = None
+    """Its settings; None where only the socket was named."""
+
+    def settings(self) -> Config:
+        """LocalError where they cannot be read, or are not known."""
+        if self.config is None:
+            raise LocalError(f"the settings of the node on {self.socket} are not known; name it by --config")
+        return load(self.config)
+
+
+@attrs.frozen(kw_only=True)
+class Where:
+    """What the options said."""
+
+    folder: Path | None = None
+    config: Path | None = None
+    socket: Path | None = None
+    node: str | None = None
 
 
 def target_options(command: F) -> F:
-    """Adds the three options to a click command."""
-    path = NamedPath()
+    """Adds the four options to a click command, which is given ``where``."""
+
+    @functools.wraps(command)
+    def run(
+        *, folder: Path | None, config: Path | None, socket: Path | None, node: str | None, **rest: Any
+    ) -> Any:
+        return command(where=Where(folder=folder, config=config, socket=socket, node=node), **rest)
+
+    path, wrapped = NamedPath(), cast(F, run)
     for option in (
+        click.option("--node", metavar="NAME", help="Only the node of this name.", shell_complete=names),
         click.option("--socket", type=path, help="The control socket of one node."),
         click.option("--config", type=path, help="The settings of one node."),
         click.option("--dir", "folder", type=path, help="The folder of a demo: all its nodes."),
     ):
-        command = option(command)
-    return command
+        wrapped = option(wrapped)
+    return wrapped
 
 
-def find(folder: Path | None, config: Path | None, socket: Path | None) -> list[Target]:
-    """The nodes that were named; ``Unreachable`` when none was and this machine has no settings."""
-    if sum(choice is not None for choice in (folder, config, socket)) > 1:
-        raise click.UsageError("name nodes by one of --dir, --config and --socket")
-    if folder is not None:
-        return _of_swarm(folder)
-    if socket is not None:
-        return [Target(socket.name, socket)]
-    path = config or default_path()
-    if config is not None:
-        settings = load(config)
-        return [Target(settings.name, settings.control)]
-    found = [path] if path.exists() else []
-    found += services() or ([] if found else configs())
-    if not found:
-        raise Unreachable(f"this machine has no node: there is no {path}; name one with --config or --dir")
-    targets = {settings.control: Target(settings.name, settings.control) for settings in map(load, found)}
-    return list(targets.values())
+def find(where: Where) -> list[Target]:
+    """The nodes that were named; ``Unreachable`` when none was and this machine has none."""
+    found = _all(where)
+    if where.node is None:
+        return found
+    chosen = [target for target in found if target.name == where.node]
+    if not chosen:
+        known = ", ".join(target.name for target in found)
+        raise click.UsageError(f"no node is called {where.node!r}; there are {known}")
+    return chosen
 
 
-def services() -> list[Path]:
-    """Settings of the nodes that are instances of the system's service, as far as this user may look."""
+def one(where: Where) -> Target:
+    """The only node that was named, or that this machine has."""
+    found = find(where)
+    if len(found) != 1:
+        known = ", ".join(target.name for target in found)
+        raise click.UsageError(f"{len(found)} nodes match ({known}); name one with --node")
+    return found[0]
+
+
+def names(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of nodes, for the shell's completion; nothing where they cannot be found out."""
+    said = {key: ctx.params.get(key) for key in ("folder", "config", "socket")}
     try:
-        return sorted(SYSTEM_STATE.glob("*/agorad.toml"))
+        return [target.name for target in _all(Where(**said)) if target.name.startswith(incomplete)]
+    except (LocalError, Unreachable, click.ClickException, TypeError):
+        return []
+
+
+def _all(where: Where) -> list[Target]:
+    if sum(choice is not None for choice in (where.folder, where.config, where.socket)) > 1:
+        raise click.UsageError("name nodes by one of --dir, --config and --socket")
+    if where.folder is not None:
+        return _of_swarm(where.folder)
+    if where.socket is not None:
+        return [Target(where.socket.name, where.socket)]
+    if where.config is not None:
+        return [_of_settings(where.config)]
+    found = list(of_machine())
+    if not found:
+        raise Unreachable(
+            f"this machine has no node: there is no {default_path()}; name one with --config or --dir"
+        )
+    return found
+
+
+def of_machine() -> Iterator[Target]:
+    """Every node that has its settings in a usual place, then sockets whose settings cannot be read."""
+    seen: set[Path] = set()
+    services = [path for path in _glob(SERVICES, "*/agorad.toml") if os.access(path, os.R_OK)]
+    first = default_path()
+    for path in dict.fromkeys([*([first] if first.exists() else ()), *services, *configs()]):
+        target = _of_settings(path)
+        if target.socket not in seen:
+            seen.add(target.socket)
+            yield target
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    for folder in (RUNTIME, *([Path(runtime) / "agora"] if runtime.startswith("/") else ())):
+        for socket in _glob(folder, "*.sock"):
+            if socket not in seen:
+                yield Target(socket.stem, socket)
+
+
+def _glob(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(folder.glob(pattern))
     except OSError:
         return []
+
+
+def _of_settings(path: Path) -> Target:
+    settings = load(path)
+    return Target(settings.name, settings.control, path)
 
 
 def _of_swarm(folder: Path) -> list[Target]:
     path = folder / "swarm.json"
     try:
         nodes = json.loads(path.read_text())["nodes"]
-        return [Target(str(node["name"]), Path(node["control"])) for node in nodes]
+        return [Target(str(node["name"]), Path(node["control"]), Path(node["config"])) for node in nodes]
     except OSError as error:
         raise LocalError(f"{folder} is not the folder of a running demo: {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:

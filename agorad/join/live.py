@@ -185,22 +185,25 @@ class Live:
 
 def _events(child: _Child) -> Iterator[Mapping[str, Any]]:
     """All events of the node from its first on; ends with the process."""
-    seen = 0
+    seen, seen_at = 0, child.began
     while True:
         try:
-            for batch in follow(child.node.control, "events", since=seen, follow=True):
+            # From the first again: a node that was restarted counts anew.
+            for batch in follow(child.node.control, "events", since=0, follow=True):
                 for entry in batch if isinstance(batch, list) else [batch]:
-                    seen = max(seen, entry.get("id", 0))
+                    if entry["at"] < seen_at or (entry["at"] == seen_at and entry["id"] <= seen):
+                        continue
+                    seen, seen_at = entry["id"], entry["at"]
                     yield entry
         except (Unreachable, NoAnswer, CommandFailed, OSError):
             pass
         if child.process.poll() is not None:
-            yield from _last_words(child, seen)
+            yield from _last_words(child, seen, seen_at)
             return
         time.sleep(TICK_S)
 
 
-def _last_words(child: _Child, seen: int) -> Iterator[Mapping[str, Any]]:
+def _last_words(child: _Child, seen: int, seen_at: float) -> Iterator[Mapping[str, Any]]:
     """What the node said after its socket closed, from its event file (events are data, not a log)."""
     try:
         with (child.node.folder / "events.jsonl").open("rb") as file:
@@ -213,5 +216,6 @@ def _last_words(child: _Child, seen: int) -> Iterator[Mapping[str, Any]]:
             entry = json.loads(line)
         except ValueError:
             continue  # the first one is cut
-        if entry.get("at", 0.0) >= child.began and entry.get("id", 0) > seen:
+        at = entry.get("at", 0.0)
+        if at > seen_at or (at == seen_at and entry.get("id", 0) > seen):
             yield entry

@@ -123,6 +123,12 @@ async def run(node: Node) -> None:
     node.status["phase"] = "joining"
     await _until_served(stages, ending)
     node.status["phase"] = "active"
+
+    def hold(held: bool) -> None:
+        trainer.held = held
+        node.status["phase"] = "leaving" if node.stopping.is_set() else "paused" if held else "active"
+
+    node.pausing.attach(hold)
     if settings.seconds is not None:
         node.nursery.start_soon(end_on_time, settings.seconds)
     await trainer.run()

@@ -81,10 +81,7 @@ def daemon(
 
 
 def heard(manager: socket.socket) -> str:
-    """The next message but words for people."""
-    while (message := manager.recv(1000).decode()).startswith("STATUS="):
-        continue
-    return message
+    return manager.recv(1000).decode()
 
 
 def refused(place: Path, role: str, *more: str) -> tuple[int, str]:

@@ -12,10 +12,11 @@ import pytest
 from rich.console import Console
 
 from agorad.cli.demo import summary
-from agorad.cli.status import duration, table
+from agorad.cli.status_screen import screen, table
 from agorad.demo.layout import Plan, prepare
 from agorad.demo.swarm import Running, Swarm
 from agorad.demo.view import View
+from agorad.words import duration
 from p2p.identity import Identity
 
 
@@ -138,7 +139,8 @@ def test_status_is_quick_to_import_and_no_daemon_but_the_worker_needs_torch() ->
 def test_the_table_shows_what_there_is_not_as_a_dash() -> None:
     node = {
         "name": "worker-0-0", "role": "worker", "run": "r", "phase": "active", "stage": 0, "step": 3,
-        "loss": None, "microbatches": {"added": 7}, "peers": 4, "uptime_s": 3725.0, "warnings": ["hot"],
+        "loss": None, "microbatches": {"added": 7, "per_minute": 41.4}, "peers": 4, "uptime_s": 3725.0,
+        "warnings": ["hot"],
         "round": {"number": 2, "fraction": 1.0, "members": 2, "at": 0.0},
         "points": {"compute": 1.0, "presence": 0.25},
     }  # fmt: skip
@@ -146,8 +148,8 @@ def test_the_table_shows_what_there_is_not_as_a_dash() -> None:
         **node, "name": "seed", "role": "seed", "stage": None, "microbatches": {}, "round": None,
         "points": None, "warnings": [],
     }  # fmt: skip
-    first, _blank, _head, worker_row, seed_row, warning = table([node, seed])
-    assert first == "2 nodes of r"
+    first, _blank, _head, worker_row, seed_row, _blank, warning = screen([node, seed])
+    assert first == "2 nodes of r: 2 active"
     assert worker_row.split() == [
         "worker-0-0",
         "worker",
@@ -156,6 +158,7 @@ def test_the_table_shows_what_there_is_not_as_a_dash() -> None:
         "3",
         "-",
         "7",
+        "41",
         "2:",
         "100%",
         "of",
@@ -164,7 +167,7 @@ def test_the_table_shows_what_there_is_not_as_a_dash() -> None:
         "4",
         "1h02m",
     ]
-    assert " ".join(seed_row.split()) == "seed seed active - - - - - - 4 1h02m"
+    assert " ".join(seed_row.split()) == "seed seed active - - - - - - - 4 1h02m"
     assert warning == "! worker-0-0: hot"
     wide, narrow = table([node, seed]), table([node, seed], 60)
     assert max(map(len, narrow)) <= 60 < max(map(len, wide))

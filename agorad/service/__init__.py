@@ -1,1 +1,0 @@
-"""agorad as a service of the system: units, their installation and removal."""
