@@ -5,8 +5,8 @@ Theory of operation. Unlike the manifest, nobody else sees this file. It is stru
 that. Relative paths, wherever they come from, are meant relative to the folder of the file, so that a
 node restarts the same from any working directory.
 
-Defaults follow the state folder: identity ``identity.key``, control socket ``control.sock``, events
-``events.jsonl``. Source: interfaces "Files" and "agorad".
+Defaults follow the state folder: identity ``identity.key``, control socket ``control.sock`` (in /run/agora
+where the state is the system's), events ``events.jsonl``. Source: interfaces "Files" and "agorad".
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from stage.settings import ComputeSettings
 Role = Literal["seed", "worker", "trainer", "authority"]
 ROLES: Final[tuple[str, ...]] = get_args(Role)
 DEFAULT_PORT: Final = 49200
+SYSTEM_STATE: Final = Path("/var/lib/agora")
+SYSTEM_RUNTIME: Final = Path("/run/agora")
 
 
 @attrs.frozen(kw_only=True)
@@ -131,7 +133,7 @@ class Config:
             ("trainer.credits", self.trainer.credits, 0, 4096),
             ("trainer.steps", self.trainer.steps, 1, 1 << 40),
             ("trainer.seconds", self.trainer.seconds, 0, 1e9),
-            ("authority.lifetime_s", self.authority.lifetime_s, 10, 30 * 86400),
+            ("authority.lifetime_s", self.authority.lifetime_s, 5, 30 * 86400),
             ("authority.grace_s", self.authority.grace_s, 0, 30 * 86400),
             ("metrics.peak_tflops", self.metrics.peak_tflops, 1e-6, 1e6),
         )
@@ -162,7 +164,9 @@ class Config:
 
     @property
     def control(self) -> Path:
-        """The control socket."""
+        """The control socket: of a system's node in /run, emptied at boot; else beside the state."""
+        if self.node.control is None and self.node.state.is_relative_to(SYSTEM_STATE):
+            return SYSTEM_RUNTIME / self.node.state.relative_to(SYSTEM_STATE) / "control.sock"
         return self.node.control or self.node.state / "control.sock"
 
     @property

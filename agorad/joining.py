@@ -61,13 +61,13 @@ PROGRESS_S: Final = 5.0
 
 
 class Download(Protocol):
-    """Fetching the state while queued: told the probable stage, it runs until cancelled or done."""
+    """Fetching the state while queued: ``stage.ahead`` is one. It runs in a task of its owner."""
 
     finished: bool
     eta_s: float | None
 
-    async def run(self, stage: int) -> None:
-        """Fetch."""
+    def offered(self, stage: int, guest_pass: bytes | None) -> None:
+        """The probable stage, and what lets a guest download its state."""
 
 
 async def obtain_certificate(node: Node, download: Download | None = None) -> Certificate | None:
@@ -246,7 +246,7 @@ async def _join(node: Node, authority: PeerId, join: Join, download: Download | 
 
 async def _listen(node: Node, call: Call, nursery: trio.Nursery, download: Download | None) -> Granted:
     """Follow the authority's words to the last."""
-    patience_s, begun = ANSWER_S, False
+    patience_s, reporting = ANSWER_S, False
     while True:
         with trio.fail_after(patience_s):
             answer = read_answer((await call.receive()).header)
@@ -258,10 +258,11 @@ async def _listen(node: Node, call: Call, nursery: trio.Nursery, download: Downl
             # The connection's pings find a dead authority; a paused queue has no news.
             patience_s = math.inf
             _queued(node, answer)
-            if download is not None and not begun:
-                begun = True
-                nursery.start_soon(download.run, answer.stage)
-                nursery.start_soon(_report, call, download)
+            if download is not None:
+                download.offered(answer.stage, answer.guest_pass)
+                if not reporting:
+                    reporting = True
+                    nursery.start_soon(_report, call, download)
         else:
             raise RemoteError("the authority says goodbye to a join")
 
@@ -270,6 +271,7 @@ def _queued(node: Node, place: Queued) -> None:
     if node.certificate is None:
         node.status["phase"] = "queued"
     told = attrs.asdict(place)
+    del told["guest_pass"]
     node.emit(JoinQueued(**told))
     del told["stage"]
     node.status["queue"] = told

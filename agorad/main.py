@@ -6,6 +6,7 @@ starts without torch. Errors that people can mend are one sentence on stderr; a 
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import resource
@@ -82,6 +83,8 @@ def _secret(descriptor: int) -> str:
 
 def _live(settings: Config, secret: str | None) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    # A manager's watchdog ends a loop that hangs with SIGABRT: the log then says where it hung.
+    faulthandler.enable()
     # A host may have more connections than the descriptors that many systems allow at first.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)

@@ -350,6 +350,8 @@ async def _live(
                 if signals is not None:
                     services.start_soon(_obey, signals, node)
                 services.start_soon(node.notifier.watchdog)
+                services.start_soon(node.notifier.starting)
+                services.start_soon(node.notifier.tell, node.status_document)
                 services.start_soon(_report_traffic, node)
                 services.start_soon(_keep_pace, node)
                 services.start_soon(node.pausing.run)
@@ -430,7 +432,8 @@ async def _obey(signals: AsyncIterator[int], node: Node) -> None:
 
 
 def _reload(node: Node) -> None:
-    node.notifier.reloading()
+    if node.is_ready:
+        node.notifier.reloading()
     try:
         path = node.config.path
         if path is None:
@@ -450,7 +453,8 @@ def _reload(node: Node) -> None:
     else:
         node.config = fresh
         node.emit(Reloaded(ok=True, why=""))
-    node.notifier.ready()
+    if node.is_ready:
+        node.notifier.ready()
 
 
 def _presented(node: Node) -> bytes | None:

@@ -27,7 +27,7 @@ def check(settings: Config) -> Manifest:
         raise LocalError(f"node.state = {state} is not a folder")
     for name, path in (
         ("identity", settings.identity),
-        ("control", settings.control),
+        ("control", settings.node.control),
         ("log", settings.node.log),
     ):
         if path is not None and path.parent != state and not os.access(path.parent, os.W_OK | os.X_OK):

@@ -1,24 +1,28 @@
 """State from a stage-mate: ``/agora/state/1``, both sides.
 
-The newcomer says which stage it is of; the donor, if ACTIVE, makes sure that its newest snapshot is of its
-present step, and answers with that snapshot's manifest and its signature over it. Then the newcomer asks
-for chunks one after the other, several ahead, and checks each against the manifest. Both sides read and
-write files in threads.
+Newcomers are members of the donor's stage, and nodes that wait in the queue and show a pass for it
+(``p2p.passes``). The newcomer says which stage it wants; the donor, if ACTIVE, makes sure that its newest
+snapshot is of its present step, and answers with that snapshot's manifest and its signature over it. Then the
+newcomer asks for chunks one after the other, several ahead, and checks each against the manifest. Both sides
+read and write files in threads.
 
-Limits: ``NEWCOMERS`` at a time, others are refused ``busy``; ``AHEAD`` chunks asked ahead; ``CHUNK_S`` for
-the next message of either side; a manifest no larger than one of this stage's size can be.
+Limits: ``NEWCOMERS`` members and ``GUESTS`` guests at a time, others are refused ``busy``; ``AHEAD`` chunks
+asked ahead; ``CHUNK_S`` for the next message of either side; a manifest no larger than one of this stage's
+size can be.
 """
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import trio
 
+from p2p import passes
 from p2p.errors import PeerGone, Refused, RemoteError
+from p2p.hello import Admission, check_gate
 from p2p.host import Host
 from p2p.identity import Identity, PeerId
 from p2p.multiaddr import Multiaddr
@@ -28,6 +32,7 @@ from stage.state import CHUNK, Assembly, SnapshotManifest, manifest_bytes, open_
 
 PROTOCOL = "/agora/state/1"
 NEWCOMERS = 2
+GUESTS = 1
 AHEAD = 4
 CHUNK_S = 30.0
 DIAL_S = 5.0
@@ -42,24 +47,30 @@ class Donor:
         store: SnapshotStore,
         stage: int,
         refresh: Callable[[], Awaitable[None]],
+        membership: Admission | None,
     ) -> None:
-        """``refresh`` makes the store's newest snapshot one of the present step, or raises Refused."""
+        """``refresh`` makes the store's newest snapshot one of the present step, or raises Refused.
+
+        ``membership`` judges who asks: the protocol is open to all, since a guest may show a pass.
+        """
         self._identity = identity
         self._store = store
         self._stage = stage
         self._refresh = refresh
-        self._newcomers = 0
+        self._membership = membership
+        self._served = {"member": 0, "guest": 0}
 
     async def handle(self, call: Call) -> None:
         """Serve one newcomer."""
         with trio.fail_after(CHUNK_S):
             wanted = (await call.receive()).header
-        mate = call.member is not None and (call.member.role, call.member.stage) == ("worker", self._stage)
-        if wanted != {"t": "want", "stage": self._stage} or not mate:
+        kind = self._judge(call, wanted.pop("pass", None))
+        if wanted != {"t": "want", "stage": self._stage}:
             raise Refused("wrong_stage", f"this replica has the state of stage {self._stage} only")
-        if self._newcomers >= NEWCOMERS:
-            raise Refused("busy", f"{NEWCOMERS} newcomers are being served already", 5.0)
-        self._newcomers += 1
+        limit = NEWCOMERS if kind == "member" else GUESTS
+        if self._served[kind] >= limit:
+            raise Refused("busy", f"{limit} newcomers are being served already", 5.0)
+        self._served[kind] += 1
         try:
             await self._refresh()
             file = await trio.to_thread.run_sync(self._store.newest)
@@ -80,7 +91,19 @@ class Donor:
                     with trio.fail_after(CHUNK_S):
                         await call.send({"t": "chunk", "index": index}, data)
         finally:
-            self._newcomers -= 1
+            self._served[kind] -= 1
+
+    def _judge(self, call: Call, shown: object) -> Literal["member", "guest"]:
+        """``Refused`` unless the caller is a mate, or shows a pass for this stage."""
+        membership = self._membership
+        if call.member is None and isinstance(shown, bytes) and membership is not None:
+            passes.check(shown, membership.trust, call.peer, self._stage, membership.clock())
+            return "guest"
+        if membership is not None:
+            check_gate(call.connection, membership)
+        if call.member is None or (call.member.role, call.member.stage) != ("worker", self._stage):
+            raise Refused("wrong_stage", f"this replica has the state of stage {self._stage} only")
+        return "member"
 
 
 @attrs.frozen
@@ -101,15 +124,17 @@ async def fetch(
     fingerprint: str,
     room: Callable[[int], bytearray | mmap.mmap],
     progress: Callable[[SnapshotManifest, int], None] = lambda _manifest, _done: None,
+    guest_pass: bytes | None = None,
 ) -> Fetched:
-    """A mate's state, in memory that ``room`` gives for its size.
+    """A mate's state, in memory that ``room`` gives for its size; with a pass where we are no member yet.
 
     ``progress`` is told the bytes that are here: none once the manifest is, then after each chunk.
 
     Raises P2PError, or trio.TooSlowError when the donor stalls.
     """
     async with await host.call(donor, PROTOCOL, addrs=addrs, deadline=DIAL_S) as call:
-        await call.send({"t": "want", "stage": stage})
+        wish = {"t": "want", "stage": stage}
+        await call.send(wish if guest_pass is None else {**wish, "pass": guest_pass})
         with trio.fail_after(CHUNK_S):
             answer = await call.receive(max_payload=manifest_bytes(floats))
         signature = answer.header.get("signature")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import attrs
 
@@ -35,7 +35,13 @@ PAGE: Final = 1000
 
 Execute = Callable[[str, Mapping[str, Any]], Sequence[Sequence[Any]]]
 """Run one statement with named parameters; returns the rows, if it has any."""
-Transact = Callable[[], AbstractContextManager[Execute]]
+
+
+class Transact(Protocol):
+    """One transaction, as ``database.Database.transaction`` gives it."""
+
+    def __call__(self, *, snapshot: bool = False) -> AbstractContextManager[Execute]: ...
+
 
 _BALANCE: Final = "peer_id, account, compute, presence, active_s, joined, seen"
 _TENURE: Final = "peer_id, stage, account, since, until"
@@ -154,27 +160,24 @@ class Books:
     def recompute(self, rules: Rules) -> Audit:
         """What the stored receipts are worth by the rules, against what was credited; see ``ledger.audit``.
 
-        It may run beside an authority: all is of one moment, since nothing that was stored ever changes.
+        It may run beside authorities that credit: all is of one moment, and nobody waits for it.
         """
-        with self.transact() as execute:
-            (last,) = execute("SELECT COALESCE(MAX(id), 0) FROM receipts", {})[0]
+        with self.transact(snapshot=True) as execute:
             rows = execute("SELECT account, kind, SUM(mflop) FROM ledger GROUP BY account, kind", {})
             balances = [_balance(row) for row in execute(f"SELECT {_BALANCE} FROM balances", {})]
             tenures = execute(f"SELECT {_TENURE} FROM tenures", {})
-        ledger = {(str(account), str(kind)): int(total) for account, kind, total in rows}
-        holder = _holder(tenures, OLDEST_S)  # whatever the grace was at that time
-        return audit(rules, self._receipts(last), holder, ledger, balances)
+            ledger = {(str(account), str(kind)): int(total) for account, kind, total in rows}
+            holder = _holder(tenures, OLDEST_S)  # whatever the grace was at that time
+            return audit(rules, self._receipts(execute), holder, ledger, balances)
 
-    def _receipts(self, last: int) -> Iterator[bytes]:
+    def _receipts(self, execute: Execute) -> Iterator[bytes]:
         """Stored receipts, oldest first."""
         after = 0
         while True:
-            with self.transact() as execute:
-                rows = execute(
-                    "SELECT id, packed FROM receipts WHERE id > :after AND id <= :last "
-                    "ORDER BY id LIMIT :page",
-                    {"after": after, "last": last, "page": PAGE},
-                )
+            rows = execute(
+                "SELECT id, packed FROM receipts WHERE id > :after ORDER BY id LIMIT :page",
+                {"after": after, "page": PAGE},
+            )
             if not rows:
                 return
             for _id, packed in rows:

@@ -3,7 +3,8 @@
 Statements are written in what both speak, with named parameters. ``transaction`` is the only way to the data:
 on return the changes are on disk (SQLite: WAL with ``synchronous=FULL`` and the write lock from the start;
 PostgreSQL: its own commit), and an error leaves nothing of them. ``exclusive`` makes transactions that count
-something before they add to it take turns, also between authorities on one PostgreSQL.
+something before they add to it take turns, also between authorities on one PostgreSQL. ``snapshot`` is for
+reading much: every statement sees the same moment, and writers do not wait for it.
 
 Tables are brought up to date when the database is opened, a step at a time; one that a newer agorad wrote is
 refused. A database that fails later is ``Refused`` as ``unavailable``: joiners come again. Passwords in URLs
@@ -42,6 +43,12 @@ _POSTGRES: Final = (
     ("DEFAULT x''", "DEFAULT ''"),
 )
 """How the steps' SQL reads there, in this order."""
+_READS: Final = "agora_reads"
+_SNAPSHOT: Final[dict[bool, dict[str, Any]]] = {
+    True: {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
+    False: {_READS: True},
+}
+"""What a transaction of one moment is begun with; by whether it is PostgreSQL's."""
 
 
 class Database:
@@ -68,13 +75,19 @@ class Database:
             ) from None
 
     @contextmanager
-    def transaction(self, *, exclusive: bool = False) -> Iterator[Execute]:
-        """One transaction; ``exclusive``: none of the others is between its begin and its end."""
+    def transaction(self, *, exclusive: bool = False, snapshot: bool = False) -> Iterator[Execute]:
+        """One transaction; ``exclusive``: none of the others is between its begin and its end.
+
+        ``snapshot``: it only reads, all of one moment.
+        """
         try:
-            with self._engine.begin() as connection:
-                if exclusive:
-                    self._exclude(connection)
-                yield lambda statement, values: _execute(connection, statement, values)
+            with self._engine.connect() as connection:
+                if snapshot:
+                    connection.execution_options(**_SNAPSHOT[self._postgres])
+                with connection.begin():
+                    if exclusive:
+                        self._exclude(connection)
+                    yield lambda statement, values: _execute(connection, statement, values)
         except SQLAlchemyError as error:
             raise refusal(
                 "unavailable", f"the authority's database fails ({self._said(error)})", RETRY_S
@@ -183,7 +196,9 @@ def _sqlite_connected(connection: Any, _record: object) -> None:
 
 
 def _sqlite_begins(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    # A reader in WAL sees the moment of its first statement and keeps nobody out.
+    reads = connection.get_execution_options().get(_READS, False)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
 
 def _name(url: URL) -> str:

@@ -22,6 +22,7 @@ from agorad.authority.store import Grant, Store
 from agorad.run import Manifest
 from p2p.identity import Identity, PeerId
 from p2p.membership import Certificate, issue
+from p2p.passes import LIFE_S, Pass
 
 JOINS_PAUSED = "joins_paused"
 MAX_NODES = "max_nodes"
@@ -114,6 +115,17 @@ class Issuer:
     def grant(self, join: Join, peer: PeerId, account: str, stage: int, now: float) -> Certificate:
         """Record a grant and sign it. ``Refused`` if there is no room (any more)."""
         return self._record(peer, account, stage, join.session, join.addrs, now)
+
+    def guest_pass(self, peer: PeerId, stage: int, now: float) -> bytes:
+        """Lets a node that waits download the state of the stage where it will probably go."""
+        shown = Pass(
+            run=self.manifest.run.id,
+            peer_id=peer,
+            stage=stage,
+            expires=now + LIFE_S,
+            authority=self.identity.peer_id,
+        )
+        return shown.signed(self.identity).encode()
 
     def renew(self, renew: Renew, peer: PeerId, now: float) -> Certificate:
         """The same for a node that is in. Its place is its own as long as its certificate runs."""

@@ -20,6 +20,7 @@ import attrs
 from p2p.errors import RemoteError
 from p2p.membership import CERTIFICATE_LIMIT, NAME_LIMIT
 from p2p.multiaddr import Multiaddr
+from p2p.passes import PASS_LIMIT
 
 PROTOCOL: Final = "/agora/authority/1"
 SECRET_LIMIT: Final = 256
@@ -217,6 +218,8 @@ class Queued:
     """The run is full: places come free as nodes leave."""
     stage: int
     """Where the joiner will probably go, so that it can download meanwhile."""
+    guest_pass: bytes | None = attrs.field(default=None, repr=False)
+    """What lets it: ``p2p.passes``. A fresh one comes before this one ends."""
 
     def to_header(self) -> dict[str, Any]:
         """What goes over the wire."""
@@ -229,12 +232,16 @@ class Queued:
         position, stage = header.get("position"), _stage(header.get("stage"))
         if type(position) is not int or not 1 <= position < 1 << 31 or stage is None:
             raise RemoteError("a place in the queue that is none")
+        shown = header.get("guest_pass")
+        if shown is not None and not (isinstance(shown, bytes) and 0 < len(shown) <= PASS_LIMIT):
+            raise RemoteError("a place in the queue with a pass that is none")
         return cls(
             position=position,
             eta_s=_seconds(header, "eta_s"),
             paused=_truth(header, "paused"),
             waitlisted=_truth(header, "waitlisted"),
             stage=stage,
+            guest_pass=shown,
         )
 
 

@@ -33,6 +33,7 @@ COMMANDS: Final = {
     "restart": ("restart", "Stop nodes in order and start them again."),
     "resume": ("pause", "Let paused nodes go on."),
     "run": ("run", "Create, sign, show and plan a run."),
+    "service": ("service", "Nodes that start with the machine: systemd."),
     "status": ("status", "What this machine's nodes do."),
     "swarm": ("swarm", "The whole run: stages, replicas, load."),
     "wait": ("wait", "Until nodes are as a script needs them."),

@@ -191,9 +191,7 @@ class Narrator:
             return []
         self._told["download"] = now
         if e["bytes"] == 0 or e["seconds"] <= 0:
-            return [
-                ("DOWNLOAD", f"state of stage {self._stage}: {_size(e['size'])} from {short(e['donor'])}")
-            ]
+            return [("DOWNLOAD", f"state of step {e['step']}: {_size(e['size'])} from {short(e['donor'])}")]
         rate = e["bytes"] / e["seconds"]
         return [
             (
@@ -204,8 +202,11 @@ class Narrator:
         ]
 
     def _on_state_fetched(self, e: Mapping[str, Any]) -> list[Line]:
+        done = ("DOWNLOAD", f"state of step {e['step']}: {_size(e['bytes'])} in {e['seconds']:.1f} s")
+        if self._stage is None:
+            return [done]  # ahead of the grant
         return [
-            ("DOWNLOAD", f"state of step {e['step']}: {_size(e['bytes'])} in {e['seconds']:.1f} s"),
+            done,
             ("SYNC", "2 of 3: waiting for a round with the others, to see how close it is"),
         ]
 

@@ -66,6 +66,7 @@ from p2p.groups import plain
 from p2p.hello import judge_again
 from p2p.identity import PeerId
 from p2p.membership import Certificate
+from p2p.passes import LIFE_S
 from p2p.rpc import Call
 
 DATABASE_VARIABLE: Final = "AGORA_DATABASE_URL"
@@ -76,6 +77,8 @@ LOOK_S: Final = 75.0
 BUSY_S: Final = 2.0
 SETTLE_S: Final = 60.0
 """After a start members have this long to renew what ran out meanwhile; they ask every 45 s at least."""
+PASS_S: Final = LIFE_S / 2
+"""Between two words to one who waits, so that its pass never ends."""
 USUAL: Final = 100
 """Measured bandwidths of the last so many joiners say what is usual."""
 
@@ -353,7 +356,8 @@ class Desk:
     async def _until_granted(self, call: Call, joiner: Joiner, waiter: Waiter) -> tuple[Certificate, Choice]:
         place = waiter.place
         while True:
-            await waiter.news()
+            with trio.move_on_after(PASS_S):  # then nothing is new but the pass
+                await waiter.news()
             if waiter.called:
                 try:
                     result = await self._grant(joiner, place.stage)
@@ -379,6 +383,7 @@ class Desk:
                     paused=view.paused,
                     waitlisted=view.waitlisted,
                     stage=place.stage,
+                    guest_pass=self.issuer.guest_pass(joiner.peer, place.stage, self.node.clock()),
                 )
                 await call.send(queued.to_header())
 

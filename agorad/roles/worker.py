@@ -8,7 +8,6 @@ withdraw from the roster, finish or hand back what is in progress, snapshot, lea
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import torch
 import trio
@@ -21,9 +20,12 @@ from agorad.metrics.readings import Readings
 from agorad.node import Node
 from p2p.averaging import Averager, RoundConfig
 from p2p.errors import LocalError, P2PError, Refused
+from p2p.groups import plain
 from p2p.identity import PeerId
+from p2p.membership import Certificate
 from p2p.records import StageRecord
 from stage import messages
+from stage.ahead import Ahead
 from stage.clock import StepClock
 from stage.compute import StageCompute, wire_shape
 from stage.device import STEP, Device
@@ -52,7 +54,8 @@ async def run(node: Node) -> None:
     """Serve one stage until asked to stop."""
     torch.set_num_threads(node.config.node.threads)
     manifest = node.manifest
-    certificate = await obtain_certificate(node)
+    store = SnapshotStore(node.config.node.state / "snapshots")
+    certificate = await _join(node, store)
     if certificate is None:
         return  # stopped while joining
     stage = certificate.stage
@@ -90,8 +93,30 @@ async def run(node: Node) -> None:
         node.emit(await device.run(STEP, compute.warm_up))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(faults.watch)
-            await _Worker(node, stage, clock, compute, device).run()
+            await _Worker(node, stage, clock, compute, device, store).run()
             nursery.cancel_scope.cancel()
+
+
+async def _join(node: Node, store: SnapshotStore) -> Certificate | None:
+    """The certificate; a node that waits for it downloads the state of its probable stage meanwhile."""
+    ahead = Ahead(
+        host=node.host,
+        roster=Roster(node.dht, node.trust, node.clock),
+        store=store,
+        model=node.manifest.model,
+        stale_steps=lambda: node.manifest.training.max_stale_steps,
+        emit=node.emit,
+    )
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ahead.run)
+            certificate = await obtain_certificate(node, ahead)
+            if certificate is not None and certificate.stage is not None:
+                await ahead.settle(certificate.stage, node.stopping)
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise plain(group) from None
+    return certificate
 
 
 class Faults:
@@ -122,7 +147,13 @@ class _Worker:
     """Wires the parts of one replica together."""
 
     def __init__(
-        self, node: Node, stage: int, clock: StepClock, compute: StageCompute, device: Device
+        self,
+        node: Node,
+        stage: int,
+        clock: StepClock,
+        compute: StageCompute,
+        device: Device,
+        store: SnapshotStore,
     ) -> None:
         manifest = node.manifest
         self.node = node
@@ -131,13 +162,12 @@ class _Worker:
         self.compute = compute
         self.device = device
         self.peer_id: PeerId = node.identity.peer_id
-        folder: Path = node.config.node.state / "snapshots"
-        self.store = SnapshotStore(folder)
+        self.store = store
         self.saving = trio.Lock()
         self.roster = Roster(node.dht, node.trust, node.clock)
         self.mates = self.roster.view(stage)
         self.declaration = Declaration(node.dht, manifest.run.id, stage, self.peer_id, self.describe)
-        self.donor = Donor(node.identity, self.store, stage, self.donated)
+        self.donor = Donor(node.identity, self.store, stage, self.donated, node.host.membership)
         tail = stage == manifest.model.stages - 1
         next_hop = None
         if not tail:
@@ -199,7 +229,7 @@ class _Worker:
         if node.stopping.is_set():
             return  # without the clock its phase would be a guess
         node.host.handle(messages.PROTOCOL, self.server.handle, max_payload=self.server.request_bytes)
-        node.host.handle(STATE_PROTOCOL, self.donor.handle)
+        node.host.handle(STATE_PROTOCOL, self.donor.handle, open_to_all=True)
         async with trio.open_nursery() as nursery:
             await self.roster.refresh(self.mates)
             nursery.start_soon(self.roster.run)

@@ -81,7 +81,10 @@ def daemon(
 
 
 def heard(manager: socket.socket) -> str:
-    return manager.recv(1000).decode()
+    """The next message but words for people."""
+    while (message := manager.recv(1000).decode()).startswith("STATUS="):
+        continue
+    return message
 
 
 def refused(place: Path, role: str, *more: str) -> tuple[int, str]:

@@ -186,7 +186,8 @@ class Slow:
     eta_s: float | None = 900.0
     stage: int | None = None
 
-    async def run(self, stage: int) -> None:
+    def offered(self, stage: int, guest_pass: bytes | None) -> None:
+        assert guest_pass is not None
         self.stage = stage
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from agorad.authority.books import Books, Execute
 from agorad.authority.ledger import Credit, StoredReceipt
 from agorad.authority.queue import Place
 from agorad.authority.schema import STEPS
 from agorad.authority.store import Grant, Store
 from p2p.errors import LocalError, Refused
 from tests.system import postgres
+from tests.unit import test_receipts as work
 
 Open = Callable[[], Store]
 
@@ -183,6 +187,43 @@ def test_receipts_from_two_authorities_at_once(opened: Open) -> None:
     balance = stores[0].books.balance("a")
     assert balance is not None
     assert balance.compute == 200
+
+
+def test_a_recomputation_sees_one_moment_however_much_is_credited_meanwhile(opened: Open) -> None:
+    reader, writer = opened(), opened()
+    issued = work.NOW - 50.0
+    for stage, worker in enumerate(work.WORKERS):
+        writer.grant(
+            grant(worker.peer_id, stage=stage, issued=issued), max_nodes=9, max_per_account=9, now=issued
+        )
+    credited = 0
+
+    def credit() -> None:
+        nonlocal credited
+        receipts = [work.receipt(work.ticket(credited + number)) for number in range(3)]
+        holder = writer.books.holder({worker.peer_id for worker in work.WORKERS}, 0.0)
+        stored = [work.RULES.credit(true, true.encode(), holder) for true in receipts]
+        assert len(writer.books.add_receipts(stored, work.NOW)) == 3
+        credited += 3
+
+    @contextmanager
+    def disturbed(*, snapshot: bool = False) -> Iterator[Execute]:
+        """Something is credited after every statement."""
+        with reader.books.transact(snapshot=snapshot) as execute:
+
+            def then_credit(statement: str, values: Any) -> Any:
+                rows = execute(statement, values)
+                credit()
+                return rows
+
+            yield then_credit
+
+    credit()
+    found = Books(disturbed).recompute(work.RULES)
+    assert (found.receipts, found.troubles) == (3, ())
+    assert credited >= 15
+    after = reader.books.recompute(work.RULES)
+    assert (after.receipts, after.troubles) == (credited, ())
 
 
 @pytest.mark.parametrize("version", range(1, len(STEPS)))

@@ -731,7 +731,7 @@ def test_the_phases_of_a_join() -> None:
         "[AUTH] access granted to alice for stage 2: it has the fewest"
     )
     part = StateFetching(donor="12Ddonor", step=7, bytes=0, size=2_000_000_000, seconds=0.0)
-    assert heard(narrator, part) == ["[DOWNLOAD] state of stage 2: 2.0 GB from Ddonor"]
+    assert heard(narrator, part) == ["[DOWNLOAD] state of step 7: 2.0 GB from Ddonor"]
     now = 63.0
     assert heard(narrator, attrs.evolve(part, bytes=10, seconds=2.0)) == []
     now = 67.0

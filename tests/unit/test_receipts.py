@@ -418,8 +418,8 @@ def test_a_crash_between_leaves_all_or_nothing(desk: Desk, tmp_path: Path) -> No
         return counted
 
     @contextlib.contextmanager
-    def transact() -> Iterator[Any]:
-        with desk.books.transact() as execute:
+    def transact(*, snapshot: bool = False) -> Iterator[Any]:
+        with desk.books.transact(snapshot=snapshot) as execute:
             yield count(execute)
 
     for allowed in range(7):

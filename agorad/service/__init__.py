@@ -1,0 +1,1 @@
+"""agorad as a service of the system: units, their installation and removal."""

@@ -1,0 +1,76 @@
+"""systemd, as far as a service needs it: is it there, which version, do this."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from p2p.errors import LocalError
+
+RUNNING: Final = Path("/run/systemd/system")
+COMMAND_S: Final = 90.0
+"""Longer than a unit's TimeoutStopSec and the kill after it."""
+
+Run = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command's end and its output; ``LocalError`` if it cannot be started or takes too long."""
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=COMMAND_S, stdin=subprocess.DEVNULL
+        )
+    except OSError as error:
+        raise LocalError(f"cannot run {command[0]}: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise LocalError(f"{' '.join(command)} did not end within {COMMAND_S:.0f} s") from error
+
+
+def is_running() -> bool:
+    """Whether systemd manages this machine."""
+    return RUNNING.is_dir()
+
+
+class Manager:
+    """systemctl and its relatives; ``runner`` is replaced in tests."""
+
+    def __init__(self, runner: Run = run) -> None:
+        self._run = runner
+
+    def do(self, *command: str) -> str:
+        """Its output; ``LocalError`` with its last words if it fails."""
+        done = self._run(list(command))
+        if done.returncode != 0:
+            words = (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
+            raise LocalError(
+                f"{' '.join(command)} failed with {done.returncode}: {words or 'it said nothing'}"
+            )
+        return done.stdout
+
+    def says(self, *command: str) -> str:
+        """Its output, however it ended."""
+        return self._run(list(command)).stdout
+
+    def version(self) -> int:
+        """Of systemd; 0 if it does not say."""
+        found = re.search(r"\d+", self.says("systemctl", "--version"))
+        return int(found.group()) if found else 0
+
+    def is_enabled(self, unit: str) -> bool:
+        """Whether it starts at boot."""
+        return self.says("systemctl", "is-enabled", unit).strip() == "enabled"
+
+    def is_active(self, unit: str) -> bool:
+        """Whether it runs, or is about to."""
+        return self.says("systemctl", "is-active", unit).strip() in ("active", "activating", "reloading")
+
+    def known(self) -> list[str]:
+        """Units of ours that are loaded or enabled."""
+        patterns = ("agorad.service", "agorad@*.service")
+        loaded = self.says("systemctl", "list-units", "--all", "--plain", "--no-legend", "--full", *patterns)
+        files = self.says("systemctl", "list-unit-files", "--no-legend", "--full", *patterns)
+        names = {line.split()[0] for text in (loaded, files) for line in text.splitlines() if line.split()}
+        return sorted(name for name in names if name != "agorad@.service")

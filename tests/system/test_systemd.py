@@ -1,0 +1,212 @@
+"""The service under a real systemd, booted for the test: install, start, die, hang, stop, remove.
+
+The whole of it: ready means ready, SIGKILL and a hung loop bring a restart, wrong settings do not, a stop
+is a clean end, and after an uninstall nothing is left but the state folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import tomli_w
+
+from tests.system.booted import Machine, booted, lacking
+
+ROOT = Path(__file__).parents[2]
+LACKING = lacking()
+pytestmark = pytest.mark.skipif(LACKING != "", reason=LACKING)
+
+HANG = """
+import signal, time
+def hang(*_): time.sleep(3600)
+signal.signal(signal.SIGUSR1, hang)  # the only thread that counts stops here
+"""
+DROP_IN = f"""[Service]
+Environment=PYTHONPATH=/opt/hang:{ROOT} PYTHONDONTWRITEBYTECODE=1
+RestartSec=200ms
+WatchdogSec=3
+TimeoutAbortSec=2
+"""
+NOT_OURS = re.compile(
+    r"/(var/log|var/lib/systemd|var/lib/private|var/cache|run|tmp|var/tmp|dev)(/|$)|/etc/.*-$|\.pwd\.lock$|"
+    r"/etc/\.updated$|/var/\.updated$|/etc/machine-id$"
+)
+"""What a system writes by itself: journal, backups of its account files, stamps."""
+
+
+@attrs.frozen
+class Host:
+    """The booted machine with our command."""
+
+    machine: Machine
+    upper: Path
+
+    def ctl(
+        self, *words: str, code: int | None = 0, timeout: float = 60.0
+    ) -> subprocess.CompletedProcess[str]:
+        """``agoractl`` inside, as root."""
+        return self.machine.run(
+            "env", f"PYTHONPATH={ROOT}", "PYTHONDONTWRITEBYTECODE=1", "AGORA_TOKEN=",
+            sys.executable, "-m", "agorad.cli", *words, code=code, timeout=timeout,
+        )  # fmt: skip
+
+    def status(self, *words: str) -> list[dict[str, Any]]:
+        """The nodes that answer."""
+        return json.loads(self.ctl("status", "--json", *words).stdout)["nodes"]
+
+    def put(self, path: str, text: str) -> None:
+        """A file of root's that everybody may read."""
+        place = self.machine.root / path.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+
+    def files(self) -> dict[str, str]:
+        """What differs from the machine outside, by path, with the contents' sum."""
+        script = f"cd {self.upper} && find . -type f -exec md5sum {{}} + ; find . ! -type f ! -type d"
+        done = subprocess.run(
+            ["nsenter", "-t", str(self.machine.pid), "-m", "sh", "-c", script],
+            capture_output=True, text=True, check=True, timeout=30,
+        )  # fmt: skip
+        rows = (line.rpartition(" ") for line in done.stdout.splitlines())
+        found = {path.removeprefix("."): summed for summed, _, path in rows}
+        return {
+            path: summed
+            for path, summed in found.items()
+            if not NOT_OURS.search(path) and not _same(Path(path), summed.strip())
+        }
+
+    def until(self, true: Callable[[], bool], timeout: float, what: str) -> None:
+        """Wait."""
+        deadline = time.monotonic() + timeout
+        while not true():
+            assert time.monotonic() < deadline, (
+                f"no {what}; {self.machine.run('journalctl', '-n60', '-ocat').stdout}"
+            )
+            time.sleep(0.1)
+
+
+@contextmanager
+def host(run: Path) -> Iterator[Host]:
+    """Booted, with a run's files in /var/lib/agora; the program is this checkout's."""
+    with booted() as machine:
+        it = Host(machine, machine.place / "upper")
+        it.put("/opt/hang/sitecustomize.py", HANG)
+        for unit in ("agorad", "agorad@"):
+            it.put(f"/etc/systemd/system/{unit}.service.d/test.conf", DROP_IN)
+        shutil.copytree(run, machine.root / "var/lib/agora")
+        yield it
+
+
+def _same(path: Path, summed: str) -> bool:
+    """Whether the file says the same outside: it was written, and written back."""
+    return path.is_file() and hashlib.md5(path.read_bytes()).hexdigest() == summed
+
+
+def make_run(folder: Path, *settings: str) -> Path:
+    """What an operator makes."""
+    words = [word for setting in settings for word in ("--set", setting)]
+    subprocess.run(
+        [sys.executable, "-m", "agorad.cli", "run", "init", "t", "--dir", str(folder), *words],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    return folder
+
+
+def pid(found: Host, unit: str) -> int:
+    return int(found.machine.show(unit, "MainPID")["MainPID"])
+
+
+SEED = {"node": {"role": "seed", "run": "/var/lib/agora/run.toml", "state": "/var/lib/agora/seed",
+                 "listen": ["/ip4/127.0.0.1/tcp/49170"]}}  # fmt: skip
+
+
+def test_a_node_lives_as_a_service(tmp_path: Path) -> None:
+    with host(make_run(tmp_path / "run")) as here:
+        machine = here.machine
+        before = here.files()
+        # Installed once, shown before, and a second time for nothing.
+        planned = json.loads(here.ctl("service", "install", "--dry-run", "--json").stdout)
+        assert here.files() == before
+        (machine.root / "var/lib/agora/seed/agorad.toml").rename(machine.root / "root/aside.toml")
+        here.put("/etc/agora/agorad.toml", tomli_w.dumps(SEED | {"worker": {"slotz": 3}}))
+        made = json.loads(here.ctl("service", "install", "--json", "agorad").stdout)
+        assert [change["kind"] for change in made["files"]] == ["created"] * 4
+        assert len(planned["files"]) == 4
+        again = json.loads(here.ctl("service", "install", "--json", "agorad").stdout)
+        assert (again["changed"], again["files"], again["steps"]) == (False, [], [])
+        here.put("/etc/tmpfiles.d/agora.conf", "# spoilt\n")
+        mended = here.ctl("service", "install", "agorad").stdout
+        assert "~ /etc/tmpfiles.d/agora.conf" in mended
+        assert "-# spoilt" in mended
+        assert machine.show("agorad", "UnitFileState") == {"UnitFileState": "enabled"}
+        exposure = machine.run("systemd-analyze", "security", "--no-pager", "agorad.service").stdout
+        assert float(re.search(r"exposure level for \S+: ([\d.]+)", exposure)[1]) <= 3.0
+
+        # Wrong settings: said where to look, and not tried again.
+        machine.run("systemctl", "start", "agorad", code=1)
+        ended = machine.show("agorad", "ActiveState", "ExecMainStatus", "NRestarts")
+        assert ended == {"ActiveState": "failed", "ExecMainStatus": "2", "NRestarts": "0"}
+        assert "slotz" in machine.journal("agorad")
+        assert "slotz" in here.ctl("status", code=2).stderr
+
+        # Active means ready: the command returns, and the node answers.
+        here.put("/etc/agora/agorad.toml", tomli_w.dumps(SEED))
+        machine.run("systemctl", "reset-failed", "agorad")
+        machine.run("systemctl", "start", "agorad")
+        (node,) = here.status()
+        assert (node["role"], node["phase"], node["pid"]) == ("seed", "active", pid(here, "agorad"))
+        assert (machine.root / "run/agora/seed/control.sock").is_socket()
+        machine.wait_for("agorad", 10, StatusText="active, 0 peers")
+        identity = (machine.root / "var/lib/agora/seed/identity.key").stat()
+        assert (identity.st_mode & 0o777, identity.st_uid != 0) == (0o600, True)
+        machine.run("systemctl", "reload", "agorad")
+        assert here.status()[0]["pid"] == node["pid"]
+
+        # Killed: there again, as the same node.
+        machine.run("kill", "-KILL", str(node["pid"]))
+        machine.wait_for("agorad", 20, NRestarts="1", ActiveState="active")
+        (back,) = here.status()
+        assert back["peer_id"] == node["peer_id"]
+        assert back["pid"] != node["pid"]
+
+        # Hung: ended by the watchdog, with the place in the journal, and there again.
+        machine.run("kill", "-USR1", str(back["pid"]))
+        machine.wait_for("agorad", 30, NRestarts="2", ActiveState="active")
+        assert "in hang" in machine.journal("agorad")
+
+        # Stopped: a clean end.
+        began = time.monotonic()
+        machine.run("systemctl", "stop", "agorad")
+        assert time.monotonic() - began < 30
+        ended = machine.show("agorad", "ActiveState", "ExecMainStatus", "Result", "NRestarts")
+        assert ended == {
+            "ActiveState": "inactive",
+            "ExecMainStatus": "0",
+            "Result": "success",
+            "NRestarts": "2",
+        }
+
+        # Removed while it runs: nothing is left but the state folder, and that is root's.
+        machine.run("systemctl", "start", "agorad")
+        (machine.root / "etc/agora/agorad.toml").unlink()
+        (machine.root / "etc/agora").rmdir()
+        here.ctl("service", "uninstall")
+        left = {path: summed for path, summed in here.files().items() if before.get(path) != summed}
+        assert [path for path in left if not path.startswith("/var/lib/agora/")] == ["/root/aside.toml"]
+        assert (machine.root / "var/lib/agora/seed/identity.key").stat().st_uid == 0
+        assert not (machine.root / "run/agora").exists()
+        assert machine.run("id", "agora", code=1).stdout == ""
+        assert machine.run("systemctl", "cat", "agorad", code=None).returncode != 0
+        assert "not installed" in here.ctl("service", "uninstall").stdout
