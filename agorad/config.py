@@ -165,14 +165,23 @@ class Config:
     @property
     def control(self) -> Path:
         """The control socket: of a system's node in /run, emptied at boot; else beside the state."""
-        if self.node.control is None and self.node.state.is_relative_to(SYSTEM_STATE):
-            return SYSTEM_RUNTIME / self.node.state.relative_to(SYSTEM_STATE) / "control.sock"
-        return self.node.control or self.node.state / "control.sock"
+        return self.node.control or runtime_of(self.node.state) / "control.sock"
 
     @property
     def events(self) -> Path:
         """The event log."""
         return self.node.state / "events.jsonl"
+
+
+def runtime_of(state: Path) -> Path:
+    """The folder of a node's socket: in /run where its state is the system's, else the state folder."""
+    return SYSTEM_RUNTIME / state.relative_to(SYSTEM_STATE) if state.is_relative_to(SYSTEM_STATE) else state
+
+
+def secret_of(state: Path) -> Path | None:
+    """Where a service is handed its account's secret: a file in memory; None for other nodes."""
+    folder = runtime_of(state)
+    return None if folder == state else folder / "secret"
 
 
 def default_path() -> Path:

@@ -14,14 +14,14 @@ from typing import Any, Final
 WIDTH: Final = 100
 
 
-def friendly(entry: Mapping[str, Any]) -> str | None:
+def friendly(entry: Mapping[str, Any], *, with_time: bool = True) -> str | None:
     """The line for one event, or None where people need none."""
     kind = entry.get("event", "")
     if kind not in _LINES:
         return None
     tag, sentence = _LINES[kind]
-    at = time.strftime("%H:%M:%S", time.localtime(entry.get("at", 0.0)))
-    line = f"{at} [{tag}] {sentence(entry)}"
+    at = time.strftime("%H:%M:%S ", time.localtime(entry.get("at", 0.0))) if with_time else ""
+    line = f"{at}[{tag}] {sentence(entry)}"
     return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
 
 

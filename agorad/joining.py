@@ -15,6 +15,7 @@ A node that stops gives its place back (``Leave``), within ``LEAVE_S``.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -38,8 +39,9 @@ from agorad.authority.messages import (
     read_answer,
 )
 from agorad.authority.refusals import meaning
+from agorad.config import secret_of
 from agorad.events import CertificateGranted, JoinChecking, JoinDelayed, JoinQueued, RenewalOverdue
-from agorad.exitcodes import DaemonExit, ExitCode
+from agorad.exitcodes import RETRYABLE, DaemonExit, ExitCode
 from agorad.node import Node
 from agorad.preflight import read_secret
 from p2p.errors import LocalError, P2PError, PeerGone, Refused, RemoteError
@@ -92,6 +94,8 @@ async def obtain_certificate(node: Node, download: Download | None = None) -> Ce
             nursery.cancel_scope.cancel()
         node.status.pop("queue", None)
         if ending is not None:
+            if not isinstance(ending, DaemonExit) or ending.code not in RETRYABLE:
+                _forget_secret(node)
             raise ending
     if certificate is not None:
         node.certificate = certificate
@@ -332,7 +336,7 @@ async def _leave(node: Node) -> None:
 
 def _keep(node: Node, certificate: Certificate, why: str) -> None:
     node.certificate = certificate
-    node.secret = None  # from now on the account is bound to this node's key
+    _forget_secret(node)  # from now on the account is bound to this node's key
     node.emit(
         CertificateGranted(
             account=certificate.account,
@@ -381,7 +385,22 @@ def _secret(node: Node) -> str | None:
     if node.secret is not None:
         return node.secret
     path = node.config.worker.secret_file
-    return None if path is None else read_secret(path)
+    if path is not None:
+        return read_secret(path)
+    handed = _handed_over(node)
+    return read_secret(handed) if handed is not None and handed.exists() else None
+
+
+def _handed_over(node: Node) -> Path | None:
+    """A service's secret lies beside its control socket, in memory, until it is granted or refused."""
+    return secret_of(node.config.node.state)
+
+
+def _forget_secret(node: Node) -> None:
+    node.secret = None
+    if (handed := _handed_over(node)) is not None:
+        with contextlib.suppress(OSError):
+            handed.unlink(missing_ok=True)
 
 
 def _path(node: Node) -> Path:

@@ -1,7 +1,8 @@
 """The log: a subscriber of the bus that writes lines for people or for machines.
 
-On a terminal, friendly lines (``console``); otherwise, and always in the log file, JSON lines with a
-``level``. Events that happen many times a second (one a microbatch) are ``debug`` and are not logged:
+On a terminal, friendly lines (``console``); to systemd's journal the same with every fact as a field
+(``journal``); otherwise, and always in the log file, JSON lines with a ``level``. Events that happen many
+times a second (one a microbatch) are ``debug`` and are not logged:
 they are in ``events.jsonl`` and in the counters, so a healthy hour stays readable. Nothing in the
 daemon reads a log. A log that cannot be written (closed pipe, full disk) is given up silently: the
 event file says the same.
@@ -15,6 +16,7 @@ from typing import Final, TextIO
 
 from agorad.console import friendly
 from agorad.events import Entry, encode_entry
+from agorad.journal import Journal, is_journal
 from p2p.errors import LocalError
 
 DEBUG: Final = frozenset(
@@ -65,6 +67,7 @@ class Log:
     def __init__(self, stream: TextIO, path: Path | None) -> None:
         self._stream: TextIO | None = stream
         self._terminal = stream.isatty()
+        self._journal = _journal(stream)
         # Kept open for the life of the process; line buffered.
         try:
             self._file = path.open("a", buffering=1) if path is not None else None
@@ -83,6 +86,9 @@ class Log:
                 self._file.write(line)
             except OSError:
                 self._file = None
+        if self._journal is not None:
+            self._journal.write(rank, friendly(entry, with_time=False) or entry["event"], entry)
+            return
         if self._stream is None:
             return
         text = friendly(entry) if self._terminal else line.rstrip("\n")
@@ -91,6 +97,13 @@ class Log:
                 print(text, file=self._stream, flush=True)
             except OSError:
                 self._stream = None
+
+
+def _journal(stream: TextIO) -> Journal | None:
+    try:
+        return Journal() if is_journal(stream) else None
+    except OSError:
+        return None  # JSON lines reach it as well
 
 
 def _same_file(stream: TextIO, file: TextIO) -> bool:

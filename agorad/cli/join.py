@@ -1,7 +1,8 @@
 """``agoractl join``: from one command to nodes at work.
 
 Looks at the machine, asks what it cannot know (never with ``--skip-input``), keeps the answers for the next
-time, writes one node's folder a GPU and runs the nodes in the foreground until Ctrl-C.
+time, writes one node's folder a GPU and starts the nodes: as services where systemd runs and this is root,
+else in the foreground until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import attrs
 import click
 
 from agorad import facts
-from agorad.join import answers, cloud, findings, layout, questions, reach, secret, source
+from agorad.join import answers, cloud, findings, layout, questions, reach, secret, source, unit
 from agorad.join.answers import Answers
 from agorad.join.cloud import Place
 from agorad.join.findings import Finding
@@ -29,6 +30,7 @@ from agorad.join.lines import COLOURS, Line
 from agorad.join.live import Live
 from agorad.join.secret import Secret
 from agorad.run import Manifest
+from agorad.service import running
 from agorad.usage import NamedPath
 from p2p.errors import LocalError
 
@@ -67,6 +69,7 @@ class _Flags:
     skip_input: bool
     reconfigure: bool
     only_check: bool
+    foreground: bool
     as_json: bool
 
 
@@ -86,6 +89,7 @@ class _Flags:
 @click.option("--skip-input", is_flag=True, help="Ask nothing; missing values are errors.")
 @click.option("--reconfigure", is_flag=True, help="Ask again instead of using earlier answers.")
 @click.option("--check", "only_check", is_flag=True, help="Look at the machine, start nothing.")
+@click.option("--foreground", is_flag=True, help="No service, even where systemd could run one.")
 @click.option("--json", "as_json", is_flag=True, help="With --check: findings as one JSON document.")
 def join(where: str | None, **flags: Any) -> None:
     """Take part in a run. RUN is the path or the address of its manifest; the last run by default.
@@ -156,13 +160,38 @@ def _join(where: str | None, flags: _Flags, token: str) -> int:
     _show(found)
     if (code := _failed(found)) is not None:
         return code
+    reason = "--foreground" if flags.foreground else unit.why_not(nodes)
     for node in nodes:
-        layout.write(manifest, chosen, node, place)
+        layout.write(manifest, chosen, node, place, service=not reason)
     by_gpu = chosen.nodes | {node.gpu: node.answers for node in nodes}
     kept = answers.keep(manifest.run.id, attrs.evolve(chosen, operator=manifest.run.operator, nodes=by_gpu))
-    told = f"answers are kept in {kept}, the token is not; Ctrl-C leaves the run cleanly"
+    told = f"answers are kept in {kept}, the token is not; "
+    if reason:
+        told += "Ctrl-C leaves the run cleanly"
+        if running.is_running() and not flags.foreground:
+            told += f" (in the foreground: {reason})"
+        click.echo(_wrapped(told, 0, sys.stderr), err=True)
+        return Live(_say, warm_steps=manifest.training.warm_steps).run(nodes, given)
+    return _as_services(nodes, given, told, manifest.training.warm_steps)
+
+
+def _as_services(nodes: list[Planned], given: Secret | None, told: str, warm_steps: int) -> int:
+    """Start them and, on a terminal, tell what they do until Ctrl-C, which ends the telling only."""
+    done = unit.prepare(nodes, lambda text: click.echo(text, err=True))
+    for change in done.files:
+        click.echo(change.lines()[0], err=True)
+    for step in done.steps:
+        click.echo(f"* {step}", err=True)
+    names = " ".join(unit.unit(node).removesuffix(".service") for node in nodes)
+    told += f"{names} starts with the machine from now on; `systemctl stop {names}` leaves the run cleanly"
     click.echo(_wrapped(told, 0, sys.stderr), err=True)
-    return Live(_say, warm_steps=manifest.training.warm_steps).run(nodes, given)
+    if not sys.stdout.isatty():
+        for node in nodes:
+            unit.launch(node, given)
+            click.echo(f"{unit.unit(node)} started: agoractl status, journalctl -u agorad@{node.gpu} -f")
+        return 0
+    click.echo("Ctrl-C ends this display, not the node", err=True)
+    return Live(_say, warm_steps=warm_steps, launch=unit.launch, attached=True).run(nodes, given)
 
 
 def _chosen(flags: _Flags, earlier: Answers, given: Secret | None) -> Answers:

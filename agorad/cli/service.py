@@ -14,6 +14,7 @@ from agorad.config import SYSTEM_STATE
 from agorad.service import install as steps
 from agorad.service import manager, program
 from agorad.service.install import Done
+from agorad.service.running import is_running
 from p2p.errors import LocalError
 
 _INSTANCE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
@@ -71,7 +72,7 @@ def uninstall(purge: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
 
 
 def _require(dry_run: bool) -> None:
-    if not manager.is_running():
+    if not is_running():
         raise LocalError(
             "systemd does not run here, so there is nothing to install a service in; "
             "`agoractl join` and `agorad` work in the foreground, under any supervisor"

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 import attrs
 
+from agorad.config import SYSTEM_STATE
+from agorad.service.running import is_ours
 from p2p.errors import LocalError
 
 LIMIT: Final = 256 << 10
@@ -56,7 +58,9 @@ def folder(kind: str, fallback: str) -> Path:
 
 
 def states() -> Path:
-    """Holds a folder a run."""
+    """Holds a folder a run: the system's where nodes are its services, else the user's."""
+    if is_ours() and not os.environ.get("XDG_STATE_HOME"):
+        return SYSTEM_STATE
     return folder("STATE", ".local/state")
 
 

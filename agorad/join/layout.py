@@ -43,7 +43,7 @@ class Planned:
     @property
     def control(self) -> Path:
         """Its control socket."""
-        return self.folder / "control.sock"
+        return config.runtime_of(self.folder) / "control.sock"
 
     @property
     def answers(self) -> NodeAnswers:
@@ -95,8 +95,13 @@ def plan(
     return nodes
 
 
-def write(manifest: Manifest, answers: Answers, node: Planned, place: Place) -> None:
-    """Make the folder and write manifest and settings; what an earlier join left there is reused."""
+def write(
+    manifest: Manifest, answers: Answers, node: Planned, place: Place, *, service: bool = False
+) -> None:
+    """Make the folder and write manifest and settings; what an earlier join left there is reused.
+
+    A service has no log file: what it says is in the journal.
+    """
     table: dict[str, Any] = {
         "node": {
             "role": "worker", "name": f"gpu{node.gpu}", "run": "run.toml", "state": ".",
@@ -106,6 +111,8 @@ def write(manifest: Manifest, answers: Answers, node: Planned, place: Place) -> 
         "worker": {"account": answers.account},
         "metrics": {"listen": f"127.0.0.1:{metrics.DEFAULT_PORT + node.gpu}"},
     }  # fmt: skip
+    if service:
+        del table["node"]["log"]
     if answers.slots:
         table["worker"]["slots"] = answers.slots
     config.from_table(table, node.folder)

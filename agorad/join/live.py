@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import attrs
 
@@ -34,10 +34,23 @@ LAST_BYTES: Final = 64 << 10
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class Process(Protocol):
+    """What is asked of a node's process: the part of ``subprocess.Popen`` that is used here."""
+
+    @property
+    def returncode(self) -> int | Any: ...
+    def poll(self) -> int | None: ...
+    def send_signal(self, sig: int) -> None: ...
+    def kill(self) -> None: ...
+    def wait(self) -> int: ...
+
+
 @attrs.define(eq=False)
 class _Child:
     node: Planned
-    process: subprocess.Popen[bytes]
+    process: Process
+    log: str
+    """Where its log is, for people."""
     narrator: Narrator
     said_at: float
     began: float = attrs.field(factory=time.time)
@@ -46,11 +59,23 @@ class _Child:
 
 
 class Live:
-    """The children and what they say. ``say`` gets a node's label (empty if there is one node) and a line."""
+    """The children and what they say. ``say`` gets a node's label (empty if there is one node) and a line.
+
+    ``launch`` starts a node and says where its log is. ``attached``: the nodes live on by themselves; Ctrl-C
+    ends the telling, not them.
+    """
 
     def __init__(
-        self, say: Callable[[str, Line], None], *, warm_steps: int, pulse_s: float = PULSE_S
+        self,
+        say: Callable[[str, Line], None],
+        *,
+        warm_steps: int,
+        pulse_s: float = PULSE_S,
+        launch: Callable[[Planned, Secret | None], tuple[Process, str]] | None = None,
+        attached: bool = False,
     ) -> None:
+        self._launch = launch or spawn
+        self._attached = attached
         self._say = say
         self._warm_steps = warm_steps
         self._pulse_s = pulse_s
@@ -69,9 +94,11 @@ class Live:
             for node in nodes:
                 if not self._asked:
                     self._start(node, secret)
-            while any(not child.buried for child in self._children):
+            while any(not child.buried for child in self._children) and not (self._attached and self._asked):
                 self._hear(TICK_S)
-                if self._asked and not self._said_leaving:  # not in the handler: it may interrupt a line
+                if (
+                    self._asked and not self._said_leaving and not self._attached
+                ):  # not in the handler: it may interrupt a line
                     self._said_leaving = True
                     self._say("", ("NODE", "leaving: what is begun is finished first; again to end at once"))
                 self._pulse()
@@ -80,7 +107,7 @@ class Live:
                         code = code or self._bury(child)
         finally:
             for child in self._children:
-                if child.process.poll() is None:
+                if not self._attached and child.process.poll() is None:
                     child.process.kill()
                     child.process.wait()
             for number, handler in before.items():
@@ -88,30 +115,10 @@ class Live:
         return code
 
     def _start(self, node: Planned, secret: Secret | None) -> None:
-        command = [sys.executable, "-m", "agorad.main", "--config", str(node.config)]
-        reading: int | None = None
-        if secret is not None:
-            reading, writing = os.pipe()
-            os.write(writing, secret.split()[1].encode())  # below a pipe's size: never blocks
-            os.close(writing)
-            command += ["--secret-fd", str(reading)]
-        log = open_log(node)
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=() if reading is None else (reading,),
-                start_new_session=True,  # Ctrl-C is for us: we stop them in order
-            )
-        finally:
-            os.close(log)
-            if reading is not None:
-                os.close(reading)
-        child = _Child(node, process, Narrator(self._warm_steps), time.monotonic())
+        process, log = self._launch(node, secret)
+        child = _Child(node, process, log, Narrator(self._warm_steps), time.monotonic())
         self._children.append(child)
-        self._tell(child, ("NODE", f"starting on {node.device}; its log is {node.log}"))
+        self._tell(child, ("NODE", f"starting on {node.device}; its log is {log}"))
         child.listener = threading.Thread(target=self._follow, args=(child,), daemon=True)
         child.listener.start()
 
@@ -151,6 +158,8 @@ class Live:
 
     def _stop(self, number: int, _frame: object) -> None:
         self._asked += 1
+        if self._attached:
+            return
         for child in self._children:
             child.narrator.asked = True
             if child.process.poll() is None:
@@ -173,14 +182,40 @@ class Live:
             why = f"killed by signal {-code}" + (
                 ", which is what happens when the machine runs out of memory" if code == -9 else ""
             )
-            remedy = advice(ExitCode.MEMORY) if code == -9 else f"the log is {child.node.log}"
+            remedy = advice(ExitCode.MEMORY) if code == -9 else f"the log is {child.log}"
         else:
-            why = why or f"the reason is at the end of {child.node.log}"
+            why = why or f"the reason is at the end of {child.log}"
             remedy = advice(code)
         self._tell(child, ("ERROR", f"ended with code {code if code > 0 else 128 - code}: {why}"))
         if remedy:
             self._tell(child, ("ERROR", f"what to do: {remedy}"))
         return int(code if code > 0 else 128 - code)
+
+
+def spawn(node: Planned, secret: Secret | None) -> tuple[Process, str]:
+    """The node as a child of this process; its log file."""
+    command = [sys.executable, "-m", "agorad.main", "--config", str(node.config)]
+    reading: int | None = None
+    if secret is not None:
+        reading, writing = os.pipe()
+        os.write(writing, secret.split()[1].encode())  # below a pipe's size: never blocks
+        os.close(writing)
+        command += ["--secret-fd", str(reading)]
+    log = open_log(node)
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=() if reading is None else (reading,),
+            start_new_session=True,  # Ctrl-C is for us: we stop them in order
+        )
+    finally:
+        os.close(log)
+        if reading is not None:
+            os.close(reading)
+    return process, str(node.log)
 
 
 def _events(child: _Child) -> Iterator[Mapping[str, Any]]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 from p2p.errors import LocalError
 
-RUNNING: Final = Path("/run/systemd/system")
 COMMAND_S: Final = 90.0
 """Longer than a unit's TimeoutStopSec and the kill after it."""
 
@@ -27,11 +25,6 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
         raise LocalError(f"cannot run {command[0]}: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
         raise LocalError(f"{' '.join(command)} did not end within {COMMAND_S:.0f} s") from error
-
-
-def is_running() -> bool:
-    """Whether systemd manages this machine."""
-    return RUNNING.is_dir()
 
 
 class Manager:

@@ -159,7 +159,15 @@ def test_a_second_ctrl_c_ends_at_once_and_a_killed_node_is_told(tmp_path: Path) 
     """No authority is there, so the nodes wait for one."""
     made = ctl(tmp_path, "agoractl", "run", "init", "lonely", "--port", str(first := free_ports(4)))
     assert made.returncode == 0, made.stderr
-    command = ("agoractl", "join", "lonely/run.toml", "--skip-input", "--host-port", str(first + 3))
+    command = (
+        "agoractl",
+        "join",
+        "lonely/run.toml",
+        "--skip-input",
+        "--foreground",
+        "--host-port",
+        str(first + 3),
+    )
 
     def said() -> str:
         return (tmp_path / "join.log").read_text()

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ signal.signal(signal.SIGUSR1, hang)  # the only thread that counts stops here
 DROP_IN = f"""[Service]
 Environment=PYTHONPATH=/opt/hang:{ROOT} PYTHONDONTWRITEBYTECODE=1
 RestartSec=200ms
-WatchdogSec=3
+WatchdogSec=%d
 TimeoutAbortSec=2
 """
 NOT_OURS = re.compile(
@@ -98,13 +99,13 @@ class Host:
 
 
 @contextmanager
-def host(run: Path) -> Iterator[Host]:
+def host(run: Path, watchdog_s: int = 5) -> Iterator[Host]:
     """Booted, with a run's files in /var/lib/agora; the program is this checkout's."""
     with booted() as machine:
         it = Host(machine, machine.place / "upper")
         it.put("/opt/hang/sitecustomize.py", HANG)
         for unit in ("agorad", "agorad@"):
-            it.put(f"/etc/systemd/system/{unit}.service.d/test.conf", DROP_IN)
+            it.put(f"/etc/systemd/system/{unit}.service.d/test.conf", DROP_IN % watchdog_s)
         shutil.copytree(run, machine.root / "var/lib/agora")
         yield it
 
@@ -169,6 +170,12 @@ def test_a_node_lives_as_a_service(tmp_path: Path) -> None:
         assert (node["role"], node["phase"], node["pid"]) == ("seed", "active", pid(here, "agorad"))
         assert (machine.root / "run/agora/seed/control.sock").is_socket()
         machine.wait_for("agorad", 10, StatusText="active, 0 peers")
+        said = machine.run(
+            "journalctl", "-o", "json", "AGORA_EVENT=ready", "_SYSTEMD_UNIT=agorad.service"
+        ).stdout
+        fields = json.loads(said)
+        assert (fields["PRIORITY"], fields["MESSAGE"][:18]) == ("6", "[NODE] ready after")
+        assert json.loads(fields["AGORA_SECONDS"]) > 0
         identity = (machine.root / "var/lib/agora/seed/identity.key").stat()
         assert (identity.st_mode & 0o777, identity.st_uid != 0) == (0o600, True)
         machine.run("systemctl", "reload", "agorad")
@@ -210,3 +217,64 @@ def test_a_node_lives_as_a_service(tmp_path: Path) -> None:
         assert machine.run("id", "agora", code=1).stdout == ""
         assert machine.run("systemctl", "cat", "agorad", code=None).returncode != 0
         assert "not installed" in here.ctl("service", "uninstall").stdout
+
+
+@pytest.mark.long
+def test_two_workers_join_train_die_and_leave_as_services(tmp_path: Path) -> None:
+    small = ("model.seq=32", "model.layers=[1]", "training.target_batch=2", "training.total_steps=100000")
+    with host(make_run(tmp_path / "run", *small), watchdog_s=40) as here:
+        machine, state = here.machine, here.machine.root / "var/lib/agora"
+        here.ctl("service", "install", "seed", "trainer", "--now")
+        shutil.copytree(tmp_path / "run", machine.root / "root/run")
+        secret = (tmp_path / "run" / "invitation").read_text().strip().partition(":")[2]
+        # The authority is away: the units start, and are not active, since they are not in.
+        joined = here.ctl("join", "/root/run/run.toml", "--skip-input", "--gpu-id", "cpu").stdout
+        assert "agorad@0.service started" in joined
+        second = tomllib.loads((state / "0/agorad.toml").read_text())
+        second["node"] |= {"name": "gpu1", "listen": ["/ip4/0.0.0.0/tcp/49201"], "run": "../run.toml"}
+        second["node"].pop("identity")
+        second["metrics"]["listen"] = "127.0.0.1:49191"
+        second["worker"]["secret_file"] = "invitation"
+        here.put("/var/lib/agora/1/agorad.toml", tomli_w.dumps(second))
+        here.put("/var/lib/agora/1/invitation", secret)
+        here.ctl("service", "install", "1", "--now")
+        told = lambda: machine.show("agorad@0", "StatusText").get("StatusText", "")  # noqa: E731
+        here.until(lambda: told().startswith("joining"), 60, "word of joining")
+        assert machine.show("agorad@0", "ActiveState") == {"ActiveState": "activating"}
+        handed = list((machine.root / "run/agora").rglob("secret"))
+        assert [path.read_text() for path in handed] == [secret]
+        here.ctl("service", "install", "authority", "--now")
+        for name in ("agorad@0", "agorad@1"):
+            machine.wait_for(name, 90, ActiveState="active", NRestarts="0")
+        assert list((machine.root / "run/agora").rglob("secret")) == []
+        found = {node["name"]: node for node in here.status()}
+        assert sorted(found) == ["authority", "gpu0", "gpu1", "seed", "trainer"]
+        assert found["gpu0"]["peer_id"] != found["gpu1"]["peer_id"]
+        assert found["gpu0"]["stage"] == found["gpu1"]["stage"] == 0
+
+        def steps(kind: str) -> list[int]:
+            lines = (state / "0" / "events.jsonl").read_text().splitlines()
+            return [event["step"] for event in map(json.loads, lines) if event["event"] == kind]
+
+        here.until(lambda: max(steps("saved"), default=0) >= 20, 120, "snapshot")
+        # Killed: there again, with its own snapshot; the other one did not notice.
+        before = pid(here, "agorad@1")
+        machine.run("systemctl", "kill", "-s", "KILL", "agorad@0")
+        machine.wait_for("agorad@0", 60, NRestarts="1", ActiveState="active")
+        assert [step >= 20 for step in steps("resumed")] == [True]
+        assert pid(here, "agorad@1") == before
+        # Stopped while it works: it drains.
+        began = time.monotonic()
+        machine.run("systemctl", "stop", "agorad@0", "agorad@1")
+        assert time.monotonic() - began < 30
+        for name in ("agorad@0", "agorad@1"):
+            ended = machine.show(name, "ActiveState", "ExecMainStatus", "Result")
+            assert ended == {
+                "ActiveState": "inactive",
+                "ExecMainStatus": "0",
+                "Result": "success",
+            }, machine.journal(name)
+        journal = machine.run("journalctl", "--no-pager", "-o", "cat").stdout
+        assert secret not in journal
+        here.ctl("service", "uninstall")
+        assert machine.run("systemctl", "list-units", "--all", "--no-legend", "agorad*").stdout == ""
