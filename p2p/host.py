@@ -35,6 +35,7 @@ from p2p import hello, identify, multistream
 from p2p.connection import Connection, Scratch
 from p2p.counters import Counters
 from p2p.dial import Dialer
+from p2p.door import Door
 from p2p.errors import DialError, LocalError, P2PError, PeerGone, Refused, RemoteError
 from p2p.event import Emit, ignore
 from p2p.groups import leaves, plain
@@ -103,7 +104,7 @@ class Host:
         self._credit = Credit(limits.host_window_budget)
         self._nursery: trio.Nursery | None = None
         self._all: dict[Connection, None] = {}  # ordered, so that simulations replay
-        self._handshaking = 0
+        self._door = Door(limits.handshakes)
         self._asides = 0
         self._closing = False
         self._dialer = Dialer(self._transport, self._upgrade, limits)
@@ -287,24 +288,29 @@ class Host:
             self._dialer.end(peer_id, error)
 
     async def _accept(self, stream: trio.abc.Stream, addr: str) -> None:
-        full = None
-        if self._handshaking >= self.limits.handshakes:
-            full = "handshakes"
-        elif len(self._all) >= self.limits.connections:
+        scope, full = trio.CancelScope(), None
+        if len(self._all) >= self.limits.connections:
             full = "connections"
+        elif not self._door.enter(addr, scope.cancel):
+            full = "handshakes"
         if self._closing or full is not None:
             if full is not None:
                 self.counters.dropped[full] += 1
+            self._door.leave(addr, scope.cancel)
             await trio.aclose_forcefully(stream)
             return
-        self._handshaking += 1
+        upgraded = None
         try:
-            upgraded = await self._upgrade(stream, None)
+            with scope:
+                upgraded = await self._upgrade(stream, None)
         except RemoteError as error:
             self._emit(HandshakeFailed(addr=addr, why=str(error)))
             return
         finally:
-            self._handshaking -= 1
+            self._door.leave(addr, scope.cancel)
+        if upgraded is None:
+            self.counters.dropped["handshakes"] += 1
+            return
         if upgraded.secured.peer_id == self.peer_id:
             await trio.aclose_forcefully(stream)
             return
@@ -312,7 +318,18 @@ class Host:
             await self._live_aside(self._connection(upgraded, addr, dialer=False))
             return
         connection = self._adopt(upgraded, addr, dialer=False)
+        if self.membership is not None and len(self._all) >= self.limits.connections - self.limits.reserved:
+            assert self._nursery is not None
+            self._nursery.start_soon(self._members_only, connection)
         await self._live(connection)  # returning would close the stream
+
+    async def _members_only(self, connection: Connection) -> None:
+        """The last connections are for members: a guest is closed once its hello told that it is one."""
+        with trio.move_on_after(self.limits.hello_s):
+            await connection.greeted.wait()
+        if connection.member is None:
+            self.counters.dropped["reserved"] += 1
+            connection.close("no room for guests at the moment")
 
     async def _upgrade(
         self, stream: trio.abc.Stream, expected: PeerId | None, aside: bool = False

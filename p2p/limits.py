@@ -19,9 +19,11 @@ class Limits:
     """Written limits of one host."""
 
     # connections
-    connections: int = 1024
+    connections: int = 2048
+    reserved: int = 256
+    """Of these, the last ones are for members: a guest that gets one is closed after its hello."""
     handshakes: int = 64
-    """Inbound connections that are still proving who they are; more are closed unheard."""
+    """Inbound connections that are still proving who they are, shared between addresses: ``p2p.door``."""
     handshake_s: float = 10.0
     dial_s: float = 8.0
     """For one dial of all addresses of a peer, handshake included."""
