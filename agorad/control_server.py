@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import trio
 
+from agorad import control
 from agorad.control import (
     CLIENTS,
     IDLE_S,
@@ -23,9 +25,50 @@ from agorad.control import (
     failure,
     parse_request,
 )
-from p2p.errors import P2PError, Refused
+from agorad.exitcodes import DaemonExit
+from p2p.errors import LocalError, P2PError, Refused
 
 RETRY_S = 0.5
+LOOK_S = 5.0
+"""Between two looks whether the socket is still there."""
+
+
+async def keep(
+    path: Path,
+    listener: socket.socket,
+    commands: Mapping[str, Command],
+    made_again: Callable[[str], None],
+    *,
+    task_status: trio.TaskStatus[None],
+) -> None:
+    """``serve``, and make the socket again where somebody removed or replaced it (a cleaner of old files).
+
+    ``made_again`` is told why it cannot be done yet, or nothing once it is. Clients of before are cut off.
+    """
+    task_status.started()
+    while True:
+        ours = _inode(path)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve, listener, commands)
+            while _inode(path) == ours:  # noqa: ASYNC110 (a file tells nobody)
+                await trio.sleep(LOOK_S)
+            nursery.cancel_scope.cancel()
+        while True:
+            try:
+                listener = control.listen(path)
+                break
+            except (LocalError, DaemonExit) as error:
+                made_again(str(error))
+                await trio.sleep(LOOK_S)
+        made_again("")
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 async def serve(

@@ -237,6 +237,22 @@ class ReceiptsCredited(Event):
 
 
 @attrs.frozen(kw_only=True)
+class Trouble(Event):
+    """Something is wrong with this node, and what is done about it (``agorad.supervision``)."""
+
+    kind: str
+    why: str
+    reaction: str
+
+
+@attrs.frozen(kw_only=True)
+class TroubleOver(Event):
+    """A trouble that was told is over."""
+
+    kind: str
+
+
+@attrs.frozen(kw_only=True)
 class SubscriberFailed(Event):
     """A part of the daemon that listens to events raised and was disconnected: a bug."""
 

@@ -38,6 +38,8 @@ WARNING: Final = frozenset(
         "peer_refused",
         "round_abandoned",
         "bad_gradient",
+        "bad_output",
+        "trouble",
         "save_failed",
         "join_delayed",
         "microbatch_failed",

@@ -15,6 +15,7 @@ process; a role that overstays its drain is cancelled.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
@@ -43,7 +44,7 @@ from agorad import (
 from agorad.commands import Pace
 from agorad.commands import install as install_commands
 from agorad.config import Config
-from agorad.events import Bus, Ready, Reloaded, Started, Stopped, Stopping
+from agorad.events import Bus, Ready, Reloaded, Started, Stopped, Stopping, Trouble
 from agorad.exitcodes import DaemonExit, ExitCode, verdict
 from agorad.log import Log
 from agorad.metrics import serve as metrics
@@ -52,6 +53,9 @@ from agorad.metrics.readings import Readings
 from agorad.notify import Notifier
 from agorad.pausing import Pausing
 from agorad.run import Manifest
+from agorad.steady import SteadyClock
+from agorad.supervision.levers import Levers
+from agorad.supervision.watch import Supervisor
 from p2p.errors import LocalError, P2PError
 from p2p.event import Event
 from p2p.host import Host
@@ -101,6 +105,8 @@ class Node:
     """The node's figures."""
     readings: Callable[[], Readings] = Readings
     """The role's: what it can say of itself now."""
+    levers: Levers = attrs.field(factory=Levers)
+    """What supervision may do; set by the role."""
     manifest_taken: list[Callable[[], None]] = attrs.field(factory=list)
     """Called when ``manifest`` was replaced by a newer one; roles add theirs."""
     watch_s: float = standing.WATCH_S
@@ -112,6 +118,8 @@ class Node:
     secret: str | None = attrs.field(default=None, repr=False)
     """The account's secret or token, handed over by who started this process; until the first grant."""
     clock: Callable[[], float] = time.time
+    """Unix time as the node counts it: ``steady``, but for tests."""
+    steady: SteadyClock = attrs.field(factory=SteadyClock)
     rng: random.Random = attrs.field(factory=random.Random)
     warnings: dict[str, str] = attrs.field(factory=dict)
     """Present troubles by key, as sentences for ``agoractl status``; roles set and delete."""
@@ -153,8 +161,16 @@ class Node:
         self.is_ready = True
         self.status.setdefault("phase", "active")
         addrs = [str(addr) for addr in self.host.addrs]
-        self.emit(Ready(seconds=round(time.time() - self.started_at, 3), addrs=addrs))
+        self.emit(Ready(seconds=round(self.clock() - self.started_at, 3), addrs=addrs))
         self.notifier.ready()
+
+    def socket_made_again(self, trouble: str) -> None:
+        """The control socket was gone; ``trouble`` says why it cannot be made again, empty if it was."""
+        if trouble:
+            self.warnings["control"] = f"the control socket is gone and cannot be made again: {trouble}"
+        else:
+            self.warnings.pop("control", None)
+            self.emit(Trouble(kind="control", why="the control socket was gone", reaction="made again"))
 
     def stop(self, why: str) -> None:
         """Begin to leave; calling it again does nothing."""
@@ -205,7 +221,7 @@ class Node:
             "pid": os.getpid(),
             "peer_id": self.identity.peer_id,
             "version": __version__,
-            "uptime_s": round(time.time() - self.started_at, 3),
+            "uptime_s": round(self.clock() - self.started_at, 3),
             "run": self.manifest.run.id,
             "manifest": {"version": self.manifest.run.version, "hash": self.manifest.hash.hex()},
             "phase": "joining",
@@ -324,8 +340,9 @@ async def _live(
 ) -> bool:
     rng = random.Random()
     manifest, known = manifests.restore(settings.node.state, manifest)
-    host = Host(identity, emit=bus.emit, rng=rng, limits=_limits(settings, manifest))
-    dht = Dht(host, identity, rng=rng, emit=bus.emit)
+    steady = SteadyClock()
+    host = Host(identity, emit=bus.emit, clock=steady, rng=rng, limits=_limits(settings, manifest))
+    dht = Dht(host, identity, clock=steady, rng=rng, emit=bus.emit)
     listener = control.listen(settings.control)
     try:
         async with trio.open_nursery() as services:
@@ -340,6 +357,8 @@ async def _live(
                     nursery=nursery,
                     notifier=Notifier(),
                     rng=rng,
+                    clock=steady,
+                    steady=steady,
                     started_at=started_at,
                     secret=secret,
                 )
@@ -356,9 +375,12 @@ async def _live(
                 services.start_soon(_keep_pace, node)
                 services.start_soon(node.pausing.run)
                 await services.start(metrics.run, node)
+                services.start_soon(Supervisor(node).run)
                 install_commands(node)
                 points.install(node)
-                await services.start(control_server.serve, listener, node.commands)
+                await services.start(
+                    control_server.keep, settings.control, listener, node.commands, node.socket_made_again
+                )
                 node.learn_listed()
                 nursery.start_soon(standing.watch, node)
                 await nursery.start(dht.run, _bootstrap(manifest, settings.node.role, identity.peer_id))
@@ -375,7 +397,8 @@ async def _live(
         return node.again
     finally:
         listener.close()
-        settings.control.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk that became read-only it stays, and is replaced
+            settings.control.unlink(missing_ok=True)
 
 
 def _limits(settings: Config, manifest: Manifest) -> Limits:

@@ -17,6 +17,7 @@ All methods are for the device thread, except ``HeldMicrobatch.release``. Torch 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from p2p.averaging import Outcome
-from p2p.errors import LocalError
+from p2p.errors import LocalError, Refused
 from p2p.event import Emit, ignore
 from stage import boundary, genesis, kernels
 from stage.config import ModelConfig, TrainingConfig
@@ -40,6 +41,9 @@ from stage.placement import Peak, SavedBytes, compiles, compute_dtype, memory_bu
 from stage.settings import ComputeSettings
 from stage.snapshot import State
 from stage.weights import CHUNK, MAX_VERSIONS, Version
+
+NOT_FINITE = "not_finite"
+"""The refusal of a replica whose own numbers are not; its caller goes to another one."""
 
 
 def wire_shape(model: ModelConfig, training: TrainingConfig, stage: int) -> Shape:
@@ -183,7 +187,10 @@ class StageCompute:
             out = self._run_whole(held)
         else:
             out = self._run_states(held)
-        held.c = boundary.pack(out.detach()[0], self.training.wire_dtype)
+        answer = out.detach()[0]
+        if not bool(torch.isfinite(answer).all()):
+            raise Refused(NOT_FINITE, "what this replica computes is not finite")
+        held.c = boundary.pack(answer, self.training.wire_dtype)
         return held
 
     def _run_whole(self, held: HeldMicrobatch) -> Tensor:
@@ -214,7 +221,8 @@ class StageCompute:
     def backward(self, held: HeldMicrobatch, dc: memoryview) -> Any:
         """Adds the gradient of a microbatch; the packed gradient of ``c_in`` (empty at the head).
 
-        Raises RemoteError on a gradient that is not finite, before anything is added.
+        Raises RemoteError on a gradient that is not finite, before anything is added; Refused where the loss
+        that a tail computes is not.
         """
         self._sweep()
         back = self.training.wire_dtype_backward
@@ -269,6 +277,8 @@ class StageCompute:
         loss = TailLoss(x, leaves["out"], held.ids[:, 1:], weight.to(self.stage.state_dtype))
         dx = loss.seed(self.weights.gradients["out"])
         held.loss = float(loss.losses[0])
+        if not math.isfinite(held.loss):  # what was added is not either: the next step throws it away
+            raise Refused(NOT_FINITE, "the loss that this replica computes is not finite")
         return dx
 
     def _sweep(self) -> None:
@@ -342,6 +352,15 @@ class StageCompute:
             self.weights.refresh()
         self.optimizer.constrain()
         return distance
+
+    def sound(self) -> bool:
+        """Whether all weights are finite: the masters, and what passes compute with."""
+        vectors = [self.weights.flat]
+        if self.weights.compute is not None:
+            vectors.append(self.weights.compute)
+        return all(
+            bool(torch.isfinite(part).all()) for vector in vectors for part in torch.split(vector, CHUNK)
+        )
 
     # Memory
 

@@ -104,6 +104,14 @@ class BadGradient(Event):
 
 
 @attrs.frozen(kw_only=True)
+class BadOutput(Event):
+    """A forward pass on finite numbers gave one that is not; the microbatch was refused."""
+
+    stage: int
+    step: int
+
+
+@attrs.frozen(kw_only=True)
 class RoundFinished(Event):
     """An averaging round ended with something averaged, and was merged."""
 

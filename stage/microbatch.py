@@ -155,6 +155,8 @@ class MicrobatchServer:
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._most_kept = max(1, min(MAX_ANSWERS, MAX_ANSWER_BYTES // max(1, shape.dc_bytes)))
         self.slots_free = slots
+        self.shedding = False
+        """Takes no microbatch that it does not work on already."""
         self.added = 0
         """Microbatches whose gradient this replica added."""
         self.last_loss: float | None = None
@@ -185,7 +187,7 @@ class MicrobatchServer:
         if self._clock.observe(request.clock):
             self._clock_advanced()
         known = request.ticket.id in self._working or request.ticket.id in self._kept
-        if not known and self.slots_free <= 0:
+        if not known and (self.slots_free <= 0 or self.shedding):
             await call.send(BusyReply(retry_after_s=RETRY_AFTER_S).to_wire())
             return
         self.slots_free -= 1  # held while joining too, so that joins are bounded like work

@@ -87,6 +87,12 @@ def vram(device: torch.device) -> dict[str, int]:
     }
 
 
+def give_back(device: torch.device) -> None:
+    """Memory that torch keeps for later goes back to the driver."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 class Peak:
     """Bytes that a piece of work needs at most, beside what is there before it: a context manager.
 

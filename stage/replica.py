@@ -155,6 +155,15 @@ class Replica:
         """Before ``run``: the weights are those of an own snapshot of ``step``."""
         self.step = self.state_step = step
 
+    def resync(self, why: str) -> bool:
+        """Give the state up and fetch a mate's; False, and nothing done, where no mate is ACTIVE."""
+        if not self._active_mates():
+            return False
+        self._fresh = False
+        self.disagreement = None
+        self.set_phase("syncing", why)
+        return True
+
     # Phases
 
     def set_phase(self, to: str, why: str) -> None:

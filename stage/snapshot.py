@@ -12,6 +12,7 @@ Reading verifies every chunk. ``load`` raises LocalError with a sentence that na
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import os
@@ -195,34 +196,57 @@ class SnapshotStore:
                 base = self.folder / f"{number:08d}-step-{step}"
                 hashes = _write_file(base.with_suffix(".state"), pieces)
                 manifest = SnapshotManifest(step, updates, fingerprint, floats, tuple(hashes))
-                _write_file(base.with_suffix(".manifest"), [memoryview(manifest.encode())])
-                self._tidy()
+                try:
+                    _write_file(base.with_suffix(".manifest"), [memoryview(manifest.encode())])
+                except OSError:
+                    base.with_suffix(".state").unlink(missing_ok=True)
+                    raise
+                _flush(self.folder)  # the new one is surely there before an old one goes
+                self._tidy(KEEP)
             except OSError as error:
                 raise LocalError(f"snapshot not saved in {self.folder}: {error.strerror}") from None
         return manifest.size
 
-    def _tidy(self) -> None:
+    def make_room(self) -> None:
+        """Remove what is left of failed saves, and all snapshots but the newest. Raises LocalError."""
+        with self._lock:
+            try:
+                self._tidy(1)
+            except OSError as error:
+                raise LocalError(f"no room was made in {self.folder}: {error.strerror}") from None
+
+    def _tidy(self, keep: int) -> None:
         """Remove all but the newest, manifest first, and what a crash left behind."""
         manifests = self._manifests()
-        kept = {path.stem for _, _, path in manifests[-KEEP:]}
-        for _, _, path in manifests[:-KEEP]:
+        kept = {path.stem for _, _, path in manifests[-keep:]}
+        for _, _, path in manifests[:-keep]:
             path.unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.suffix == ".part" or (path.suffix == ".state" and path.stem not in kept):
                 path.unlink(missing_ok=True)
-        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _flush(self.folder)
+
+
+def _flush(folder: Path) -> None:
+    """Names that were made or removed in the folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _pieces(source: Source) -> Iterator[memoryview]:
-    """The vectors' bytes, at most a chunk at a time, without a copy of the whole."""
+    """The vectors' bytes, at most a chunk at a time, without a copy of the whole.
+
+    Raises LocalError on a number that is not finite: such a state must not push a sound one out.
+    """
     floats = CHUNK // FLOAT_BYTES
     for vector in range(VECTORS):
         for start in range(0, source.floats, floats):
             part = source.read(vector, start, min(start + floats, source.floats))
+            if not bool(torch.isfinite(part).all()):
+                raise LocalError("snapshot not saved: the state of this replica is not finite")
             yield part.detach().numpy().data.cast("B")
 
 
@@ -230,18 +254,23 @@ def _write_file(path: Path, pieces: Iterable[memoryview]) -> list[bytes]:
     """Write atomically; returns the SHA-256 of each CHUNK bytes."""
     hashes, digest, room = [], hashlib.sha256(), CHUNK
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        for piece in pieces:
-            file.write(piece)
-            while len(piece) >= room:
-                digest.update(piece[:room])
-                hashes.append(digest.digest())
-                piece, digest, room = piece[room:], hashlib.sha256(), CHUNK
-            digest.update(piece)
-            room -= len(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
+    try:
+        with part.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+                while len(piece) >= room:
+                    digest.update(piece[:room])
+                    hashes.append(digest.digest())
+                    piece, digest, room = piece[room:], hashlib.sha256(), CHUNK
+                digest.update(piece)
+                room -= len(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)  # on a full disk it would keep the room that the next one needs
+        raise
     if room < CHUNK:
         hashes.append(digest.digest())
     return hashes

@@ -1,7 +1,8 @@
 """Every series of a node, in a registry of its own, and how events move them.
 
-``Book.observe`` is a subscriber of the bus: whatever can be counted is counted from events, so that figures,
-log and ``events.jsonl`` say the same. What is a state (phase, peers, bytes of memory) the sampler sets.
+``Book.observe`` is a subscriber of the bus: whatever can be counted is counted from events, so that
+figures, log and ``events.jsonl`` say the same. What is a state (phase, peers, bytes of memory) the sampler
+sets.
 
 Labels are bounded: kinds are written here, event names and refusal codes are those of the code (at most
 ``MOST_VALUES`` of each label, then ``other``), and no label holds a peer, an account, an address or a path.
@@ -213,6 +214,8 @@ class Book:
             "rerouted": bump(self.reroutes),
             "step": self._step,
             "bad_gradient": bump(self.bad_gradients),
+            "bad_output": outcome(self.microbatches, "not_finite"),
+            "trouble": lambda e: self.troubles.labels(self.bounded("trouble", e["kind"])).inc(),
             "evaluated": self._evaluated,
             "saved": self._saved,
             "save_failed": outcome(self.snapshots, "failed"),

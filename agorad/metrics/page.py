@@ -2,8 +2,8 @@
 
 So it answers when the event loop does not, and shows that it does not. Read-only; ``/`` names the page.
 Limits: ``CLIENTS`` requests at once, more are turned away with 503; ``CLIENT_S`` for each part of a request
-to come and of the answer to go. On a loopback address requests that name another host are refused, so that no
-web page in a browser of this machine reads it by having its own name point here.
+to come and of the answer to go. On a loopback address requests that name another host are refused, so that
+no web page in a browser of this machine reads it by having its own name point here.
 """
 
 from __future__ import annotations

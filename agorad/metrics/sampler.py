@@ -1,8 +1,7 @@
 """Reads a node's states into its book, and watches how late the event loop is.
 
 One task. Every ``BEAT_S`` it measures by how much it woke too late: the loop's lag, which everything else
-that waits sees too. Every ``SAMPLE_S`` it reads states and totals, among them a few
-/proc files.
+that waits sees too. Every ``SAMPLE_S`` it reads states and totals, among them a few /proc files.
 ``bring_up_to_date`` does the same at once, for who asks over the control socket.
 """
 

@@ -8,7 +8,10 @@ withdraw from the roster, finish or hand back what is in progress, snapshot, lea
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable
 
+import attrs
 import torch
 import trio
 
@@ -18,6 +21,13 @@ from agorad.exitcodes import DaemonExit, ExitCode, hardware
 from agorad.joining import obtain_certificate
 from agorad.metrics.readings import Readings
 from agorad.node import Node
+from agorad.supervision.levers import Levers
+from agorad.supervision.memory import AcceleratorMemory
+from agorad.supervision.progress import Company, Work
+from agorad.supervision.progress import Device as HungDevice
+from agorad.supervision.reactions import Vitals
+from agorad.supervision.rounds import Rounds
+from agorad.supervision.weights import Weights
 from p2p.averaging import Averager, RoundConfig
 from p2p.errors import LocalError, P2PError, Refused
 from p2p.groups import plain
@@ -27,15 +37,15 @@ from p2p.records import StageRecord
 from stage import messages
 from stage.ahead import Ahead
 from stage.clock import StepClock
-from stage.compute import StageCompute, wire_shape
+from stage.compute import NOT_FINITE, StageCompute, wire_shape
 from stage.device import STEP, Device
 from stage.donor import PROTOCOL as STATE_PROTOCOL
 from stage.donor import Donor, fetch
-from stage.events import Resumed, Saved, StateFetched, StateFetching
+from stage.events import BadOutput, Resumed, Saved, SaveFailed, StateFetched, StateFetching
 from stage.microbatch import MicrobatchServer
 from stage.nexthop import NextHop
 from stage.parameters import ticket_flops
-from stage.placement import DeviceError, choose_device, peak_flops, vram
+from stage.placement import DeviceError, choose_device, give_back, peak_flops, vram
 from stage.reduce import KernelReducer
 from stage.replica import Replica
 from stage.roster import Declaration, Roster
@@ -85,7 +95,7 @@ async def run(node: Node) -> None:
         compute = await trio.to_thread.run_sync(make)
     except DeviceError as error:
         raise DaemonExit(ExitCode.ACCELERATOR, str(error)) from error
-    faults = Faults()
+    faults = Faults(lambda: node.emit(BadOutput(stage=stage, step=clock.step)))
     with Device(failed=faults.note) as device:
         # OpenMP keeps the number for each thread that starts it.
         await device.run(STEP, torch.set_num_threads, node.config.node.threads)
@@ -126,12 +136,16 @@ class Faults:
     after microbatch and lose each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bad_output: Callable[[], None] = lambda: None) -> None:
+        """``bad_output`` is told when what was computed is not finite."""
+        self._bad_output = bad_output
         self._end: DaemonExit | None = None
         self._found = trio.Event()
 
     def note(self, error: BaseException) -> None:
         """What a job raised."""
+        if isinstance(error, Refused) and error.code == NOT_FINITE:
+            self._bad_output()
         if self._end is None and (end := hardware(error)) is not None:
             self._end = end
             self._found.set()
@@ -164,6 +178,7 @@ class _Worker:
         self.peer_id: PeerId = node.identity.peer_id
         self.store = store
         self.saving = trio.Lock()
+        self.saved_bytes = 0
         self.roster = Roster(node.dht, node.trust, node.clock)
         self.mates = self.roster.view(stage)
         self.declaration = Declaration(node.dht, manifest.run.id, stage, self.peer_id, self.describe)
@@ -241,6 +256,7 @@ class _Worker:
             node.update_status = self.update_status
             node.pausing.attach(lambda held: self.replica.hold() if held else self.replica.release())
             node.readings = self.readings
+            node.levers = self.levers()
             await trio.lowlevel.checkpoint()
             nursery.start_soon(self.declaration.run)
             node.ready()
@@ -280,7 +296,7 @@ class _Worker:
             addrs=tuple(str(addr) for addr in self.node.host.addrs)[:8],
             phase="leaving" if self.node.stopping.is_set() else self.replica.phase,
             step=self.replica.step,
-            slots=max(0, self.server.slots_free),
+            slots=0 if self.server.shedding else max(0, self.server.slots_free),
             rate=0.0,
             certificate=certificate.encode(),
             disagreement=self.replica.disagreement,
@@ -295,6 +311,7 @@ class _Worker:
                 size = await trio.to_thread.run_sync(self.store.save, held)
             finally:
                 held.release()
+        self.saved_bytes = size
         self.node.emit(Saved(step=step, bytes=size))
 
     async def donated(self) -> None:
@@ -380,4 +397,42 @@ class _Worker:
             await self.declaration.withdraw()
             await self.server.wait_idle()
         if self.replica.phase in ("active", "warming"):
-            await self.take_snapshot(self.replica.step)
+            try:
+                await self.take_snapshot(self.replica.step)
+            except LocalError as error:  # a full disk: the one before is what is left
+                self.node.emit(SaveFailed(step=self.replica.step, why=str(error)))
+
+    # Supervision
+
+    def levers(self) -> Levers:
+        return Levers(
+            shed=self.shed,
+            resync=self.replica.resync,
+            trim=lambda: self.device.run(STEP, give_back, self.compute.device),
+            sound=lambda: self.device.run(STEP, self.compute.sound),
+            make_room=self.make_room,
+            vitals=self.vitals,
+            rules=(AcceleratorMemory(), Weights(), Rounds(), HungDevice(), Company(), Work()),
+        )
+
+    def shed(self, on: bool) -> None:
+        self.server.shedding = on
+        self.declaration.changed()
+
+    def make_room(self) -> None:
+        try:
+            self.store.make_room()
+        except LocalError as error:
+            self.node.warnings["snapshot"] = str(error)
+
+    def vitals(self, now: Vitals) -> Vitals:
+        memory, since = vram(self.compute.device), self.device.running_since
+        return attrs.evolve(
+            now,
+            vram_total=memory.get("total", 0),
+            vram_free=memory.get("free", 0),
+            snapshot_bytes=self.saved_bytes,
+            job_s=None if since is None else time.monotonic() - since,
+            step=self.replica.step,
+            added=self.server.added,
+        )

@@ -49,7 +49,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from p2p.averaging import fields
-from p2p.averaging.outcome import Outcome
+from p2p.averaging.outcome import EVERYBODY_LOST, PARTS_MISSED, Outcome
 from p2p.averaging.reducer import MakeReducer, Reducer
 from p2p.averaging.roster import Roster, Sign, Verify
 from p2p.averaging.shares import MAX_PARTS
@@ -184,7 +184,7 @@ class Exchange:
             return
         self._lost[member] = why
         if len(self._lost) == self._n - 1:
-            self.failed = "every other member was lost"
+            self.failed = EVERYBODY_LOST
             return
         self._reduce_own()
         if member == self.roster.deputy(self.me):
@@ -398,7 +398,7 @@ class Exchange:
             self.failed = "no part was averaged by all"
             return
         if any(self._digests[part] != value.digest(part) for part in counted):
-            self.failed = "the round counts parts that did not reach this member"
+            self.failed = PARTS_MISSED
             return
         result = self._result
         extra = {p for p, status in enumerate(self._status) if status is Part.HELD} - set(counted)

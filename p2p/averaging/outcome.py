@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
@@ -18,6 +18,11 @@ from p2p.errors import P2PError
 
 if TYPE_CHECKING:
     from p2p.identity import PeerId
+
+
+EVERYBODY_LOST: Final = "every other member was lost"
+PARTS_MISSED: Final = "the round counts parts that did not reach this member"
+"""Reasons of a failed round that say something about this member."""
 
 
 class RoundFailed(P2PError):  # noqa: N818 - like its siblings in p2p.errors
