@@ -7,10 +7,11 @@ reports how its download is doing. When an authority cannot be reached, or says 
 (jittered, from 0.2 s to 30 s); a no that asking again cannot change ends the daemon with the code that
 ``agorad.authority.refusals`` has for it.
 
-``keep_certificate`` renews at half life. With the authorities away it goes on trying until the grace of the
-certificate ends; then nobody believes the node any more and it ends with code 13. The account's secret or
-token leaves this machine only while the node holds no certificate, once a request, and is kept nowhere here.
-A node that stops gives its place back (``Leave``), within ``LEAVE_S``.
+``keep_certificate`` renews at half life, and at once at another authority when a newer manifest no longer
+lists the one that signed. With the authorities away it goes on trying until the grace of the certificate
+ends; then nobody believes the node any more and it ends with code 13. The account's secret or token leaves
+this machine only while the node holds no certificate, once a request, and is kept nowhere here. A node that
+stops gives its place back (``Leave``), within ``LEAVE_S``.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ async def keep_certificate(node: Node, certificate: Certificate, fresh: bool = T
     left_s = (certificate.issued + certificate.expires) / 2 - node.clock() if fresh else 0.0
     while True:
         # Spread, so that nodes that joined together do not renew together.
-        await pause(left_s * node.rng.uniform(0.9, 1.1), node.clock)
+        await _until_due(node, certificate, left_s * node.rng.uniform(0.9, 1.1))
         try:
             certificate = await _renew_until_granted(node, certificate)
         except DaemonExit as end:
@@ -127,6 +128,22 @@ async def pause(seconds: float, clock: Callable[[], float]) -> None:
     until, steady = clock() + seconds, trio.current_time() + seconds
     while (left_s := min(until - clock(), steady - trio.current_time())) > 0:  # noqa: ASYNC110 (clocks tell nobody)
         await trio.sleep(min(left_s, LOOK_S))
+
+
+async def _until_due(node: Node, certificate: Certificate, seconds: float) -> None:
+    """Until this time has passed, or the certificate's authority is no longer one."""
+    with trio.CancelScope() as scope:
+
+        def look() -> None:
+            if certificate.authority not in node.trust.authorities:
+                scope.cancel()
+
+        node.manifest_taken.append(look)
+        look()
+        try:
+            await pause(seconds, node.clock)
+        finally:
+            node.manifest_taken.remove(look)
 
 
 async def _cancel_when_stopping(node: Node, scope: trio.CancelScope) -> None:
@@ -175,7 +192,7 @@ async def _renew_until_granted(node: Node, certificate: Certificate) -> Certific
 
 
 class _Waits:
-    """Longer and longer between two rounds through the authorities."""
+    """Longer and longer between two rounds through the authorities; a newer manifest ends the wait."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
@@ -188,7 +205,12 @@ class _Waits:
             why, retry_s = trouble.why, trouble.retry_after or retry_s
         retry_s = min(retry_s, LONGEST_WAIT_S, at_most_s)
         self._node.emit(JoinDelayed(why=why, retry_s=round(retry_s, 1)))
-        await pause(retry_s, self._node.clock)
+        with trio.CancelScope() as scope:
+            self._node.manifest_taken.append(scope.cancel)  # it may list other authorities
+            try:
+                await pause(retry_s, self._node.clock)
+            finally:
+                self._node.manifest_taken.remove(scope.cancel)
         self._wait_s = min(MOST_WAIT_S, 2 * self._wait_s)
 
 

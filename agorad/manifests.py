@@ -102,6 +102,8 @@ def changed(known: Manifest, newer: Manifest) -> list[str]:
     names += [
         name for name in ("authorities", "seeds", "trainers") if getattr(known, name) != getattr(newer, name)
     ]
+    if known.run.revoked != newer.run.revoked:
+        names.append("run.revoked")
     return sorted(names)
 
 

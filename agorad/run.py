@@ -51,6 +51,9 @@ class RunInfo:
     """Unix time."""
     operator: PeerId
     """The key that signs."""
+    revoked: tuple[PeerId, ...] = ()
+    """Former authorities whose certificates count for nothing from this version on: their keys leaked, say.
+    Those of others that are no longer listed are honoured for some seconds more."""
 
 
 @attrs.frozen(kw_only=True)
@@ -174,6 +177,14 @@ class Manifest:
                 f"run.id = {self.run.id!r} must be 1 to 64 lower-case letters, digits and dashes"
             )
         _check_peer_id(self.run.operator, "run.operator")
+        for peer in self.run.revoked:
+            _check_peer_id(peer, "run.revoked")
+        if both := {node.peer_id for node in self.authorities}.intersection(self.run.revoked):
+            raise LocalError(
+                f"{min(both)} stands in run.revoked and among the authorities; it is one of them"
+            )
+        if len(self.run.revoked) > _NODES_LIMIT:
+            raise LocalError(f"run.revoked: at most {_NODES_LIMIT} keys")
         for name in ("authorities", "seeds", "trainers"):
             nodes: tuple[NodeRef, ...] = getattr(self, name)
             if len(nodes) > _NODES_LIMIT or any(len(node.addrs) > _ADDRS_LIMIT for node in nodes):
@@ -207,6 +218,7 @@ class Manifest:
             manifest_hash=self.hash,
             authorities=frozenset(node.peer_id for node in self.authorities),
             standing=standing,
+            revoked=frozenset(self.run.revoked),
         )
 
     def signed(self, operator: Identity) -> Manifest:

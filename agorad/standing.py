@@ -125,7 +125,8 @@ def take(node: Node, newer: Manifest) -> None:
     before, node.manifest = node.manifest, newer
     own = node.identity.peer_id
     listed = own in node.trust.standing
-    node.trust.renew(newer.trust())
+    # Long enough that holders of a dropped authority's certificates hear of it too, and renew.
+    node.trust.renew(newer.trust(), node.clock(), 2 * node.watch_s)
     keep(node)
     node.learn_listed()
     names = manifests.changed(before, newer)

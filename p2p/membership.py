@@ -17,6 +17,9 @@ spelling.
 Expiry: a certificate holds until ``expires``; until ``grace_until`` (equal to ``expires`` where no
 grace was given) it is still honoured, so that a run outlives an absence of its authorities.
 
+A newer manifest may drop an authority. Its certificates are honoured for a short overlap more, in which their
+holders renew at another, unless the manifest says that its word counts for nothing (``revoked``).
+
 Limits: 1 KiB a certificate, 64 characters for run and account, clocks may differ by 60 s.
 """
 
@@ -241,6 +244,10 @@ class Trust:
     authorities: frozenset[PeerId]
     standing: Mapping[PeerId, str] = attrs.field(factory=dict)
     """Seeds, trainers and authorities by role: members without a certificate."""
+    revoked: frozenset[PeerId] = frozenset()
+    """Former authorities whose certificates count for nothing."""
+    former: Mapping[PeerId, float] = attrs.field(factory=dict, eq=False)
+    """Authorities that a newer manifest dropped, and the unix time until which they are believed."""
     revocations: Revocations = attrs.field(factory=Revocations, eq=False, repr=False)
     """Of members with a certificate; whom the manifest lists only a new manifest takes out."""
 
@@ -248,8 +255,15 @@ class Trust:
         """Whether this is the hash of the manifest in force or of another version of it."""
         return manifest_hash == self.manifest_hash or manifest_hash in self.known
 
-    def renew(self, newer: Trust) -> None:
-        """Believe a newer manifest from now on; revocations stay."""
+    def renew(self, newer: Trust, now: float, overlap_s: float) -> None:
+        """Believe a newer manifest from now on; revocations stay.
+
+        Certificates of an authority that it dropped without revoking it are honoured for ``overlap_s`` more.
+        """
+        dropped = dict.fromkeys(self.authorities, now + overlap_s) | dict(self.former)
+        gone = newer.authorities | newer.revoked
+        self.former = {peer: until for peer, until in dropped.items() if until > now and peer not in gone}
+        self.revoked = newer.revoked
         others = (*(one for one in self.known if one != newer.manifest_hash), self.manifest_hash)
         self.known = others[-KNOWN_LIMIT:]
         self.manifest_hash = newer.manifest_hash
@@ -269,10 +283,14 @@ class Trust:
             raise Refused("wrong_run", f"the certificate is for run {certificate.run!r}, not {self.run!r}")
         if certificate.peer_id != peer:
             raise Refused("wrong_key", f"the certificate belongs to {certificate.peer_id}, not to {peer}")
+        last = max(certificate.expires, certificate.grace_until)
         if certificate.authority not in self.authorities:
-            raise Refused(
-                "unknown_authority", f"{certificate.authority} is not an authority of run {self.run!r}"
-            )
+            believed_until = self.former.get(certificate.authority, -math.inf)
+            if now > believed_until:
+                raise Refused(
+                    "unknown_authority", f"{certificate.authority} is not an authority of run {self.run!r}"
+                )
+            last = min(last, believed_until)
         if not certificate.signature_holds():
             raise Refused("bad_signature", "the certificate's signature does not match its content")
         self.revocations.check(peer, now)
@@ -281,7 +299,6 @@ class Trust:
             raise Refused(
                 "not_yet_valid", f"the certificate begins in {ahead:.0f} s; compare the clocks", ahead
             )
-        last = max(certificate.expires, certificate.grace_until)
         if now > last:
             raise _expired(last, now)
         return Member(

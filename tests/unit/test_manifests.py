@@ -195,7 +195,7 @@ def test_trust_goes_over_and_knows_a_bounded_number_of_others() -> None:
     hashes = [trust.manifest_hash]
     for version in range(2, KNOWN_LIMIT + 5):
         newer = manifest(version, seeds=())
-        trust.renew(newer.trust())
+        trust.renew(newer.trust(), 0.0, 30.0)
         hashes.append(newer.hash)
     assert trust.manifest_hash == hashes[-1]
     assert trust.known == tuple(hashes[-1 - KNOWN_LIMIT : -1])

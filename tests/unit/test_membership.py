@@ -142,3 +142,31 @@ def test_limits() -> None:
         certificate(account="a" * 65)
     with pytest.raises(LocalError, match="role"):
         certificate(role="king")
+
+
+def test_a_dropped_authority_is_believed_for_an_overlap_and_a_revoked_one_is_not() -> None:
+    other = Identity.generate(b"o" * 32)
+    trust = attrs.evolve(TRUST)
+    newer = attrs.evolve(TRUST, manifest_hash=b"\1" * 32, authorities=frozenset({other.peer_id}))
+    own = certificate()
+
+    def judged(at: float) -> str | float:
+        try:
+            return trust.check(own, WORKER.peer_id, at).expires
+        except Refused as refusal:
+            return refusal.code
+
+    trust.renew(newer, NOW, 30.0)
+    assert judged(NOW) == judged(NOW + 30) == NOW + 30
+    assert judged(NOW + 30.1) == "unknown_authority"
+    trust.renew(attrs.evolve(newer, manifest_hash=b"\2" * 32), NOW + 20, 30.0)
+    assert judged(NOW + 29) == NOW + 30, "a further manifest prolongs nothing"
+    trust.renew(attrs.evolve(newer, revoked=frozenset({AUTHORITY.peer_id})), NOW + 25, 30.0)
+    assert judged(NOW + 25) == "unknown_authority"
+    trust.renew(TRUST, NOW + 26, 30.0)
+    assert judged(NOW + 26) == NOW + 3600, "and back again"
+    trust.renew(attrs.evolve(newer, revoked=frozenset({AUTHORITY.peer_id})), NOW + 27, 30.0)
+    assert judged(NOW + 27) == "unknown_authority"
+    stranger = certificate(STRANGER)
+    with pytest.raises(Refused, match="not an authority"):
+        trust.check(stranger, WORKER.peer_id, NOW)
