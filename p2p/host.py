@@ -24,11 +24,10 @@ import os
 import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import final
 
-import attrs
 import trio
 
 from p2p import hello, identify, multistream
@@ -38,32 +37,21 @@ from p2p.dial import Dialer
 from p2p.door import Door
 from p2p.errors import DialError, LocalError, P2PError, PeerGone, Refused, RemoteError
 from p2p.event import Emit, ignore
-from p2p.groups import leaves, plain
-from p2p.host_events import Connected, Disconnected, HandlerFailed, HandshakeFailed, PeerRefused
+from p2p.host_events import Connected, Disconnected, HandshakeFailed
 from p2p.identity import Identity, PeerId, short
 from p2p.limits import Limits
 from p2p.multiaddr import Multiaddr
-from p2p.muxed import MuxedStream
 from p2p.rpc import Call
 from p2p.secure import Entropy, Upgraded, upgrade
+from p2p.serving import Entry, Handler, RawHandler, Server
 from p2p.transport import Listener, TcpTransport, Transport
 from p2p.yamux import Credit
 
-Handler = Callable[[Call], Awaitable[None]]
-RawHandler = Callable[[Connection, MuxedStream], Awaitable[None]]
 Gate = Callable[[Connection, str], None]
 
 SIMULTANEOUS_S = 3.0
 """Two connections that began within this time come from dialling each other at once."""
 DRAIN_S = 10.0
-
-
-@attrs.frozen
-class _Entry:
-    handler: Handler
-    open_to_all: bool
-    max_payload: int
-    aside: bool
 
 
 @final
@@ -96,8 +84,9 @@ class Host:
         self._emit = emit
         self._rng = rng or random.Random()
         self._entropy = entropy
-        self._handlers: dict[str, _Entry] = {}
-        self._raw: dict[str, RawHandler] = {}
+        self._server = Server(
+            limits, self.counters, emit, lambda connection, protocol: self.gate(connection, protocol)
+        )
         self._book: OrderedDict[PeerId, tuple[Multiaddr, ...]] = OrderedDict()
         self._bound: list[Multiaddr] = []
         self._scratch = Scratch()
@@ -153,20 +142,16 @@ class Host:
 
         ``aside``: also on connections aside, on which nobody says hello.
         """
-        if protocol in self._handlers or protocol in self._raw:
-            raise LocalError(f"{protocol} has a handler already")
-        self._handlers[protocol] = _Entry(handler, open_to_all, max_payload, aside)
+        self._server.add(protocol, Entry(handler, open_to_all, max_payload, aside))
 
     def handle_stream(self, protocol: str, handler: RawHandler) -> None:
         """Serve a protocol that is not ours as a raw stream, open to all."""
-        if protocol in self._handlers or protocol in self._raw:
-            raise LocalError(f"{protocol} has a handler already")
-        self._raw[protocol] = handler
+        self._server.add(protocol, handler)
 
     @property
     def protocols(self) -> list[str]:
         """What this host serves."""
-        return [*self._raw, *self._handlers]
+        return self._server.protocols
 
     async def call(
         self, peer_id: PeerId, protocol: str, *, addrs: Sequence[Multiaddr] | None = None, deadline: float
@@ -365,7 +350,7 @@ class Host:
             limits=self.limits,
             clock=self.clock,
             scratch=self._scratch,
-            serve=self._serve,
+            serve=self._server.serve,
             counters=self.counters,
             credit=self._credit,
             addr=addr,
@@ -452,8 +437,6 @@ class Host:
         if self.membership is not None:
             hello.check_gate(connection, self.membership)
 
-    # serving streams
-
     def call_on(self, connection: Connection, protocol: str) -> Call:
         """Open a call on this very connection."""
         return Call(
@@ -464,83 +447,3 @@ class Host:
             prefix=multistream.proposal(protocol),
             confirmation=multistream.Confirmation(protocol),
         )
-
-    async def _serve(self, connection: Connection, stream: MuxedStream) -> None:
-        """One inbound stream, to its end. Never raises but for cancellation."""
-        protocol = ""
-        try:
-            with trio.move_on_after(self.limits.negotiation_s):
-                protocol, reply = await self._negotiate(connection, stream)
-            if not protocol:
-                stream.reset()
-            elif protocol in self._raw:
-                await stream.send_all(reply)
-                await self._raw[protocol](connection, stream)
-                await stream.aclose()
-            else:
-                await self._serve_call(connection, stream, protocol, reply)
-        except (RemoteError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
-            stream.reset()
-        except Exception as error:
-            stream.reset()
-            self._emit(HandlerFailed(peer=connection.peer, protocol=protocol, error=repr(error)))
-        except BaseExceptionGroup as group:  # cancelled, and something else failed on the way
-            stream.reset()
-            failures, others = group.split(Exception)
-            if failures is not None and not all(isinstance(leaf, P2PError) for leaf in leaves(failures)):
-                self._emit(HandlerFailed(peer=connection.peer, protocol=protocol, error=repr(failures)))
-            if others is not None:
-                raise others from None
-
-    def _speaks(self, wish: str, connection: Connection) -> bool:
-        if not connection.aside:
-            return wish in self._handlers or wish in self._raw
-        return not connection.dialer and wish in self._handlers and self._handlers[wish].aside
-
-    async def _negotiate(self, connection: Connection, stream: MuxedStream) -> tuple[str, bytes]:
-        """The protocol, and the echo that is still to be sent."""
-        listener = multistream.Listener(lambda wish: self._speaks(wish, connection))
-        reply = b""
-        while missing := listener.missing:
-            if reply and not stream.available:
-                await stream.send_all(reply)
-                reply = b""
-            try:
-                reply += listener.feed(bytes(await stream.receive_exactly(missing)))
-            except RemoteError:
-                # Behind a proposal that we do not speak comes its sender's first message, which is no
-                # proposal. The "na" has to reach the sender before the reset does.
-                await stream.send_all(reply)
-                await stream.flush()
-                raise
-        assert listener.protocol is not None
-        return listener.protocol, reply
-
-    async def _serve_call(
-        self, connection: Connection, stream: MuxedStream, protocol: str, reply: bytes
-    ) -> None:
-        entry = self._handlers[protocol]
-        call = Call(connection, stream, protocol, self.counters, max_payload=entry.max_payload, prefix=reply)
-        running = connection.running.get(protocol, 0)
-        connection.running[protocol] = running + 1
-        try:
-            if running >= self.limits.calls_per_protocol:
-                self.counters.dropped["calls_per_protocol"] += 1
-                raise Refused("busy", f"{running} calls of {protocol} are running already", 1.0)
-            if connection.dialer and protocol != hello.PROTOCOL:
-                # The peer's answer to our hello may be read after its first call. What is open to guests
-                # waits as well: it may do more for members.
-                with trio.move_on_after(self.limits.hello_s):
-                    await connection.greeted.wait()
-            if not entry.open_to_all:
-                self.gate(connection, protocol)
-            try:
-                await entry.handler(call)
-            except BaseExceptionGroup as group:
-                raise plain(group) from None
-            await call.aclose()
-        except Refused as refusal:
-            self._emit(PeerRefused(peer=connection.peer, protocol=protocol, why=refusal.code))
-            await call.refuse(refusal)
-        finally:
-            connection.running[protocol] -= 1
