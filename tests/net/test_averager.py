@@ -25,7 +25,8 @@ from p2p.averaging import (
 )
 from p2p.errors import PeerGone, Refused
 from p2p.event import Event
-from p2p.host import HandlerFailed, Host
+from p2p.host import Host
+from p2p.host_events import HandlerFailed
 from p2p.identity import Identity, PeerId
 from p2p.kad.record import Record, seal
 from p2p.membership import Membership, Trust, issue

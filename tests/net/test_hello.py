@@ -199,7 +199,7 @@ def test_versions_of_one_manifest_that_are_known_speak_to_each_other() -> None:
                 await one.ask(two)
             assert caught.value.code == "manifest_mismatch"
             assert heard
-            two.host.membership.trust.renew(newer)
+            two.host.membership.trust.renew(newer, time.time(), 30.0)
             await one.ask(two)  # on the same connection, without another hello
             await two.ask(one)
 
@@ -228,7 +228,7 @@ def test_who_is_listed_no_longer_is_no_member_on_old_connections_either() -> Non
         two.certificate = certificate(two.identity.peer_id)
         async with running(one, two):
             await one.ask(two)
-            two.host.membership.trust.renew(attrs.evolve(TRUST, manifest_hash=b"\6" * 32))
+            two.host.membership.trust.renew(attrs.evolve(TRUST, manifest_hash=b"\6" * 32), time.time(), 30.0)
             with pytest.raises(Refused) as caught:
                 await one.ask(two)
             assert caught.value.code == "no_certificate"
