@@ -14,14 +14,17 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+import attrs
 import trio
 
+from agorad import outside as from_outside
 from agorad.control import BadRequest, Command
 from p2p.errors import LocalError, P2PError
 from p2p.identify import identify
 from p2p.identify import ping as echo
 from p2p.identity import PeerId
 from p2p.kad.record import Record
+from p2p.multiaddr import Multiaddr
 from p2p.records import ClockRecord, clock_key, read_all
 
 if TYPE_CHECKING:
@@ -108,8 +111,14 @@ def install(node: Node) -> None:
             raise BadRequest(f"ping takes a peer and a count of 1 to {MOST_PINGS}")
         return await _ping(node, peer, count)
 
+    async def outside(request: Mapping[str, Any]) -> dict[str, Any]:
+        size = request.get("bytes", 0)
+        if type(size) is not int or not 0 <= size <= from_outside.MOST_BYTES:
+            raise BadRequest(f"bytes is 0 to {from_outside.MOST_BYTES}")
+        return await _outside(node, size)
+
     given: tuple[Command, ...] = (
-        status, counters, events, leave, restart, pause, resume, peers, swarm, ping,
+        status, counters, events, leave, restart, pause, resume, peers, swarm, ping, outside,
     )  # fmt: skip
     node.commands.update({command.__name__: command for command in given})
 
@@ -228,6 +237,27 @@ async def _ping(node: Node, text: str, count: int) -> dict[str, Any]:
         "protocols": list(told.protocols),
         "ms": [round(value * 1000, 3) for value in seconds],
     }
+
+
+async def _outside(node: Node, size: int) -> dict[str, Any]:
+    """How another node of the run sees this one: at what it announces, else at where it is seen."""
+    manifest = node.manifest
+    refs = [*manifest.authorities, *manifest.seeds, *manifest.trainers]
+    refs = [ref for ref in refs if ref.addrs and ref.peer_id != node.identity.peer_id]
+    addrs = [str(addr.bare()) for addr in node.host.addrs]
+    if not node.config.node.announce:
+        for ref in refs:
+            try:
+                connection = await node.host.connect(ref.peer_id, addrs=ref.multiaddrs(), deadline=ECHO_S)
+                seen = (await identify(connection, deadline=ECHO_S)).observed
+            except P2PError:
+                continue
+            if seen is not None and seen.host is not None:
+                ports = dict.fromkeys(addr.port for addr in node.host.addrs if addr.port)
+                addrs = [str(Multiaddr.tcp(seen.host, port)) for port in ports]
+            break
+    by, found = await from_outside.ask(node.host, refs, addrs, size=size)
+    return {**attrs.asdict(found), "session": None, "by": by}
 
 
 async def _find(node: Node, text: str) -> tuple[PeerId, str | None, list[Any]]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 import trio
 
+from agorad import outside
 from p2p import probe, selfreport
 from p2p.errors import P2PError, Refused
 from p2p.identity import PeerId
@@ -96,6 +97,7 @@ def install(node: Node) -> Inspector:
     prober = Prober(node.host, authority)
     if node.config.node.role != "worker":
         node.host.handle(probe.PROTOCOL, prober.serve)
+        node.host.handle(outside.PROTOCOL, outside.Outside(prober).serve, open_to_all=True)
     return Inspector(prober)
 
 

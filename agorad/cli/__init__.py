@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "authority": ("authority", "Let in, hold back and remove, at a running authority."),
     "bench": ("bench", "Measure what this machine does."),
     "demo": ("demo", "A whole swarm on this machine, trained on real text."),
+    "doctor": ("doctor", "What is wrong here, and what to do about it."),
     "events": ("events", "What a node reports, as it happens."),
     "identity": ("identity", "Show or create a node's key."),
     "join": ("join", "Take part in a run: one command to a node at work."),

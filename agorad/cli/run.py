@@ -171,6 +171,7 @@ def _write_node(
 ) -> None:
     import tomli_w
 
+    folder.mkdir(mode=0o700, parents=True)
     key.save(folder / "identity.key")
     node = {"role": role, "run": "../run.toml", "state": ".", "announce": list(announce)}
     table: dict[str, Any] = {

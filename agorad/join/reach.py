@@ -79,13 +79,14 @@ async def _one(ref: NodeRef) -> Reach:
         return Reach(
             answered=True,
             rtt_ms=rtt * 1000,
-            skew_s=await _skew(host, ref),
+            skew_s=await skew(host, ref),
             seen_at="" if seen is None or seen.host is None else seen.host,
             own=_own(ref),
         )
 
 
-async def _skew(host: Host, ref: NodeRef) -> float | None:
+async def skew(host: Host, ref: NodeRef) -> float | None:
+    """How far our clock is ahead of that node's, in seconds; None if it does not say."""
     began = time.time()
     question = kad.FindValue(key="clock", after=None, now=began, addrs=())
     try:

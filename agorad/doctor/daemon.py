@@ -1,0 +1,96 @@
+"""The node's process: does it run, does it answer, how did it end last, and what does it complain about."""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from agorad import __version__
+from agorad.ask import NoAnswer
+from agorad.doctor.patient import Patient
+from agorad.exitcodes import advice
+from agorad.join.findings import Finding
+
+
+def look(patient: Patient) -> Iterator[Finding]:
+    """All of it."""
+    status = patient.status
+    if status is None:
+        yield from _silent(patient)
+        return
+    yield Finding(
+        name="daemon", verdict="ok", found=f"process {status['pid']} is {status['phase']}, version "
+        f"{status.get('version', 'unknown')}",
+    )  # fmt: skip
+    if status.get("version", __version__) != __version__:
+        yield Finding(
+            name="running version", verdict="warn",
+            found=f"the daemon runs {status['version']}, installed is {__version__}",
+            remedy="agoractl restart",
+        )  # fmt: skip
+    yield from _words(status)
+
+
+def _silent(patient: Patient) -> Iterator[Finding]:
+    path = patient.socket
+    if isinstance(patient.silence, NoAnswer):
+        yield Finding(
+            name="daemon", verdict="fail", found=f"it runs but does not answer: {patient.silence}",
+            remedy="it may be frozen or stopped (ps shows T): kill -CONT it, or restart its service",
+        )  # fmt: skip
+        return
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        mode = 0
+    except OSError as error:
+        yield Finding(
+            name="control socket", verdict="fail", found=f"{path}: {error.strerror}",
+            remedy="run this as the daemon's user, or with sudo",
+        )  # fmt: skip
+        return
+    if mode and not stat.S_ISSOCK(mode):
+        yield Finding(
+            name="control socket", verdict="fail", found=f"{path} is in the way and is no socket",
+            remedy="move it elsewhere, or set node.control",
+        )  # fmt: skip
+    elif mode and "not allowed" in str(patient.silence):
+        yield Finding(
+            name="control socket", verdict="fail", found=str(patient.silence),
+            remedy="run this as the daemon's user, or with sudo",
+        )  # fmt: skip
+        return
+    elif mode:
+        yield Finding(
+            name="control socket", verdict="warn",
+            found=f"{path} was left by a daemon that is gone: it was killed, or the machine went down",
+            remedy="nothing: the next start replaces it",
+        )  # fmt: skip
+    seen = patient.seen
+    failed = bool(seen.code)
+    again = patient.seen.remedy(patient.path)
+    yield Finding(
+        name="daemon", verdict="fail", found=f"it does not run: {seen.sentence()}",
+        remedy=f"{advice(int(seen.code or 0))}; {again.rpartition('; then ')[2]}" if failed else again,
+    )  # fmt: skip
+
+
+def _words(status: dict[str, Any]) -> Iterator[Finding]:
+    for warning in status.get("warnings", ()):
+        yield Finding(
+            name="warning", verdict="warn", found=str(warning),
+            remedy="docs/troubleshooting.md; agoractl events shows what led to it",
+        )  # fmt: skip
+    if status.get("paused"):
+        yield Finding(
+            name="paused", verdict="warn", found=f"this node does no work: {status['paused']}",
+            remedy="agoractl resume, or the hours in its settings",
+        )  # fmt: skip
+    last = status.get("round")
+    if last and time.time() - last["at"] > 3600 and status["phase"] == "active":
+        yield Finding(
+            name="rounds", verdict="warn", found="the last averaging round was more than an hour ago",
+            remedy="agoractl swarm shows whether the stage has other replicas; agoractl events --follow",
+        )  # fmt: skip

@@ -1,0 +1,34 @@
+"""All findings of a node, worst first."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from agorad.doctor import address, daemon, files, machine, network
+from agorad.doctor.patient import Patient
+from agorad.join.findings import Finding
+
+_ORDER: Final = {"fail": 0, "warn": 1, "ok": 2}
+
+
+def diagnose(patient: Patient, *, over_the_net: bool = True, measure: bool = True) -> list[Finding]:
+    """What was found; without ``over_the_net`` nothing leaves the machine."""
+    found = [
+        *daemon.look(patient),
+        *files.look(patient),
+        *machine.look(patient),
+        *address.look(patient),
+        *(network.look(patient, measure=measure) if over_the_net else ()),
+    ]
+    return sorted(found, key=lambda finding: _ORDER[finding.verdict])
+
+
+def verdict(found: list[Finding]) -> str:
+    """One line for people."""
+    failed = sum(finding.verdict == "fail" for finding in found)
+    warned = sum(finding.verdict == "warn" for finding in found)
+    passed = len(found) - failed - warned
+    return (
+        f"{len(found)} checks: {passed} passed, {warned} warning{'s' * (warned != 1)}, {failed} "
+        f"problem{'s' * (failed != 1)}"
+    )

@@ -1,0 +1,386 @@
+"""doctor: every fault that is planted here is found, named, and comes with its remedy; nothing is changed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import tomli_w
+
+from agorad import config, control, facts, run
+from agorad.cli.targets import Target
+from agorad.doctor import machine, patient
+from agorad.doctor.diagnose import diagnose
+from agorad.doctor.patient import examine
+from agorad.join.findings import Finding
+from agorad.run import Manifest, NodeRef, RunInfo
+from p2p.identity import Identity
+from p2p.membership import issue
+from stage.config import ModelConfig, TrainingConfig
+from stage.state import SnapshotManifest
+
+MODEL = ModelConfig(d=64, k=8, heads=4, kv_heads=2, head_dim=16, ffn=128, seq=32, layers=(1, 1))
+
+
+@attrs.define
+class Place:
+    """A run's folder with one node in it, healthy until a fault is planted."""
+
+    folder: Path
+    operator: Identity
+    keys: dict[str, Identity]
+    manifest: Manifest
+    role: str = "worker"
+    opened: list[Any] = attrs.field(factory=list)
+
+    @property
+    def node(self) -> Path:
+        return self.folder / "node"
+
+    def set(self, **settings: Any) -> None:
+        """Write the settings with these in ``[node]``, or in the section that is given as a table."""
+        node = {
+            "role": self.role, "run": "../run.toml", "state": ".",
+            "listen": ["/ip4/127.0.0.1/tcp/0"], "control": "c.sock",
+        }  # fmt: skip
+        sections = {name: settings.pop(name) for name in list(settings) if isinstance(settings[name], dict)}
+        (self.node / "agorad.toml").write_text(tomli_w.dumps({"node": {**node, **settings}, **sections}))
+
+    def sign(self, **rules: Any) -> None:
+        """The manifest with other admission rules."""
+        changed = attrs.evolve(self.manifest, admission=attrs.evolve(self.manifest.admission, **rules))
+        self.write(changed)
+
+    def write(self, manifest: Manifest, operator: Identity | None = None) -> None:
+        run.save(
+            attrs.evolve(manifest, content=b"", signature=None).signed(operator or self.operator),
+            self.folder / "run.toml",
+        )
+
+    def look(self) -> list[Finding]:
+        target = Target("node", self.node / "c.sock", self.node / "agorad.toml")
+        return diagnose(examine(target), over_the_net=False)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    for name in ("CONFIG", "STATE"):
+        monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / name))
+    operator, keys = Identity.generate(), {}
+    for role in ("seed", "authority", "trainer", "worker"):
+        keys[role] = Identity.generate()
+    manifest = Manifest(
+        run=RunInfo(name="t", id="t-1", operator=operator.peer_id),
+        seeds=(NodeRef(peer_id=keys["seed"].peer_id, addrs=("/ip4/9.9.9.9/tcp/4001",)),),
+        authorities=(NodeRef(peer_id=keys["authority"].peer_id, addrs=("/ip4/8.8.4.4/tcp/4001",)),),
+        trainers=(NodeRef(peer_id=keys["trainer"].peer_id),),
+        model=MODEL,
+        training=TrainingConfig(seed=1),
+    )
+    (tmp_path / "node").mkdir(mode=0o700)
+    found = Place(tmp_path, operator, keys, manifest)
+    found.write(manifest)
+    keys["worker"].save(found.node / "identity.key")
+    found.set(announce=["/ip4/8.8.8.8/tcp/49200"])
+    yield found
+    for thing in found.opened:
+        thing.close()
+
+
+def _text(relative: str, text: str) -> Callable[[Place], None]:
+    return lambda place: (place.folder / relative).write_text(text) and None
+
+
+def _settings(**settings: Any) -> Callable[[Place], None]:
+    return lambda place: place.set(**settings)
+
+
+def _rules(**rules: Any) -> Callable[[Place], None]:
+    return lambda place: place.sign(**rules)
+
+
+def _altered(place: Place) -> None:
+    path = place.folder / "run.toml"
+    path.write_text(path.read_text().replace("max_nodes = 1000", "max_nodes = 1001"))
+
+
+def _unsigned(place: Place) -> None:
+    path = place.folder / "run.toml"
+    path.write_text(path.read_text().partition("[signature]")[0])
+
+
+def _another_operator(place: Place) -> None:
+    """A stranger makes a run of the same name; the node was in the real one before."""
+    document = {"content": place.manifest.content.decode(), "signature": "", "known": []}
+    (place.node / "manifest.json").write_text(json.dumps(document))
+    stranger = Identity.generate()
+    info = attrs.evolve(place.manifest.run, operator=stranger.peer_id)
+    place.write(attrs.evolve(place.manifest, run=info), stranger)
+
+
+def _state_of_another_run(place: Place) -> None:
+    other = attrs.evolve(place.manifest, run=attrs.evolve(place.manifest.run, id="other-2"), content=b"")
+    document = {"content": other.content.decode(), "signature": "", "known": []}
+    (place.node / "manifest.json").write_text(json.dumps(document))
+
+
+def _key_for_all(place: Place) -> None:
+    (place.node / "identity.key").chmod(0o644)
+
+
+def _key_unreadable(place: Place) -> None:
+    (place.node / "identity.key").unlink()
+    (place.node / "identity.key").mkdir()
+
+
+def _role(role: str, **sections: Any) -> Callable[[Place], None]:
+    def plant(place: Place) -> None:
+        place.role = role
+        place.set(**sections)
+
+    return plant
+
+
+def _no_trainer_key(place: Place) -> None:
+    _role("trainer")(place)
+    (place.node / "identity.key").unlink()
+
+
+def _data_gone(place: Place) -> None:
+    _role("trainer", trainer={"data": "no-such-folder"})(place)
+
+
+def _accounts_gone(place: Place) -> None:
+    _role("authority", authority={"accounts": "none.toml"})(place)
+
+
+def _certificate(**changes: Any) -> Callable[[Place], None]:
+    def plant(place: Place) -> None:
+        now = time.time()
+        fields: dict[str, Any] = {
+            "run": "t-1", "account": "a", "peer_id": place.keys["worker"].peer_id, "stage": 0,
+            "issued": now - 7200, "expires": now + 60, "grace_until": now + 120,
+        }  # fmt: skip
+        given = {name: value(now) if callable(value) else value for name, value in changes.items()}
+        by = place.keys[given.pop("by", "authority")]
+        (place.node / "certificate").write_bytes(issue(by, **{**fields, **given}).encode())
+
+    return plant
+
+
+def _snapshot(place: Place, data: bytes, written: bytes) -> None:
+    floats = len(data) // 12
+    told = SnapshotManifest(4, 4, "f", floats, (hashlib.sha256(data).digest(),))
+    folder = place.node / "snapshots"
+    folder.mkdir()
+    (folder / "00000001-step-4.manifest").write_bytes(told.encode())
+    (folder / "00000001-step-4.state").write_bytes(written)
+
+
+def _loose_secret(place: Place) -> None:
+    (place.node / "secret").write_text("s3cret")
+    (place.node / "secret").chmod(0o644)
+    place.set(worker={"secret_file": "secret"})
+
+
+def _settings_for_all(place: Place) -> None:
+    (place.node / "agorad.toml").chmod(0o666)
+
+
+def _log_is_a_folder(place: Place) -> None:
+    (place.node / "agorad.log").mkdir()
+    place.set(log="agorad.log")
+
+
+def _port_in_use(place: Place) -> None:
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    place.opened.append(taken)
+    place.set(listen=[f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"])
+
+
+def _stale_socket(place: Place) -> None:
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(place.node / "c.sock"))
+
+
+def _in_the_way(place: Place) -> None:
+    (place.node / "c.sock").write_text("not a socket")
+
+
+def _events(*entries: dict[str, Any]) -> Callable[[Place], None]:
+    def plant(place: Place) -> None:
+        lines = [json.dumps({"id": at, "at": time.time() - 60, **entry}) for at, entry in enumerate(entries)]
+        (place.node / "events.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+    return plant
+
+
+def _frozen(place: Place) -> None:
+    """Somebody listens and never answers, like a stopped process."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(place.node / "c.sock"))
+    listener.listen()
+    place.opened.append(listener)
+
+
+PUBLIC = {"announce": ["/ip4/8.8.8.8/tcp/49200"]}
+FAULTS: dict[str, tuple[Callable[[Place], None], str, str, str]] = {
+    "unknown setting": (_settings(nmae="x"), "settings", "fail", "did you mean 'name'"),
+    "not TOML": (_text("node/agorad.toml", "[node"), "settings", "fail", "not valid TOML"),
+    "no settings": (lambda p: (p.node / "agorad.toml").unlink(), "settings", "fail", "cannot read"),
+    "settings for all": (_settings_for_all, "settings mode", "fail", "everybody"),
+    "no manifest": (lambda p: (p.folder / "run.toml").unlink(), "manifest", "fail", "cannot read"),
+    "altered manifest": (_altered, "manifest", "fail", "was altered after"),
+    "unsigned manifest": (_unsigned, "manifest", "fail", "is not signed"),
+    "another operator": (_another_operator, "operator", "fail", "in force until now was by"),
+    "state of another run": (_state_of_another_run, "state of a run", "fail", "other-2"),
+    "key mode": (_key_for_all, "key", "fail", "0644"),
+    "damaged key": (_text("node/identity.key", "junk"), "key", "fail", "damaged"),
+    "unreadable key": (_key_unreadable, "key", "fail", "cannot read the key file"),
+    "key not listed": (_role("trainer"), "listed", "fail", "lists no trainer with this key"),
+    "no key": (_no_trainer_key, "key", "fail", "there is none"),
+    "data gone": (_data_gone, "data", "fail", "no-such-folder"),
+    "accounts gone": (_accounts_gone, "accounts", "fail", "none.toml"),
+    "expired certificate": (_certificate(expires=lambda now: now - 5), "certificate", "warn", "expired"),
+    "certificate of another key": (
+        lambda p: _certificate(peer_id=p.keys["seed"].peer_id)(p), "certificate", "warn", "another key",
+    ),
+    "certificate of another run": (_certificate(run="t-2"), "certificate", "warn", "run t-2"),
+    "certificate by a stranger": (_certificate(by="seed"), "certificate", "warn", "none of this run's"),
+    "damaged certificate": (_text("node/certificate", "junk"), "certificate", "warn", "cannot be read"),
+    "no secret": (_settings(worker={"secret_file": "gone"}), "secret", "fail", "secret_file"),
+    "loose secret": (_loose_secret, "secret", "warn", "other users"),
+    "read-only state": (_settings(state="/sys/agora"), "state folder", "fail", "cannot write in /sys"),
+    "open state": (lambda p: p.node.chmod(0o755), "state folder", "warn", "other users"),
+    "small disk": (_rules(min_disk_gib=1e6), "disk", "fail", "admission.min_disk_gib"),
+    "little memory": (_rules(min_ram_gib=1e5), "memory", "fail", "admission.min_ram_gib"),
+    "old software": (_rules(min_version="99.0"), "agorad", "fail", "99.0"),
+    "no GPU": (_settings(device="cuda", **PUBLIC), "GPU", "fail", "nvidia-smi shows no GPU 0"),
+    "damaged snapshot": (
+        lambda p: _snapshot(p, bytes(1200), bytes(1199) + b"x"), "snapshots", "fail", "damaged at byte 0",
+    ),
+    "cut snapshot": (lambda p: _snapshot(p, bytes(1200), bytes(600)), "snapshots", "fail", "instead of"),
+    "log": (_log_is_a_folder, "log", "fail", "cannot write the log"),
+    "port in use": (_port_in_use, "port", "fail", "is taken by"),
+    "foreign address": (_settings(listen=["/ip4/203.0.113.1/tcp/4009"]), "port", "fail", "cannot listen"),
+    "bad address": (_settings(listen=["127.0.0.1:4001"]), "address", "fail", "node.listen"),
+    "private announced": (_settings(announce=["/ip4/192.168.1.5/tcp/49200"]), "address", "fail", "private"),
+    "loopback only": (_settings(), "address", "warn", "loopback"),
+    "IPv6 only": (_settings(announce=["/ip6/2a00::1/tcp/1"]), "address family", "warn", "IPv6"),
+    "stale socket": (_stale_socket, "control socket", "warn", "was left by a daemon"),
+    "socket in the way": (_in_the_way, "control socket", "fail", "no socket"),
+    "frozen daemon": (_frozen, "daemon", "fail", "does not answer"),
+    "never ran": (lambda p: None, "daemon", "fail", "has never run"),
+    "refused before": (
+        _events({"event": "started"}, {"event": "stopped", "code": 11, "why": "the authority refused: no"}),
+        "daemon", "fail", "code 11: the authority refused: no",
+    ),
+    "killed before": (
+        _events({"event": "started"}, {"event": "phase", "to": "active"}, {"event": "step", "step": 7}),
+        "daemon", "fail", "without a goodbye",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_and_explained(
+    place: Place, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patient, "ANSWER_S", 0.2)
+    monkeypatch.setattr(facts, "find_gpus", list)
+    plant, name, verdict, words = FAULTS[fault]
+    before = {(one.name, one.found) for one in place.look() if one.verdict != "ok"}
+    plant(place)
+    files = sorted(place.folder.rglob("*"))
+    fresh = [one for one in place.look() if one.verdict != "ok" and (one.name, one.found) not in before]
+    if fault == "never ran":  # the healthy place's node does not run either
+        fresh = [one for one in place.look() if one.name == "daemon"]
+    (hit,) = [one for one in fresh if one.name == name and words in one.found]
+    assert hit.verdict == verdict
+    assert hit.remedy
+    assert sorted(place.folder.rglob("*")) == files
+
+
+def test_nothing_is_found_where_nothing_is_wrong(place: Place) -> None:
+    bad = [one for one in place.look() if one.verdict != "ok"]
+    assert [one.name for one in bad] == ["daemon"]
+    assert len(FAULTS) >= 40
+
+
+def _answering(place: Place, status: dict[str, Any]) -> None:
+    """A daemon that knows one answer."""
+    listener = control.listen(place.node / "c.sock")
+    place.opened.append(listener)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                with client:
+                    client.recv(1000)
+                    client.sendall(control.encode({"ok": True, "result": status}))
+
+    threading.Thread(target=serve, daemon=True).start()
+
+
+def test_what_a_running_daemon_says_is_passed_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    old_round = {"number": 1, "fraction": 1.0, "members": 2, "at": time.time() - 9000}
+    _answering(
+        place,
+        {"pid": os.getpid(), "phase": "active", "version": "0.0.1", "warnings": ["the disk is full"],
+         "paused": "outside its hours", "round": old_round},
+    )  # fmt: skip
+    monkeypatch.setattr(machine, "open_files", lambda pid: (990, 1000))
+    found = {one.name: one for one in place.look()}
+    assert found["daemon"].verdict == "ok"
+    assert found["running version"].remedy == "agoractl restart"
+    assert found["warning"].found == "the disk is full"
+    assert "agoractl resume" in found["paused"].remedy
+    assert found["rounds"].verdict == "warn"
+    assert found["file table"].verdict == "fail"
+
+
+def test_gpus_torch_and_kernels(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "find_gpus", lambda: [facts.Gpu(0, "RTX", 8.0, 1e-6)])
+    monkeypatch.setattr(machine, "torch_version", lambda: "2.13.0+cpu")
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda _which: (256, 256))
+    monkeypatch.setattr(machine, "available_bytes", lambda: 1 << 20)
+    place.set(device="cuda:0")
+    place.sign(min_vram_gib=24.0)
+    found = {one.name: one for one in place.look()}
+    for name, words in (
+        ("GPU", "min_vram_gib"), ("GPU memory", "free"), ("torch", "cannot use a GPU"),
+        ("kernels", "agora_kernels"), ("open files", "256"), ("free memory", "not in use"),
+    ):  # fmt: skip
+        assert found[name].verdict in ("warn", "fail"), name
+        assert words in found[name].found
+        assert found[name].remedy
+    monkeypatch.setattr(machine, "torch_version", lambda: "")
+    assert {one.name: one for one in place.look()}["torch"].found == "not installed"
+    assert config.load(place.node / "agorad.toml").node.device == "cuda:0"
+
+
+def test_limits_of_control_groups_and_processes_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "memory.max").write_text("1000\n")
+    (tmp_path / "a" / "b" / "memory.max").write_text("max\n")
+    (tmp_path / "own").write_text("0::/a/b\n")
+    assert machine.cgroup_limit(tmp_path, tmp_path / "own") == 1000
+    assert machine.cgroup_limit(tmp_path, tmp_path / "none") is None
+    used, most = machine.open_files(os.getpid())
+    assert 0 < used < most
+    assert machine.open_files(0) == (0, 0)
+    assert (machine.available_bytes() or 0) > 0
