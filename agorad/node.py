@@ -341,7 +341,7 @@ async def _live(
     rng = random.Random()
     manifest, known = manifests.restore(settings.node.state, manifest)
     steady = SteadyClock()
-    host = Host(identity, emit=bus.emit, clock=steady, rng=rng, limits=_limits(settings, manifest))
+    host = Host(identity, emit=bus.emit, clock=steady, rng=rng, limits=limits_of(settings, manifest))
     dht = Dht(host, identity, clock=steady, rng=rng, emit=bus.emit)
     listener = control.listen(settings.control)
     try:
@@ -401,7 +401,7 @@ async def _live(
             settings.control.unlink(missing_ok=True)
 
 
-def _limits(settings: Config, manifest: Manifest) -> Limits:
+def limits_of(settings: Config, manifest: Manifest) -> Limits:
     """An authority holds a connection for everybody who waits in its queue, beside its members'."""
     usual = Limits()
     if settings.node.role != "authority":

@@ -60,7 +60,7 @@ from agorad.authority.store import Grant, Store
 from agorad.authority.waiting import Waiter, WaitingRoom
 from agorad.events import JoinAnswered
 from agorad.metrics.readings import Readings
-from agorad.node import Node
+from agorad.node import Node, limits_of
 from p2p.errors import LocalError, Refused, RemoteError
 from p2p.groups import plain
 from p2p.hello import judge_again
@@ -115,10 +115,10 @@ async def run(node: Node, outside: Outside | None = None) -> None:
     store = await trio.to_thread.run_sync(open_store)
     desk = Desk(node, store, outside or Outside(node))
     try:
+        node.manifest_taken.append(desk.take_manifest)
         await desk.restore()
         node.host.handle(PROTOCOL, desk.serve, open_to_all=True)
         operator = Operator(node, desk)
-        node.manifest_taken.append(desk.take_manifest)
         node.readings = lambda: Readings(waiting=len(desk.room.queue))
         points = PointsDesk(node, store, desk.ask, open_store)
         async with trio.open_nursery() as nursery:
@@ -216,7 +216,10 @@ class Desk:
 
     def take_manifest(self) -> None:
         """Go on by a newer manifest's rules; who waits is told what that means."""
-        self.room.queue.rules = self.node.manifest.admission
+        manifest = self.node.manifest
+        self.room.queue.rules = manifest.admission
+        self.node.host.limits = limits_of(self.node.config, manifest)  # of connections, with the queue's
+        self._needs = stage_needs(manifest.model, manifest.training)
         self.room.changed()
 
     def _same_run(self, call: Call) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -283,6 +284,31 @@ def test_a_dropped_authoritys_members_renew_at_another_and_are_believed_until_th
                 standing.take(c, revoked)
                 await until_event(c, "certificate_granted", 2)
                 assert await heard(c, b) == "heard"
+
+    run(main)
+
+
+def test_who_waits_goes_on_by_the_newer_rules(tmp_path: Path) -> None:
+    place = Place(tmp_path, max_nodes=1, queue_limit=1, max_nodes_per_account=4)
+
+    def rules(version: int, **changes: Any) -> Manifest:
+        return signed(place, version, admission=attrs.evolve(place.manifest.admission, **changes))
+
+    async def main() -> None:
+        async with living(place.authority_settings(), authority.run) as desk:
+            before = desk.host.limits.connections
+            async with living(place.worker("a"), joined) as a, contextlib.AsyncExitStack() as others:
+                await until_event(a, "certificate_granted")
+                b = await others.enter_async_context(living(place.worker("b"), joined))
+                await until_event(b, "join_queued")
+                await publish(desk, rules(2, queue_limit=3))
+                assert desk.host.limits.connections == before + 2
+                c = await others.enter_async_context(living(place.worker("c"), joined))
+                (queued, *_) = await until_event(c, "join_queued")
+                assert queued["position"] == 2
+                await publish(desk, rules(3, queue_limit=3, max_nodes=3))
+                for node in (b, c):
+                    await until_event(node, "certificate_granted")
 
     run(main)
 
