@@ -117,6 +117,11 @@ class Admission:
         if not re.fullmatch(r"(\d{1,6}(\.\d{1,6}){0,2})?", self.min_version):
             raise LocalError(f"admission.min_version = {self.min_version!r} is not a version like '0.3.0'")
 
+    @property
+    def pace_s(self) -> float:
+        """Seconds between two grants out of the queue; 0: not paced."""
+        return 60.0 / self.joins_per_minute if self.joins_per_minute else 0.0
+
 
 _ADMISSION_BOUNDS: Final = (
     ("max_nodes", 1, 1_000_000),

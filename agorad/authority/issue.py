@@ -11,6 +11,7 @@ and ``max_nodes`` (a number; "" for the manifest's). They are read at every deci
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Set
 
 import attrs
@@ -34,6 +35,8 @@ class Capacity:
 
     free: int
     paused: bool
+    last_entered: float = -math.inf
+    """When an authority of the run let the last node in."""
 
 
 @attrs.frozen(kw_only=True)
@@ -77,7 +80,9 @@ class Issuer:
         """
         paused = self.store.setting(JOINS_PAUSED) not in (None, "", "0")
         taken = self.store.active(now - self.grace_s if settling else now)
-        return Capacity(free=self.max_nodes() - len(taken), paused=paused)
+        return Capacity(
+            free=self.max_nodes() - len(taken), paused=paused, last_entered=self.store.last_entered(now)
+        )
 
     def max_nodes(self) -> int:
         """The manifest's limit, or what the operator set instead."""
@@ -112,9 +117,14 @@ class Issuer:
             usual_mbps=usual_mbps,
         )
 
-    def grant(self, join: Join, peer: PeerId, account: str, stage: int, now: float) -> Certificate:
-        """Record a grant and sign it. ``Refused`` if there is no room (any more)."""
-        return self._record(peer, account, stage, join.session, join.addrs, now)
+    def grant(
+        self, join: Join, peer: PeerId, account: str, stage: int, now: float, *, entering: bool = False
+    ) -> Certificate:
+        """Record a grant and sign it. ``Refused`` if there is no room (any more).
+
+        ``entering``: out of the queue, so it is ``Refused`` as ``busy`` where that is faster than the pace.
+        """
+        return self._record(peer, account, stage, join.session, join.addrs, now, entering)
 
     def guest_pass(self, peer: PeerId, stage: int, now: float) -> bytes:
         """Lets a node that waits download the state of the stage where it will probably go."""
@@ -143,7 +153,14 @@ class Issuer:
             self.store.released(peer, now)
 
     def _record(
-        self, peer: PeerId, account: str, stage: int, session: bytes, addrs: tuple[str, ...], now: float
+        self,
+        peer: PeerId,
+        account: str,
+        stage: int,
+        session: bytes,
+        addrs: tuple[str, ...],
+        now: float,
+        entering: bool = False,
     ) -> Certificate:
         expires = now + self.lifetime_s
         certificate = issue(
@@ -171,5 +188,7 @@ class Issuer:
             max_nodes=self.max_nodes(),
             max_per_account=self.manifest.admission.max_nodes_per_account,
             now=now,
+            entering=entering,
+            pace_s=self.manifest.admission.pace_s,
         )
         return certificate

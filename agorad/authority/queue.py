@@ -6,12 +6,13 @@ the role writes places to the store and gives them back by ``restore``. Turns ar
 among those whose stream is open; who is away is passed over and keeps its place. A turn comes when joins are
 not paused, a slot of the run is free, and the pace (``joins_per_minute``; 0: none) allows one more.
 
-``Queue`` decides nothing about the run: free slots and the pause are arguments. Limits: ``queue_limit``
-places; the pace of the last 32 grants is what estimates are made of where no pace is set.
+``Queue`` decides nothing about the run: free slots, the pause and others' grants are arguments. Limits:
+``queue_limit`` places; the pace of the last 32 grants is what estimates are made of where no pace is set.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from typing import Final
@@ -64,6 +65,7 @@ class Queue:
         """May be replaced by those of a newer manifest."""
         self._places: dict[str, Place] = {}  # in order of arrival
         self._grants: deque[float] = deque(maxlen=RECENT)
+        self._heard = -math.inf
 
     def __len__(self) -> int:
         return len(self._places)
@@ -146,7 +148,7 @@ class Queue:
         """Whose turn it is, first come first. With a pace that is one at a time."""
         if paused or free <= 0:
             return []
-        if self.rules.joins_per_minute:
+        if self.rules.pace_s:
             if self.wait_s(now) > 0:
                 return []
             free = 1
@@ -158,11 +160,16 @@ class Queue:
         self.remove(peer)
         self._grants.append(now)
 
+    def heard(self, at: float) -> None:
+        """When the last node was let in: by another authority of the run, or in an earlier life."""
+        self._heard = at
+
     def wait_s(self, now: float) -> float:
         """Until the pace allows the next grant."""
-        if not self.rules.joins_per_minute or not self._grants:
+        if not self.rules.pace_s:
             return 0.0
-        return max(0.0, self._grants[-1] + 60.0 / self.rules.joins_per_minute - now)
+        last = max(self._heard, self._grants[-1] if self._grants else -math.inf)
+        return max(0.0, last + self.rules.pace_s - now)
 
     def views(self, now: float, *, free: int, paused: bool) -> dict[str, View]:
         """What to tell everybody whose stream is open."""
@@ -178,9 +185,7 @@ class Queue:
         if paused:
             return None
         if free >= position:
-            if not self.rules.joins_per_minute:
-                return 0.0
-            return self.wait_s(now) + (position - 1) * 60.0 / self.rules.joins_per_minute
+            return self.wait_s(now) + (position - 1) * self.rules.pace_s
         recent = [at for at in self._grants if now - at < RECENT_S]
         if len(recent) < 2:
             return None

@@ -3,7 +3,7 @@
 Each step is SQLite's SQL, statements ended by semicolons (so none inside one); ``database`` spells it for
 PostgreSQL. Steps are only ever added: a database remembers how many it has been through.
 
-    grants      a node's last certificate, and the account that it is bound to for good
+    grants      a node's last certificate, when it last came out of the queue, and its account, for good
     places      the queue, so that it outlives a restart
     settings    what the operator set at run time
     bans        accounts and peers kept out
@@ -65,5 +65,9 @@ CREATE TABLE balances (
 ) STRICT;
 INSERT INTO tenures SELECT peer_id, stage, account, first_granted, expires FROM grants;
 INSERT INTO balances SELECT peer_id, account, 0, 0, 0, first_granted, 0, 0 FROM grants;
+""",
+    """
+ALTER TABLE grants ADD COLUMN entered REAL NOT NULL DEFAULT 0;
+CREATE INDEX grants_by_entry ON grants (entered);
 """,
 )

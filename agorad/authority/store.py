@@ -8,6 +8,7 @@ raise ``Refused`` as ``unavailable`` while the database fails.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -82,8 +83,21 @@ class Store:
         with self._db.transaction() as execute:
             return _peers_of(execute, account, now)
 
-    def grant(self, grant: Grant, *, max_nodes: int, max_per_account: int, now: float) -> None:
-        """Remember a grant; on return it is on disk. ``Refused`` if there is no room. One transaction."""
+    def grant(
+        self,
+        grant: Grant,
+        *,
+        max_nodes: int,
+        max_per_account: int,
+        now: float,
+        entering: bool = False,
+        pace_s: float = 0.0,
+    ) -> None:
+        """Remember a grant; on return it is on disk. ``Refused`` if there is no room. One transaction.
+
+        ``entering``: it comes out of the queue, at the earliest ``pace_s`` after the last that did, whichever
+        authority let that one in.
+        """
         with self._db.transaction(exclusive=True) as execute:
             before = _grant_of(execute, grant.peer_id)
             if before is not None and before.account != grant.account:
@@ -93,12 +107,16 @@ class Store:
                 raise refusal("full", f"the run has {len(others)} nodes, all it takes", 60.0)
             if len(_peers_of(execute, grant.account, now) - {grant.peer_id}) >= max_per_account:
                 raise refusal("account_full", f"account {grant.account!r} has {max_per_account} nodes")
+            wait_s = _last_entered(execute, now) + pace_s - now
+            if entering and wait_s > 0:
+                raise refusal("busy", "another authority of the run let a node in just now", wait_s)
             execute(
                 "INSERT INTO grants (peer_id, account, stage, session, addrs, first_granted, issued, "
-                "expires) VALUES (:peer_id, :account, :stage, :session, :addrs, :issued, :issued, :expires) "
-                "ON CONFLICT (peer_id) DO UPDATE SET "
+                "expires, entered) VALUES (:peer_id, :account, :stage, :session, :addrs, :issued, :issued, "
+                ":expires, :entered) ON CONFLICT (peer_id) DO UPDATE SET "
                 "stage = excluded.stage, session = excluded.session, addrs = excluded.addrs, "
-                'issued = excluded.issued, expires = excluded.expires, "left" = 0',
+                'issued = excluded.issued, expires = excluded.expires, "left" = 0, '
+                "entered = CASE WHEN excluded.entered > 0 THEN excluded.entered ELSE grants.entered END",
                 {
                     "peer_id": grant.peer_id,
                     "account": grant.account,
@@ -107,6 +125,7 @@ class Store:
                     "addrs": json.dumps(grant.addrs),
                     "issued": grant.issued,
                     "expires": grant.expires,
+                    "entered": now if entering else 0.0,
                 },
             )
             keep_tenure(
@@ -117,6 +136,11 @@ class Store:
                 issued=grant.issued,
                 expires=grant.expires,
             )
+
+    def last_entered(self, now: float) -> float:
+        """When the queue of an authority let a node in last; ``-inf``: never."""
+        with self._db.transaction() as execute:
+            return _last_entered(execute, now)
 
     def released(self, peer: str, now: float) -> None:
         """The node left: its slot in the run is free."""
@@ -226,6 +250,11 @@ def _grant_of(execute: Execute, peer: str) -> Grant | None:
 def _active(execute: Execute, now: float) -> list[Grant]:
     query = f'SELECT {_COLUMNS} FROM grants WHERE expires > :now AND "left" = 0'
     return [_grant(row) for row in execute(query, {"now": now})]
+
+
+def _last_entered(execute: Execute, now: float) -> float:
+    ((last,),) = execute("SELECT MAX(entered) FROM grants", {})
+    return min(float(last), now) if last else -math.inf  # another's clock may be ahead
 
 
 def _peers_of(execute: Execute, account: str, now: float) -> set[str]:

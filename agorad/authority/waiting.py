@@ -159,6 +159,7 @@ class WaitingRoom:
     async def _look(self) -> None:
         capacity = await self._capacity()
         now = self._clock()
+        self.queue.heard(capacity.last_entered)
         for place in self.queue.expire(now):
             if place.saved:
                 await self._forget(place.peer)

@@ -363,9 +363,9 @@ class Desk:
                 await waiter.news()
             if waiter.called:
                 try:
-                    result = await self._grant(joiner, place.stage)
+                    result = await self._grant(joiner, place.stage, entering=True)
                 except Refused as no:
-                    if no.code != "full":
+                    if no.code not in ("full", "busy"):
                         raise
                     waiter.called = False  # another authority was faster: wait on
                     self.room.changed()
@@ -411,11 +411,16 @@ class Desk:
             usual_mbps=statistics.median(self._mbps) if self._mbps else None,
         )
 
-    async def _grant(self, joiner: Joiner, promised: int | None) -> tuple[Certificate, Choice]:
+    async def _grant(
+        self, joiner: Joiner, promised: int | None, *, entering: bool = False
+    ) -> tuple[Certificate, Choice]:
         def both() -> tuple[Certificate, Choice]:
             choice = self._choose(joiner, promised)  # nobody else is granted anything in between
-            stage, now = choice.stage, self.node.clock()
-            return self.issuer.grant(joiner.join, joiner.peer, joiner.account, stage, now), choice
+            join, now = joiner.join, self.node.clock()
+            certificate = self.issuer.grant(
+                join, joiner.peer, joiner.account, choice.stage, now, entering=entering
+            )
+            return certificate, choice
 
         return await self.ask(both)
 

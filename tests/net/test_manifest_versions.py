@@ -12,7 +12,7 @@ import attrs
 import pytest
 import trio
 
-from agorad import manifests, standing
+from agorad import manifests
 from agorad import run as runs
 from agorad.control import BadRequest
 from agorad.exitcodes import ExitCode, verdict
@@ -20,10 +20,8 @@ from agorad.joining import obtain_certificate
 from agorad.node import Node
 from agorad.roles import authority
 from agorad.run import Manifest, NodeRef
-from p2p.errors import Refused
 from p2p.identity import Identity
-from p2p.rpc import Call
-from tests.net.test_authority import PRIVATE, Place, idle, living, until_event, within
+from tests.net.test_authority import Place, idle, living, until_event, within
 
 WATCH_S = 0.3
 
@@ -205,85 +203,6 @@ def test_who_is_listed_no_longer_ends_with_the_reason(tmp_path: Path) -> None:
             await until_event(desk, "ready")
             code, why = verdict(await end_of(desk))
             assert (code, "no longer lists" in why) == (ExitCode.REMOVED, True)
-
-    run(main)
-
-
-def test_a_dropped_authoritys_members_renew_at_another_and_are_believed_until_then(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def not_by_itself(*_arguments: object) -> None:
-        """Here the test says who hears of a manifest when."""
-
-    monkeypatch.setattr(standing, "look_for_manifest", not_by_itself)
-    place = Place(tmp_path, max_nodes_per_account=4)
-    first, second = Identity.generate(), Identity.generate()
-    refs = []
-    for name, key in (("first", first), ("second", second)):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            addrs = (f"/ip4/127.0.0.1/tcp/{probe.getsockname()[1]}",)
-        refs.append(NodeRef(peer_id=key.peer_id, addrs=addrs))
-        (tmp_path / name).mkdir()
-        key.save(tmp_path / name / "identity.key")
-    place.manifest = signed(place, 2, authorities=tuple(refs))
-    runs.save(place.manifest, tmp_path / "run.toml")
-    dropped = signed(place, 3, authorities=(refs[1],))
-    info = attrs.evolve(dropped.run, version=4, revoked=(first.peer_id,))
-    revoked = attrs.evolve(dropped, run=info, content=b"").signed(place.operator)
-
-    def settings(index: int, name: str) -> Any:
-        shared = {"accounts": "accounts.toml", "database": f"sqlite:///{tmp_path}/shared.sqlite"}
-        found = place.settings(name, "authority", authority=shared)
-        return attrs.evolve(found, node=attrs.evolve(found.node, listen=refs[index].addrs))
-
-    async def serve(call: Call) -> None:
-        await call.receive()
-        await call.send({})
-
-    async def heard(node: Node, by: Node) -> str:
-        node.host.learn(by.identity.peer_id, by.host.addrs)
-        try:
-            async with await node.host.call(by.identity.peer_id, PRIVATE, deadline=5.0) as call:
-                await call.send({})
-                await call.receive()
-        except Refused as refusal:
-            return refusal.code
-        return "heard"
-
-    async def main() -> None:
-        async with (
-            living(place.worker("a"), joined) as a,
-            living(place.worker("b"), joined) as b,
-            living(place.worker("c"), joined) as c,
-        ):
-            async with living(settings(0, "first"), authority.run):
-                for node in (a, b, c):
-                    await until_event(node, "certificate_granted")
-                    assert node.certificate is not None
-                    assert node.certificate.authority == first.peer_id
-            async with living(settings(1, "second"), authority.run) as office:
-                for node in (b, c):
-                    node.host.handle(PRIVATE, serve)
-                assert [await heard(a, b), await heard(a, c)] == ["heard", "heard"]
-                b.watch_s = 0.75
-                standing.take(office, dropped)
-                standing.take(b, dropped)  # before a hears of it
-                (_, renewed) = await until_event(b, "certificate_granted", 2)
-                assert renewed["authority"] == second.peer_id
-                assert await heard(a, b) == "heard"
-                await trio.sleep(1.6)
-                assert await heard(a, b) == "certificate_expired"
-                standing.take(a, dropped)
-                await until_event(a, "certificate_granted", 2)
-                assert await heard(a, b) == "heard"
-                # Revoked: no overlap. The one who holds such a certificate renews all the same.
-                standing.take(office, revoked)
-                standing.take(b, revoked)
-                assert await heard(c, b) == "unknown_authority"
-                standing.take(c, revoked)
-                await until_event(c, "certificate_granted", 2)
-                assert await heard(c, b) == "heard"
 
     run(main)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -122,6 +123,29 @@ def test_bans_settings_places_and_the_log_of_it(opened: Open) -> None:
     store.place("q", "bob", 2.0, 2.0)
     store.drop_place("q")
     assert store.places() == [Place("p", "alice", 1.0, 3.0)]
+
+
+def test_authorities_on_one_database_keep_one_pace(opened: Open) -> None:
+    one, other = opened(), opened()
+    assert one.last_entered(0.0) == -math.inf
+
+    def enter(store: Store, peer: str, now: float, pace_s: float = 10.0) -> str:
+        try:
+            store.grant(
+                grant(peer, issued=now), max_nodes=9, max_per_account=9, now=now,
+                entering=True, pace_s=pace_s,
+            )  # fmt: skip
+        except Refused as refused:
+            return f"{refused.code} {refused.retry_after or 0:g}"
+        return "granted"
+
+    assert enter(one, "a", 100.0) == "granted"
+    assert enter(other, "b", 104.0) == "busy 6"
+    assert put(other, "a", now=105.0) == "granted", "a renewal has no pace"
+    assert (one.last_entered(106.0), one.last_entered(99.0)) == (100.0, 99.0)
+    assert enter(other, "b", 110.0) == "granted"
+    assert enter(one, "c", 111.0) == "busy 9"
+    assert enter(one, "c", 111.0, pace_s=0.0) == "granted"
 
 
 def receipt(ticket: str, *credits: tuple[str, int]) -> StoredReceipt:

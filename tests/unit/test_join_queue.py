@@ -46,6 +46,17 @@ def test_a_pace_lets_one_in_at_a_time_and_says_when() -> None:
     assert queue.turns(20, free=9, paused=False) == ["p1"]
 
 
+def test_the_pace_counts_from_the_last_that_any_authority_let_in() -> None:
+    queue = _filled(3, joins_per_minute=6)
+    queue.heard(8.0)
+    assert queue.turns(10, free=9, paused=False) == []
+    assert queue.wait_s(10) == pytest.approx(8)
+    assert queue.turns(18, free=9, paused=False) == ["p0"]
+    queue.granted("p0", 18)
+    queue.heard(17.9)
+    assert queue.wait_s(18) == pytest.approx(10)
+
+
 def test_a_full_run_estimates_from_recent_grants() -> None:
     queue = _filled(3)
     assert queue.views(5, free=0, paused=False)["p0"].eta_s is None  # nobody knows
