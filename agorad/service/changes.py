@@ -44,13 +44,20 @@ class Change:
 
 def wanted(path: Path, after: str | None, mode: int = 0o644) -> Change | None:
     """The change that makes ``path`` say ``after``; None if it does already."""
-    try:
-        before: str | None = path.read_text()
-    except FileNotFoundError:
-        before = None
-    except (OSError, UnicodeDecodeError) as error:
-        raise LocalError(f"cannot read {path}: {error}") from error
+    before = current(path)
     return None if before == after else Change(path, before, after, mode)
+
+
+def current(path: Path) -> str | None:
+    """What the file says, line ends as they are; None if there is none."""
+    try:
+        return path.read_bytes().decode()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LocalError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LocalError(f"{path} is not text in UTF-8: save it as such, or move it") from error
 
 
 def apply(changes: Iterable[Change]) -> list[Change]:
