@@ -20,6 +20,7 @@ from agorad.usage import complain
 COMMANDS: Final = {
     "authority": ("authority", "Let in, hold back and remove, at a running authority."),
     "bench": ("bench", "Measure what this machine does."),
+    "bugreport": ("bugreport", "One archive for who is to help; no secrets in it."),
     "demo": ("demo", "A whole swarm on this machine, trained on real text."),
     "doctor": ("doctor", "What is wrong here, and what to do about it."),
     "events": ("events", "What a node reports, as it happens."),
