@@ -17,7 +17,6 @@ All methods are for the device thread, except ``HeldMicrobatch.release``. Torch 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ from stage import boundary, genesis, kernels
 from stage.config import ModelConfig, TrainingConfig
 from stage.events import Computing
 from stage.memory import Memory
-from stage.messages import Request
+from stage.messages import MAX_LOSS, Request
 from stage.microbatch import Shape
 from stage.model import Stage, TailLoss, document_index
 from stage.optimizer import Held as HeldState
@@ -43,7 +42,7 @@ from stage.snapshot import State
 from stage.weights import CHUNK, MAX_VERSIONS, Version
 
 NOT_FINITE = "not_finite"
-"""The refusal of a replica whose own numbers are not; its caller goes to another one."""
+"""The refusal of a replica whose own numbers are not, or absurd; its caller goes to another one."""
 
 
 def wire_shape(model: ModelConfig, training: TrainingConfig, stage: int) -> Shape:
@@ -180,6 +179,7 @@ class StageCompute:
                 out = self.stage.forward(self.weights.passing(), held.ids, held.c_in, docs=held.docs)
             if isinstance(out, TailLoss):
                 held.loss = float(out.losses[0])
+                self._check_loss(held.loss)
                 return held
         elif self.stage.is_tail:
             return held  # nobody waits for its output: its two passes run in one go, at the commit
@@ -277,9 +277,12 @@ class StageCompute:
         loss = TailLoss(x, leaves["out"], held.ids[:, 1:], weight.to(self.stage.state_dtype))
         dx = loss.seed(self.weights.gradients["out"])
         held.loss = float(loss.losses[0])
-        if not math.isfinite(held.loss):  # what was added is not either: the next step throws it away
-            raise Refused(NOT_FINITE, "the loss that this replica computes is not finite")
+        self._check_loss(held.loss)  # what was added may not be finite either: then the next step drops it
         return dx
+
+    def _check_loss(self, loss: float) -> None:
+        if not 0.0 <= loss < MAX_LOSS:
+            raise Refused(NOT_FINITE, f"the loss that this replica computes is {loss:g}")
 
     def _sweep(self) -> None:
         while self._released:
@@ -354,13 +357,33 @@ class StageCompute:
         return distance
 
     def sound(self) -> bool:
-        """Whether all weights are finite: the masters, and what passes compute with."""
+        """Whether the weights are numbers to go on with: finite, and so is what they make of noise.
+
+        What others send plays no part: huge numbers of theirs would not be our weights' fault.
+        """
         vectors = [self.weights.flat]
         if self.weights.compute is not None:
             vectors.append(self.weights.compute)
-        return all(
-            bool(torch.isfinite(part).all()) for vector in vectors for part in torch.split(vector, CHUNK)
-        )
+        for vector in vectors:
+            if not all(bool(torch.isfinite(part).all()) for part in torch.split(vector, CHUNK)):
+                return False
+        held, _ = self._noise()
+        with torch.no_grad():
+            out = self.stage.forward(self.weights.passing(), held.ids, held.c_in)
+            if isinstance(out, TailLoss):
+                return 0.0 <= float(out.losses[0]) < MAX_LOSS
+        return bool(torch.isfinite(out).all())
+
+    def _noise(self) -> tuple[HeldMicrobatch, Tensor]:
+        """A microbatch that nobody sent, and what may stand for its gradient."""
+        generator = torch.Generator().manual_seed(self.training.seed)
+        size = (1, self.model.seq + 1)
+        ids = torch.randint(self.model.vocab, size, generator=generator).to(self.device)
+        held = HeldMicrobatch(self._released, ids, None, 1.0)
+        noise = torch.randn((1, self.model.seq, self.model.k), generator=generator).to(self.device)
+        if not self.stage.is_head:
+            held.c_in = noise
+        return held, noise
 
     # Memory
 
@@ -386,15 +409,8 @@ class StageCompute:
         With ``graph = auto`` as many graphs are retained as fit the budget beside everything else; what then
         remains bounds old versions of the weights and copies of the state for readers.
         """
-        generator = torch.Generator().manual_seed(self.training.seed)
-        size = (1, self.model.seq + 1)
-        ids = torch.randint(self.model.vocab, size, generator=generator).to(self.device)
-        held = HeldMicrobatch(self._released, ids, None, 1.0)
-        shape = 1, self.model.seq, self.model.k
-        noise = torch.randn(shape, generator=generator).to(self.device)
-        if not self.stage.is_head:
-            held.c_in = noise
-        prepared = self.stage.prepare(ids)
+        held, noise = self._noise()
+        prepared = self.stage.prepare(held.ids)
         with Peak(self.device) as peak:
             self._run_states(held)
             self._backward_states(held, None if self.stage.is_tail else noise)

@@ -27,6 +27,8 @@ PROTOCOL = "/agora/microbatch/1"
 BASIS = 0
 """Version of the subspace basis in which this program computes and sends."""
 WIRE_DTYPES = ("fp32", "bf16", "int8")
+MAX_LOSS = 1e6
+"""A loss of this size or more is no number to go on with."""
 MAX_PATH = 64
 MAX_DOCUMENTS = 4096
 MAX_TOKENS = 1 << 20
@@ -200,7 +202,7 @@ def reply_from_wire(header: dict[str, Any]) -> Reply:
             and are_signatures(receipts)
         ):
             # A loss that is not finite would poison every mean that it enters.
-            if not 0.0 <= loss < 1e6:
+            if not 0.0 <= loss < MAX_LOSS:
                 raise RemoteError("answer: loss is not a sensible number")
             peers = [PeerId(peer) for peer in path]
             return Answer(loss=loss, c_hash=c_hash, path=peers, slots=slots, stale=stale, receipts=receipts)

@@ -211,7 +211,8 @@ class SnapshotStore:
         """Remove what is left of failed saves, and all snapshots but the newest. Raises LocalError."""
         with self._lock:
             try:
-                self._tidy(1)
+                if self.folder.exists():
+                    self._tidy(1)
             except OSError as error:
                 raise LocalError(f"no room was made in {self.folder}: {error.strerror}") from None
 

@@ -66,14 +66,14 @@ class Weights(Quiet):
             yield self.end(f"again, {at - self._resynced:.0f} s after the last time")
         else:
             self._resynced = at
-            yield Reaction("weights", "resync", "the weights are not finite")
+            yield Reaction("weights", "resync", "the weights are no numbers to go on with")
 
     def end(self, why: str) -> Reaction:
         """No state to go on with."""
         return Reaction(
             "weights",
             "end",
-            f"the weights are not finite ({why}); start it again: it goes on from its last sound snapshot "
-            "and the others' state. If that returns, look at the machine's memory and overclocking",
+            f"the weights are no numbers to go on with ({why}); start it again: it goes on from its last "
+            "sound snapshot and others' state. If that returns, look at the machine's memory and clocks",
             ExitCode.NUMERICAL,
         )
