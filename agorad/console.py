@@ -8,6 +8,7 @@ as JSON. Lines fit 100 columns: long values are cut.
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -21,8 +22,32 @@ def friendly(entry: Mapping[str, Any], *, with_time: bool = True) -> str | None:
         return None
     tag, sentence = _LINES[kind]
     at = time.strftime("%H:%M:%S ", time.localtime(entry.get("at", 0.0))) if with_time else ""
-    line = f"{at}[{tag}] {sentence(entry)}"
-    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+    return fit(f"{at}[{tag}] {sentence(entry)}")
+
+
+def fit(text: str) -> str:
+    """``text`` on one line of at most ``WIDTH`` columns.
+
+    What a terminal would obey, which a peer may have chosen, is a dot; wide characters take two columns.
+    """
+    shown, width = [], 0
+    for character in text:
+        if not character.isprintable():
+            character = "·"
+        width += columns(character)
+        shown.append(character)
+    if width <= WIDTH:
+        return "".join(shown)
+    while width > WIDTH - 1:
+        width -= columns(shown.pop())
+    return "".join(shown) + "…"
+
+
+def columns(character: str) -> int:
+    """That a terminal gives to a printable character."""
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def short(peer_id: str | None) -> str:
@@ -107,6 +132,10 @@ _LINES: Final[dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]]] = {
     "microbatch_failed": ("BATCH", lambda e: f"{e['ticket']} given up: {e['why']}"),
     "rerouted": ("ROUTE", lambda e: f"{e['ticket']}: {short(e['from'])} → {short(e['to'])}, {e['why']}"),
     "step": ("STEP", lambda e: f"stage {e['stage']}: step {e['step']}, {e['samples']} samples"),
+    "held_back": (
+        "LOG",
+        lambda e: f"{e['count']} more of {e['of']} within a minute: agoractl events has them",
+    ),
     "trouble": ("TROUBLE", lambda e: f"{e['why']} ({e['reaction'].replace('_', ' ')})"),
     "trouble_over": ("TROUBLE", lambda e: f"{e['kind']}: over"),
     "bad_output": ("BATCH", lambda e: f"step {e['step']}: what was computed here is not finite"),

@@ -15,6 +15,7 @@ counted in ``unwritten`` and training goes on; a subscriber that raises is dropp
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import Counter, deque
@@ -353,8 +354,25 @@ class Bus:
 
 
 def encode_entry(entry: Entry) -> bytes:
-    """One JSON line, newline included."""
-    return (json.dumps(entry, separators=(",", ":"), default=_plain, ensure_ascii=False) + "\n").encode()
+    """One JSON line, newline included. A number that is not finite, which JSON has no word for, is null."""
+    try:
+        line = _dumps(entry)
+    except ValueError:
+        line = _dumps(_finite(entry))
+    # What is no character at all (a half of a pair, out of a file name) stays readable as JSON's own escape.
+    return (line + "\n").encode("utf-8", "backslashreplace")
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), default=_plain, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _plain(value: Any) -> Any:

@@ -55,7 +55,9 @@ def encode(level: str, line: str, entry: Mapping[str, Any]) -> bytes:
     for name, value in entry.items():
         text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
         fields[f"AGORA_{name.upper()}"] = text
-    return b"".join(_field(name, text.encode()[:FIELD_LIMIT]) for name, text in fields.items())
+    return b"".join(
+        _field(name, text.encode("utf-8", "backslashreplace")[:FIELD_LIMIT]) for name, text in fields.items()
+    )
 
 
 def _field(name: str, value: bytes) -> bytes:

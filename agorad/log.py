@@ -2,10 +2,10 @@
 
 On a terminal, friendly lines (``console``); to systemd's journal the same with every fact as a field
 (``journal``); otherwise, and always in the log file, JSON lines with a ``level``. Events that happen many
-times a second (one a microbatch) are ``debug`` and are not logged:
-they are in ``events.jsonl`` and in the counters, so a healthy hour stays readable. Nothing in the
-daemon reads a log. A log that cannot be written (closed pipe, full disk) is given up silently: the
-event file says the same.
+times a second (one a microbatch) are ``debug`` and are not logged: they are in ``events.jsonl`` and in the
+counters, so a healthy hour stays readable. Of the others, at most ``repeats.MOST`` a minute and kind are
+told, then their number; the file is bounded (``logfile``). Nothing in the daemon reads a log. A stream that
+cannot be written is given up silently, a file is tried again: the event file says the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Final, TextIO
 from agorad.console import friendly
 from agorad.events import Entry, encode_entry
 from agorad.journal import Journal, is_journal
-from p2p.errors import LocalError
+from agorad.logfile import LogFile
+from agorad.repeats import Repeats
 
 DEBUG: Final = frozenset(
     {
@@ -70,35 +71,46 @@ class Log:
         self._stream: TextIO | None = stream
         self._terminal = stream.isatty()
         self._journal = _journal(stream)
-        # Kept open for the life of the process; line buffered.
-        try:
-            self._file = path.open("a", buffering=1) if path is not None else None
-        except OSError as error:
-            raise LocalError(f"cannot write the log file {path}: {error.strerror}") from error
-        if self._file is not None and _same_file(stream, self._file):
+        self._file = None if path is None else LogFile(path)
+        self._repeats = Repeats()
+        if self._file is not None and _same_file(stream, self._file.fileno()):
             self._stream = None
 
     def __call__(self, entry: Entry) -> None:
-        rank = level(entry["event"])
-        if rank == "debug":
-            return
-        line = encode_entry({"level": rank, **entry}).decode()
+        rank, at = level(entry["event"]), entry["at"]
+        for kind, count in self._repeats.over(at):
+            self._tell_held(kind, count, at)
+        if rank != "debug" and self._repeats.admits(entry["event"], at):
+            self._tell(rank, entry)
+        if entry["event"] == "stopped":
+            for kind, count in self._repeats.all():
+                self._tell_held(kind, count, at)
+
+    def _tell_held(self, kind: str, count: int, at: float) -> None:
+        self._tell("info", {"at": at, "event": "held_back", "of": kind, "count": count})
+
+    def _tell(self, rank: str, entry: Entry) -> None:
+        line = encode_entry({"level": rank, **entry})
         if self._file is not None:
-            try:
-                self._file.write(line)
-            except OSError:
-                self._file = None
+            self._file.write(line)
         if self._journal is not None:
             self._journal.write(rank, friendly(entry, with_time=False) or entry["event"], entry)
             return
         if self._stream is None:
             return
-        text = friendly(entry) if self._terminal else line.rstrip("\n")
+        text = friendly(entry) if self._terminal else line.decode().rstrip("\n")
         if text is not None:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        assert self._stream is not None
+        try:
             try:
                 print(text, file=self._stream, flush=True)
-            except OSError:
-                self._stream = None
+            except UnicodeError:  # a locale that knows less
+                print(text.encode("ascii", "backslashreplace").decode(), file=self._stream, flush=True)
+        except (OSError, ValueError):  # its reader is gone, or it was closed
+            self._stream = None
 
 
 def _journal(stream: TextIO) -> Journal | None:
@@ -108,8 +120,8 @@ def _journal(stream: TextIO) -> Journal | None:
         return None  # JSON lines reach it as well
 
 
-def _same_file(stream: TextIO, file: TextIO) -> bool:
+def _same_file(stream: TextIO, file: int) -> bool:
     try:
-        return os.path.samestat(os.fstat(stream.fileno()), os.fstat(file.fileno()))
+        return os.path.samestat(os.fstat(stream.fileno()), os.fstat(file))
     except (OSError, ValueError):  # a stream without a descriptor is no file
         return False

@@ -19,6 +19,7 @@ import trio
 
 from agorad.events import Trouble, TroubleOver
 from agorad.exitcodes import DaemonExit, ExitCode
+from agorad.logfile import rotated
 from agorad.metrics import machine
 from agorad.steady import passed
 from agorad.supervision.clock import Clock, Standstill
@@ -171,7 +172,7 @@ class Supervisor:
         config = self._node.config
         spare = [config.events.with_name(config.events.name + ".1")]
         if (log := config.node.log) is not None:
-            spare += sorted(log.parent.glob(log.name + ".[0-9]"))
+            spare += rotated(log)
         for path in spare:
             try:
                 path.unlink(missing_ok=True)

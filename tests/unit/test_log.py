@@ -1,0 +1,154 @@
+"""Logs: every line parses, none is too long or obeyed by a terminal, nothing grows without bound."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agorad import journal, logfile
+from agorad.console import WIDTH, columns, fit, friendly
+from agorad.events import Bus, Stopped, Stopping
+from agorad.log import Log
+from agorad.logfile import KEEP, LogFile, rotated
+from agorad.repeats import MOST, WINDOW_S, Repeats
+from p2p.errors import LocalError
+from p2p.host_events import PeerRefused
+from stage.events import Evaluated
+
+NASTY = "a\x1b[2Jb\nc\rd\x00e\u202ef\udc80g\u2028h🙂漢字" + "e\u0301"
+"""What a peer might call itself: terminal codes, line ends, half a character, wide ones."""
+
+
+class Now:
+    def __init__(self) -> None:
+        self.at = 1000.0
+
+    def __call__(self) -> float:
+        return self.at
+
+
+def refusal(why: str = "full") -> PeerRefused:
+    return PeerRefused(peer="12D3KooWabcdef", protocol="/agora/x/1", why=why)
+
+
+def test_every_line_parses_whatever_is_in_it(tmp_path: Path) -> None:
+    now, stream = Now(), io.StringIO()
+    bus = Bus(tmp_path / "events.jsonl", clock=now)
+    bus.subscribe(Log(stream, tmp_path / "log"))
+    bus.emit(refusal(NASTY))
+    bus.emit(Evaluated(step=1, loss=math.nan, rows=2))
+    bus.emit(Stopping(why=NASTY))
+    assert bus.counts["subscriber_failed"] == bus.unwritten == 0
+
+    def refuse(word: str) -> Any:
+        raise AssertionError(f"{word} is no JSON")
+
+    for text in ((tmp_path / "log").read_bytes(), (tmp_path / "events.jsonl").read_bytes()):
+        lines = text.decode().split("\n")
+        assert lines.pop() == ""
+        entries = [json.loads(line, parse_constant=refuse) for line in lines]
+        assert [entry["event"] for entry in entries] == ["peer_refused", "evaluated", "stopping"]
+        assert entries[0]["why"] == NASTY
+        assert entries[1]["loss"] is None
+    assert stream.getvalue() == (tmp_path / "log").read_text()
+    assert journal.encode("info", "line", {"why": NASTY})
+
+
+def test_friendly_lines_fit_whatever_is_in_them() -> None:
+    for text in (NASTY, NASTY * 30, "漢" * 200, "x" * 500, "e\u0301" * 300):
+        line = friendly({"event": "stopping", "at": 0.0, "why": text})
+        assert line is not None
+        assert line.isprintable()
+        assert sum(map(columns, line)) <= WIDTH
+    assert fit("x" * WIDTH) == "x" * WIDTH
+    assert fit("x" * (WIDTH + 1)) == "x" * (WIDTH - 1) + "…"
+    assert fit("漢" * 50) == "漢" * 50
+    assert fit("e\u0301" * 100) == "e\u0301" * 100
+
+
+def test_a_terminal_of_another_alphabet_gets_escapes() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii", errors="strict")
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    bus = Bus()
+    bus.subscribe(Log(stream, None))
+    bus.emit(Stopping(why="漢字"))
+    assert b"leaving: \\u6f22\\u5b57" in raw.getvalue()
+    assert bus.counts["subscriber_failed"] == 0
+
+
+def test_repeats_are_counted_not_told(tmp_path: Path) -> None:
+    now = Now()
+    bus = Bus(clock=now)
+    bus.subscribe(Log(io.StringIO(), tmp_path / "log"))
+    for _ in range(10 * MOST):
+        bus.emit(refusal())
+    bus.emit(Stopping(why="other kinds are told"))
+    now.at += WINDOW_S
+    bus.emit(refusal())
+    for _ in range(2 * MOST):
+        bus.emit(refusal())
+    bus.emit(Stopped(code=0, why="done"))
+    entries = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    kinds = [entry["event"] for entry in entries]
+    assert kinds.count("peer_refused") == 2 * MOST
+    assert kinds[MOST] == "stopping"
+    held = [(entry["of"], entry["count"]) for entry in entries if entry["event"] == "held_back"]
+    assert held == [("peer_refused", 9 * MOST), ("peer_refused", MOST + 1)]
+    line = friendly(entries[MOST + 1])
+    assert line is not None
+    assert line.endswith(f"[LOG] {9 * MOST} more of peer_refused within a minute: agoractl events has them")
+
+
+def test_a_clock_set_back_ends_a_window_too() -> None:
+    repeats = Repeats()
+    for _ in range(2 * MOST):
+        repeats.admits("x", 1000.0)
+    assert list(repeats.over(1010.0)) == []
+    assert list(repeats.over(10.0)) == [("x", MOST)]
+    assert repeats.admits("x", 10.0)
+
+
+def test_the_file_is_bounded_and_its_past_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logfile, "LIMIT", 1000)
+    path = tmp_path / "log"
+    file = LogFile(path)
+    for number in range(1000):
+        file.write(b"%04d" % number + b"x" * 95 + b"\n")
+    assert sorted(tmp_path.iterdir()) == sorted([path, *rotated(path)])
+    assert len(rotated(path)) == KEEP
+    assert all(one.stat().st_size <= 1000 for one in tmp_path.iterdir())
+    told = b"".join(one.read_bytes() for one in [*reversed(rotated(path)), path])
+    numbers = [int(line[:4]) for line in told.splitlines()]
+    assert numbers == list(range(1000 - len(numbers), 1000))
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_that_somebody_moved_is_opened_anew(tmp_path: Path) -> None:
+    now = Now()
+    path = tmp_path / "log"
+    file = LogFile(path, now)
+    file.write(b"one\n")
+    path.rename(tmp_path / "log.old")
+    file.write(b"two\n")
+    now.at += logfile.LOOK_S
+    file.write(b"three\n")
+    assert (tmp_path / "log.old").read_text() == "one\ntwo\n"
+    assert path.read_text() == "three\n"
+    path.unlink()
+    now.at += logfile.LOOK_S
+    file.write(b"four\n")
+    assert path.read_text() == "four\n"
+
+
+def test_a_full_disk_loses_lines_and_nothing_else() -> None:
+    file = LogFile(Path("/dev/full"))
+    file.write(b"lost\n")
+    file.write(b"lost\n")
+    with pytest.raises(LocalError, match="cannot write the log file /dev/none/log: "):
+        LogFile(Path("/dev/none/log"))
