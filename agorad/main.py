@@ -11,6 +11,7 @@ import importlib
 import os
 import resource
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -48,6 +49,7 @@ class _Command(click.Command):
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Overrides one setting.")
 @click.option("--log-file", type=NamedPath(), help="Instead of node.log.")
 @click.option("--secret-fd", type=click.IntRange(3), help="Descriptor to read the account's secret from.")
+@click.option("--lifeline-fd", type=click.IntRange(3), help="Descriptor of a pipe; leave when it is closed.")
 @click.option("--check-config", is_flag=True, help="Check settings, manifest and key; start nothing.")
 @click.version_option(__version__, prog_name="agorad")
 def main(
@@ -56,6 +58,7 @@ def main(
     assignments: tuple[str, ...],
     log_file: Path | None,
     secret_fd: int | None,
+    lifeline_fd: int | None,
     check_config: bool,
 ) -> None:
     """Take part in training one model together with others."""
@@ -67,7 +70,7 @@ def main(
             preflight.check(settings)
             click.echo(f"{settings.path}: fine")
             return
-        _live(settings, None if secret_fd is None else _secret(secret_fd))
+        _live(settings, None if secret_fd is None else _secret(secret_fd), _pipe(lifeline_fd))
     except BaseException as error:
         sys.exit(_explain(error))
 
@@ -81,7 +84,16 @@ def _secret(descriptor: int) -> str:
         raise LocalError(f"cannot read the account's secret from descriptor {descriptor}") from error
 
 
-def _live(settings: Config, secret: str | None) -> None:
+def _pipe(descriptor: int | None) -> int | None:
+    try:
+        if descriptor is not None and not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            raise LocalError(f"--lifeline-fd {descriptor} is no pipe")
+    except OSError as error:
+        raise LocalError(f"--lifeline-fd {descriptor}: {error.strerror}") from error
+    return descriptor
+
+
+def _live(settings: Config, secret: str | None, lifeline: int | None) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     # A manager's watchdog ends a loop that hangs with SIGABRT: the log then says where it hung.
     faulthandler.enable()
@@ -98,7 +110,9 @@ def _live(settings: Config, secret: str | None) -> None:
 
     async def live() -> bool:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            return await run_node(settings, role.run, started_at=_began(), signals=signals, secret=secret)
+            return await run_node(
+                settings, role.run, started_at=_began(), signals=signals, secret=secret, lifeline=lifeline
+            )
 
     if trio.run(live):
         _begin_again()

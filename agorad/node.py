@@ -262,9 +262,11 @@ async def run_node(
     started_at: float,
     signals: AsyncIterator[int] | None = None,
     secret: str | None = None,
+    lifeline: int | None = None,
 ) -> bool:
     """Live as one node until the role returns or one of ``signals`` says so. Raises what went wrong.
 
+    ``lifeline``: a pipe that nobody writes to; the node leaves when its other end is closed.
     True: the process is to start again.
     """
     listen = _addresses(settings.node.listen, "node.listen")
@@ -289,7 +291,7 @@ async def run_node(
     )
     try:
         again = await _live(
-            settings, manifest, identity, bus, listen, announce, role, started_at, signals, secret
+            settings, manifest, identity, bus, listen, announce, role, started_at, signals, secret, lifeline
         )
     except BaseException as error:
         code, why = verdict(error)
@@ -337,6 +339,7 @@ async def _live(
     started_at: float,
     signals: AsyncIterator[int] | None,
     secret: str | None,
+    lifeline: int | None,
 ) -> bool:
     rng = random.Random()
     manifest, known = manifests.restore(settings.node.state, manifest)
@@ -368,6 +371,8 @@ async def _live(
                 node.inspector = probing.install(node)
                 if signals is not None:
                     services.start_soon(_obey, signals, node)
+                if lifeline is not None:
+                    services.start_soon(_until_alone, lifeline, node)
                 services.start_soon(node.notifier.watchdog)
                 services.start_soon(node.notifier.starting)
                 services.start_soon(node.notifier.tell, node.status_document)
@@ -439,6 +444,12 @@ async def _keep_pace(node: Node) -> None:
 
 def _done(batches: Mapping[str, Any] | None) -> int | None:
     return None if not batches else batches.get("completed", batches.get("added"))
+
+
+async def _until_alone(lifeline: int, node: Node) -> None:
+    """Who started this node was killed, or it would have asked it to leave: nobody else will."""
+    await trio.lowlevel.wait_readable(lifeline)
+    node.stop("the command that started it is gone")
 
 
 async def _obey(signals: AsyncIterator[int], node: Node) -> None:

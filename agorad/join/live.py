@@ -1,9 +1,10 @@
 """Runs the nodes of a join and says in plain lines what they do, from their events.
 
 Each node is a child process: its standard error goes to its log file, its account's secret comes over a
-pipe that only it inherits. Its events come over its control socket (``lines`` turns them into sentences);
-once a minute a node says how much it did. The first Ctrl-C, SIGTERM or closing of the terminal lets all
-nodes leave cleanly, a second one ends them at once. No log is ever read.
+pipe that only it inherits. Another pipe tells it when this process was killed: it leaves then, since nobody
+else would stop it. Its events come over its control socket (``lines`` turns them into sentences); once a
+minute a node says how much it did. The first Ctrl-C, SIGTERM or closing of the terminal lets all nodes leave
+cleanly, a second one ends them at once. No log is ever read.
 """
 
 from __future__ import annotations
@@ -194,7 +195,10 @@ class Live:
 
 def spawn(node: Planned, secret: Secret | None) -> tuple[Process, str]:
     """The node as a child of this process; its log file."""
-    command = [sys.executable, "-m", "agorad.main", "--config", str(node.config)]
+    lifeline, _held = os.pipe()  # the other end stays open for as long as this process lives
+    command = [
+        sys.executable, "-m", "agorad.main", "--config", str(node.config), "--lifeline-fd", str(lifeline),
+    ]  # fmt: skip
     reading: int | None = None
     if secret is not None:
         reading, writing = os.pipe()
@@ -208,11 +212,12 @@ def spawn(node: Planned, secret: Secret | None) -> tuple[Process, str]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            pass_fds=() if reading is None else (reading,),
+            pass_fds=(lifeline,) if reading is None else (lifeline, reading),
             start_new_session=True,  # Ctrl-C is for us: we stop them in order
         )
     finally:
         os.close(log)
+        os.close(lifeline)
         if reading is not None:
             os.close(reading)
     return process, str(node.log)

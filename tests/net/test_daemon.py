@@ -107,6 +107,27 @@ def test_small_and_quick(place: Path, role: str, memory_mb: int, cpu_s: float) -
         assert (status["role"], status["pid"], status["phase"]) == (role, process.pid, "active")
 
 
+def test_it_leaves_when_who_started_it_is_gone(place: Path) -> None:
+    lifeline, held = os.pipe()
+    process = subprocess.Popen(
+        command(place, "seed", "--lifeline-fd", str(lifeline)), stderr=subprocess.PIPE, pass_fds=(lifeline,)
+    )
+    os.close(lifeline)
+    try:
+        assert process.stderr is not None
+        while b'"event":"ready"' not in (line := process.stderr.readline()):
+            assert line, "it ended"
+        os.close(held)  # as the kernel does for a process that was killed
+        _out, said = process.communicate(timeout=WAIT_S)
+        assert process.returncode == 0
+        assert b"the command that started it is gone" in said
+    finally:
+        process.kill()
+        process.communicate()
+    for descriptor in ("0", "999"):
+        assert refused(place, "seed", "--lifeline-fd", descriptor)[0] == 2
+
+
 def test_sigterm_ends_it_cleanly_and_leaves_no_socket(place: Path) -> None:
     with daemon(place, "seed") as (process, manager):
         process.send_signal(signal.SIGTERM)

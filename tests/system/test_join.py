@@ -197,6 +197,37 @@ def test_a_second_ctrl_c_ends_at_once_and_a_killed_node_is_told(tmp_path: Path) 
     assert not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.long
+def test_nodes_leave_when_their_join_is_killed(tmp_path: Path) -> None:
+    made = ctl(tmp_path, "agoractl", "run", "init", "lonely", "--port", str(first := free_ports(4)))
+    assert made.returncode == 0, made.stderr
+    command = (
+        "agoractl", "join", "lonely/run.toml", "--skip-input", "--foreground", "--host-port", str(first + 3),
+    )  # fmt: skip
+
+    def said() -> str:
+        return (tmp_path / "join.log").read_text()
+
+    for _turn in range(2):  # the second one finds the folder, the key and the port free
+        with running(tmp_path, "join.log", *command) as process:
+            wait_for(lambda: "[WARNING] not in yet" in said(), said)
+            pid = json.loads(ctl(tmp_path, "agoractl", "status", "--json").stdout)["nodes"][0]["pid"]
+            process.kill()
+            process.wait()
+            wait_for(lambda pid=pid: not _lives(pid), lambda: "it lives on", 40.0)
+    (events,) = tmp_path.rglob("events.jsonl")
+    ends = [event for line in events.read_text().splitlines() if (event := json.loads(line))]
+    assert [e["why"] for e in ends if e["event"] == "stopping"] == ["the command that started it is gone"] * 2
+    assert [e["code"] for e in ends if e["event"] == "stopped"] == [0, 0]
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize("arguments", [("join", "--help"), ("run", "init", "--help")])
 def test_help_has_an_example(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     assert "Example:" in ctl(tmp_path, "agoractl", *arguments).stdout
