@@ -25,7 +25,7 @@ demo: .venv/.installed
 	@$(BIN)/agoractl demo $(ARGS)
 
 # What only computes runs in two processes beside each other; what measures, kills and waits runs alone after it.
-BESIDE := tests/unit tests/sim tests/interop
+BESIDE := tests/unit tests/sim tests/interop tests/fuzz
 ALONE := tests/net tests/system
 QUICK := -m "not long and not gpu"
 

@@ -197,6 +197,8 @@ def _certificate_hash(value: str) -> bytes:
 
 
 def _text(name: str, data: bytes) -> str:
+    if _PROTOCOLS[name][1] == _TEXT_VALUE and not data:
+        raise RemoteError(f"/{name} needs a value")
     if name in ("ip4", "ip6"):
         return str(ipaddress.ip_address(data))
     if name in ("tcp", "udp"):

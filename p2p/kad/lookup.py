@@ -42,6 +42,8 @@ class _Candidate:
     contact: Contact
     state: _State = _State.HEARD
     asked_at: float = 0.0
+    depth: int = 1
+    """Questions between us and it: 1 for who was known from the start."""
 
 
 @final
@@ -73,7 +75,15 @@ class Lookup:
         self._candidates: dict[PeerId, _Candidate] = {}
         self._order: list[tuple[int, PeerId]] = []
         self._asked: dict[PeerId, _Candidate] = {}
-        self._hear(start)
+        self._hear(start, 1)
+
+    @property
+    def hops(self) -> int:
+        """Questions one after the other that led to the nearest node that answered; 0: nobody did."""
+        for _, peer in self._order:
+            if self._candidates[peer].state is _State.ANSWERED:
+                return self._candidates[peer].depth
+        return 0
 
     def due(self, now: float) -> list[Contact]:
         """Whom to ask now; they count as asked from here on."""
@@ -99,7 +109,7 @@ class Lookup:
         if candidate is None:
             return
         candidate.state = _State.ANSWERED
-        self._hear(closer)
+        self._hear(closer, candidate.depth + 1)
 
     def failed(self, peer: PeerId) -> None:
         """The peer refused, broke, or let its deadline pass."""
@@ -161,11 +171,11 @@ class Lookup:
                 break
         return frontier
 
-    def _hear(self, contacts: Iterable[Contact]) -> None:
+    def _hear(self, contacts: Iterable[Contact], depth: int) -> None:
         for contact in contacts:
             if contact.peer == self._own or contact.peer in self._candidates:
                 continue
-            self._candidates[contact.peer] = _Candidate(contact)
+            self._candidates[contact.peer] = _Candidate(contact, depth=depth)
             insort(self._order, (contact.id ^ self.target, contact.peer))
         if len(self._order) > self._max_candidates:
             self._forget_farthest()

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, final
@@ -114,6 +114,8 @@ class Dht:
         self._recent: OrderedDict[str, tuple[float, dict[str, Record]]] = OrderedDict()
         self.asked = {"store": (0, 0.0), "get": (0, 0.0)}
         """How often this node stored or read something, and the seconds that took."""
+        self.hops: Counter[int] = Counter()
+        """Reads by how many questions one after the other they took."""
         self._exchange = Exchange(
             host,
             self.table,
@@ -183,6 +185,7 @@ class Dht:
                 await self._drive(lookup, ask)
         finally:
             self._asked("get", began)
+        self.hops[lookup.hops] += 1
         if not heard and (lookup.queries or self._seeds):
             raise PeerGone(f"no node of the hash table answered ({lookup.queries} were asked)")
         now = self._clock()

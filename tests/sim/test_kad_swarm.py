@@ -92,6 +92,8 @@ class FakeNet:
         self.hosts: dict[PeerId, FakeHost] = {}
         self.silent = True
         """Whether the dead swallow calls (a lost machine) or refuse them (a lost process)."""
+        self.sides: dict[PeerId, int] = {}
+        """While it is not empty the net is cut between those of different sides."""
 
     def latency(self) -> float:
         return self.rng.uniform(0.005, 0.04)
@@ -100,7 +102,8 @@ class FakeNet:
     async def open(self, caller: FakeHost, peer: PeerId, addrs: Any) -> AsyncIterator[FakeCall]:
         there = self.hosts[peer]
         await trio.sleep(self.latency())
-        if not (there.alive and caller.alive):
+        cut = self.sides and self.sides[peer] != self.sides[caller.peer_id]
+        if cut or not (there.alive and caller.alive):
             if self.silent:
                 await trio.sleep_forever()
             raise DialError("connection refused")

@@ -68,3 +68,8 @@ def test_any_bytes_are_an_address_or_a_remote_error(data: bytes) -> None:
         return
     assert Multiaddr.decode(addr.encode()) == addr
     assert Multiaddr.parse(str(addr)) == addr
+
+
+def test_an_empty_name_is_no_name() -> None:
+    with pytest.raises(RemoteError, match="needs a value"):
+        Multiaddr.decode(bytes.fromhex("37003700"))

@@ -1,0 +1,250 @@
+"""Every parser that reads what a peer sent, as a function of bytes: typed errors, or it is a fault.
+
+``TARGETS`` names them; each returns None or raises what it may raise (``ALLOWED``). What a parser accepts it
+must also be able to write again where it has an encoder: the bytes are then the same, or mean the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgpack
+
+from agorad.authority import leaderboard
+from agorad.authority import messages as authority
+from p2p import base58, multistream, noise, passes, protobuf, rpc
+from p2p.averaging.lobby import Announcement
+from p2p.averaging.roster import Candidate, Roster
+from p2p.errors import P2PError
+from p2p.hello import Hello
+from p2p.identity import Identity, decode_public_key, parse_peer_id
+from p2p.kad import messages as kad
+from p2p.kad.record import Verifier, seal
+from p2p.limits import Limits
+from p2p.membership import Certificate, issue
+from p2p.multiaddr import Multiaddr
+from p2p.probe import Probed
+from p2p.records import StageRecord
+from p2p.yamux import Session
+from stage.clock import readings_from_wire
+from stage.messages import Request
+from stage.receipts import Receipt
+from stage.state import SnapshotManifest
+from stage.ticket import Ticket
+
+ALLOWED: Final = (P2PError,)
+ALICE: Final = Identity.generate(b"a" * 32)
+BOB: Final = Identity.generate(b"b" * 32)
+
+
+def a_header(data: bytes, read: Callable[[dict[str, Any]], object]) -> None:
+    """What a message's header is read by, behind the msgpack that all headers are."""
+    read(rpc._unpack(bytearray(data), "/agora/fuzz/1"))
+
+
+def a_value(data: bytes, read: Callable[[Any], object]) -> None:
+    """A value inside a record, which is msgpack that was read already."""
+    try:
+        value = msgpack.unpackb(data, raw=False, strict_map_key=False)
+    except (ValueError, msgpack.UnpackException, TypeError, RecursionError):
+        return
+    read(value)
+
+
+def certificate(data: bytes) -> None:
+    assert Certificate.decode(data).encode() == data
+
+
+def guest_pass(data: bytes) -> None:
+    assert passes.Pass.decode(data).encode() == data
+
+
+def receipt(data: bytes) -> None:
+    assert Receipt.decode(data).encode() == data
+
+
+def snapshot(data: bytes) -> None:
+    manifest = SnapshotManifest.decode(data)
+    assert SnapshotManifest.decode(manifest.encode()) == manifest
+
+
+def roster(data: bytes) -> None:
+    found = Roster.decode(data)
+    assert len(found.owners) == len(found.spans)
+
+
+def multiaddr(data: bytes) -> None:
+    addr = Multiaddr.decode(data)
+    assert Multiaddr.parse(str(addr)) == addr
+    assert Multiaddr.decode(addr.encode()) == addr
+
+
+def multiaddr_text(data: bytes) -> None:
+    addr = Multiaddr.parse(data.decode(errors="replace"))
+    assert Multiaddr.decode(addr.encode()) == addr
+    assert Multiaddr.parse(str(addr)) == addr
+
+
+def peer_id(data: bytes) -> None:
+    found = parse_peer_id(data.decode(errors="replace"))
+    assert parse_peer_id(found) == found
+
+
+def base58_text(data: bytes) -> None:
+    text = data.decode(errors="replace")
+    assert base58.encode(base58.decode(text)) == text
+
+
+def protobuf_fields(data: bytes) -> None:
+    list(protobuf.fields(data))
+    protobuf.last_fields(data)
+
+
+def kad_record(data: bytes) -> None:
+    Verifier().open(data)
+
+
+def yamux_session(data: bytes) -> None:
+    session = Session(dialer=False, limits=Limits(inbound_streams=8, queued_frames=64))
+    record = memoryview(bytearray(65_519))
+    for start in range(0, len(data), 100):
+        session.receive(memoryview(data)[start : start + 100])
+        while session.wants_to_send():
+            session.fill(record)
+        session.drained.clear()
+        assert len(session.streams) <= 8
+        assert sum(stream.inbox_bytes for stream in session.streams.values()) <= len(data)
+
+
+def noise_listener(data: bytes) -> None:
+    handshake = noise.Handshake(ALICE, initiator=False, static=b"s" * 32, ephemeral=b"e" * 32)
+    half = len(data) // 2
+    handshake.read(data[:half])
+    handshake.write()
+    handshake.read(data[half:])
+    raise AssertionError("nobody can guess a third Noise message")
+
+
+def noise_dialer(data: bytes) -> None:
+    handshake = noise.Handshake(ALICE, initiator=True, static=b"s" * 32, ephemeral=b"e" * 32)
+    handshake.write()
+    handshake.read(data)
+    raise AssertionError("nobody can guess a second Noise message")
+
+
+def multistream_listener(data: bytes) -> None:
+    listener = multistream.Listener(lambda wish: wish == "/noise")
+    offset = 0
+    while (missing := listener.missing) and offset + missing <= len(data):
+        listener.feed(data[offset : offset + missing])
+        offset += missing
+
+
+def multistream_dialer(data: bytes) -> None:
+    confirmation = multistream.Confirmation("/noise")
+    offset = 0
+    while (missing := confirmation.missing) and offset + missing <= len(data):
+        confirmation.feed(data[offset : offset + missing])
+        offset += missing
+
+
+TARGETS: Final[dict[str, Callable[[bytes], object]]] = {
+    "announcement": lambda data: a_header(data, lambda header: Announcement.read(header, BOB.peer_id)),
+    "authority answer": lambda data: a_header(data, authority.read_answer),
+    "authority request": lambda data: a_header(data, authority.read_request),
+    "base58": base58_text,
+    "candidate": lambda data: a_value(data, Candidate.decode),
+    "certificate": certificate,
+    "clock readings": lambda data: a_value(data, readings_from_wire),
+    "credited": lambda data: a_header(data, leaderboard.Credited.from_header),
+    "header": lambda data: a_header(data, lambda header: header),
+    "hello": lambda data: a_header(data, Hello.from_wire),
+    "kad answer": lambda data: a_header(data, kad.read_answer),
+    "kad batch": lambda data: kad.read_batch(memoryview(data)),
+    "kad page": lambda data: kad.read_page(memoryview(data)),
+    "kad question": lambda data: a_header(data, kad.read_question),
+    "kad record": kad_record,
+    "leaderboard": lambda data: a_header(data, leaderboard.Leaderboard.from_header),
+    "microbatch request": lambda data: a_header(data, Request.from_wire),
+    "multiaddr": multiaddr,
+    "multiaddr text": multiaddr_text,
+    "multistream dialer": multistream_dialer,
+    "multistream listener": multistream_listener,
+    "noise dialer": noise_dialer,
+    "noise listener": noise_listener,
+    "pass": guest_pass,
+    "peer id": peer_id,
+    "probed": lambda data: a_header(data, Probed.from_header),
+    "protobuf": protobuf_fields,
+    "public key": decode_public_key,
+    "receipt": receipt,
+    "roster": roster,
+    "snapshot manifest": snapshot,
+    "stage record": lambda data: a_value(data, StageRecord.from_value),
+    "ticket": lambda data: a_value(data, Ticket.from_wire),
+    "yamux": yamux_session,
+}
+
+
+def seeds(name: str) -> list[bytes]:
+    """Good inputs to start from."""
+    now = time.time()
+    addr = f"/ip4/10.0.0.1/tcp/1/p2p/{ALICE.peer_id}"
+    join = authority.Join(account="alice", secret="s", addrs=(addr,))
+    good: dict[str, list[bytes]] = {
+        "authority request": [
+            msgpack.packb(join.to_header()),
+            msgpack.packb(authority.Renew(session=bytes(16)).to_header()),
+        ],
+        "authority answer": [
+            msgpack.packb(
+                authority.Queued(position=1, eta_s=None, paused=False, waitlisted=True, stage=1).to_header()
+            )
+        ],
+        "base58": [ALICE.peer_id.encode()],
+        "certificate": [
+            issue(ALICE, run="r", account="a", peer_id=BOB.peer_id, issued=now, expires=now + 60).encode()
+        ],
+        "hello": [
+            msgpack.packb(
+                Hello(
+                    run="r", manifest=bytes(32), version=(1, 1), certificate=None, window=1, agent="a"
+                ).to_wire()
+            )
+        ],
+        "kad question": [
+            msgpack.packb({"op": "find_value", "key": "k", "after": None, "now": now, "addrs": [addr]})
+        ],
+        "kad answer": [
+            msgpack.packb(kad.answer_header(kad.Answer(now=now, addrs=(addr,), results=("stored",))))
+        ],
+        "kad batch": [kad.pack_batch([b"record"])],
+        "kad page": [kad.pack_page([(b"record", 3.0)])],
+        "kad record": [seal(ALICE, "k", ALICE.peer_id, {"a": 1}, seq=1, issued=now, ttl=60.0).wire],
+        "multiaddr": [Multiaddr.parse(addr).encode()],
+        "multiaddr text": [addr.encode(), b"/dns4/example.org/tcp/443/wss"],
+        "multistream listener": [multistream.proposal("/noise")],
+        "multistream dialer": [multistream.proposal("/noise")],
+        "pass": [
+            passes.Pass(run="r", peer_id=BOB.peer_id, stage=1, expires=now, authority=ALICE.peer_id)
+            .signed(ALICE)
+            .encode()
+        ],
+        "peer id": [ALICE.peer_id.encode(), b"bafzaajaiaejca"],
+        "public key": [protobuf.field(1, 1) + protobuf.field(2, ALICE.public_key)],
+        "snapshot manifest": [SnapshotManifest(1, 1, "f", 100, (bytes(32),)).encode()],
+        "yamux": [
+            bytes.fromhex("000100010000000100000000") + bytes.fromhex("000000000000000100000003") + b"abc"
+        ],
+    }
+    return [*good.get(name, []), b"", b"\x80", b"\x90"]
+
+
+def attempt(name: str, data: bytes) -> None:
+    """One input; whatever is raised but ``ALLOWED`` is a fault."""
+    try:
+        TARGETS[name](data)
+    except ALLOWED:
+        pass
