@@ -108,11 +108,8 @@ def _about() -> dict[str, Any]:
         "system": platform.platform(),
         "cpus": os.cpu_count(),
         "packages": packages,
-        "environment": {
-            name: value if name in _SHOWN else "(set)"
-            for name, value in sorted(os.environ.items())
-            if name in _SHOWN or name.startswith(("AGORA_", "HF_"))
-        },
+        "environment": {name: os.environ[name] for name in _SHOWN if name in os.environ},
+        "also_set": sorted(name for name in os.environ if name.startswith(("AGORA_", "HF_"))),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import click
 
@@ -17,10 +17,14 @@ from agorad import __version__
 from agorad.settings import nearest
 from agorad.usage import complain
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 COMMANDS: Final = {
     "authority": ("authority", "Let in, hold back and remove, at a running authority."),
     "bench": ("bench", "Measure what this machine does."),
     "bugreport": ("bugreport", "One archive for who is to help; no secrets in it."),
+    "completion": ("completion", "What a shell needs to complete agoractl."),
     "demo": ("demo", "A whole swarm on this machine, trained on real text."),
     "doctor": ("doctor", "What is wrong here, and what to do about it."),
     "events": ("events", "What a node reports, as it happens."),
@@ -28,6 +32,7 @@ COMMANDS: Final = {
     "join": ("join", "Take part in a run: one command to a node at work."),
     "leave": ("leave", "Ask nodes to stop cleanly."),
     "logs": ("logs", "What a node wrote."),
+    "man": ("man", "Write the manual pages."),
     "pause": ("pause", "Hold nodes: no work, but the place is kept."),
     "peers": ("peers", "Whom nodes are connected to."),
     "ping": ("ping", "Reach one peer: path and time."),
@@ -54,6 +59,16 @@ class LazyGroup(click.Group):
             return None
         module, _help = COMMANDS[cmd_name]
         return cast(click.Command, getattr(importlib.import_module(f"agorad.cli.{module}"), cmd_name))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        found = [
+            CompletionItem(name, help=line)
+            for name, (_module, line) in sorted(COMMANDS.items())
+            if name.startswith(incomplete)
+        ]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -35,7 +35,9 @@ def kernels(
 ) -> None:
     """Each kernel beside a copy of the same bytes, torch eager and torch.compile, in one run.
 
-    Takes a few minutes and, at 8b, 6 GB of memory. Example: agoractl bench kernels --size 8b --no-compile
+    Takes a few minutes and, at 8b, 6 GB of memory.
+
+    Example: agoractl bench kernels --size 8b --no-compile
     """
     use_large_pages()
     import torch

@@ -8,15 +8,29 @@ from typing import Final
 
 import click
 
-from agorad.ask import ask
+from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask
 from agorad.cli.peers import address
 from agorad.cli.targets import Where, find, target_options
+from p2p.errors import LocalError
 
 LEAST_S: Final = 30.0
+COMPLETE_S: Final = 0.2
+
+
+def _known(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Roles, and peers that a node of this machine is connected to; nobody is waited for."""
+    words = ["authority", "seed", "trainer"]
+    said = {key: ctx.params.get(key) for key in ("folder", "config", "socket", "node")}
+    try:
+        target = find(Where(**said))[0]
+        words += [row["peer_id"] for row in ask(target.socket, "peers", timeout=COMPLETE_S)["peers"]]
+    except (Unreachable, NoAnswer, CommandFailed, LocalError, click.ClickException):
+        pass
+    return [word for word in words if word.startswith(incomplete)]
 
 
 @click.command()
-@click.argument("peer")
+@click.argument("peer", shell_complete=_known)
 @click.option("--count", type=click.IntRange(1, 50), default=5, show_default=True, help="So many echoes.")
 @target_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from tests.system import small_runs
@@ -42,8 +43,30 @@ def test_a_swarm_in_the_hands_of_its_owner(tmp_path: Path) -> None:
         _down(running)
 
 
+SCHEMAS = json.loads((Path(__file__).parents[2] / "docs" / "cli-schemas.json").read_text())["$defs"]
+
+
 def _json(*arguments: str, code: int = 0) -> Any:
-    return json.loads(agoractl(*arguments, "--json", code=code).stdout)
+    """What it prints, which is what the documents say."""
+    document = json.loads(agoractl(*arguments, "--json", code=code).stdout)
+    fits(document, arguments[0])
+    return document
+
+
+def fits(document: Any, name: str) -> None:
+    jsonschema.Draft202012Validator(_strict(SCHEMAS[name])).validate(document)
+
+
+def _strict(schema: Any) -> Any:
+    """Nothing is printed that is not documented."""
+    if isinstance(schema, list):
+        return [_strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: _strict(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
+        inner.setdefault("additionalProperties", False)
+    return inner
 
 
 def _look(running: Demo, where: tuple[str, str]) -> None:
@@ -144,11 +167,23 @@ def test_a_seed_and_an_authority_without_a_swarm(tmp_path: Path) -> None:
         assert [row["role"] for row in entry["peers"]] == ["authority"]
         assert _json("ping", "authority", *where, "--count", "2")["role"] == "authority"
         assert [stage["replicas"] for stage in _json("swarm", *where)["stages"]] == [[], []]
+        assert _json("points", *where)["rows"] == []
+        _json("doctor", *where, "--no-measure")
+        for line in agoractl("events", *where, "--json").stdout.splitlines():
+            fits(json.loads(line), "events")
+        _json("bugreport", *where, "--offline", "--output", str(tmp_path / "report.tar.gz"))
+        _json("identity", str(tmp_path / "new.key"), "--create")
+        _json("run", "show", str(folder / "run.toml"))
+        account = agoractl("run", "account", "bob", "--dir", str(folder), "--json")
+        fits(json.loads(account.stdout), "run account")
+        check = agoractl("join", str(folder / "run.toml"), "--check", "--gpu-id", "cpu", "--json")
+        fits(json.loads(check.stdout), "join --check")
         agoractl("pause", *where, code=1)
         agoractl("restart", *where, timeout=60)
         (after,) = _json("status", *where)["nodes"]
         assert (after["pid"], after["peer_id"]) == (status["pid"], status["peer_id"])
         agoractl("leave", *where)
         agoractl("wait", *where, "--for", "gone", "--timeout", "30s")
+        _json("status", *where, code=3)
         told = agoractl("status", *where, code=3)
         assert "seed does not run: it ended cleanly" in told.stderr
