@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import http.client
+import json
 import re
 import shutil
 import socket
@@ -259,3 +260,60 @@ def test_every_series_is_documented() -> None:
     assert len(kinds) > 70
     assert rows == kinds
     assert sorted(set(re.findall(r"`(agora_\w+?)[`{]", text)) - set(rows)) == []
+
+
+# What watches them
+
+MONITORING = ROOT / "deploy" / "monitoring"
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="no promtool: apt-get install prometheus"
+)
+
+
+def expressions() -> list[str]:
+    """Every query of the dashboard, its variables filled in."""
+    panels = json.loads((MONITORING / "dashboard.json").read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    assert len(queries) > 40
+    return [query.replace("$__rate_interval", "5m").replace("$instance", ".+") for query in queries]
+
+
+def test_rules_and_dashboard_ask_for_series_that_exist() -> None:
+    source = (ROOT / "agorad" / "metrics" / "book.py").read_text()
+    defined = re.findall(r'self\.(counter|gauges?|histogram)\(\s*"(\w+)"', source)
+    known = {f"agora_{name}" + "_total" * (kind == "counter") for kind, name in defined}
+    for kind, name in defined:
+        if kind == "histogram":
+            known |= {f"agora_{name}_{part}" for part in ("bucket", "sum", "count")}
+    rules = re.findall(r"expr: (>\n(?:          .*\n)+|.*\n)", (MONITORING / "agora.rules.yml").read_text())
+    assert len(rules) > 20
+    asked = {name for text in [*rules, *expressions()] for name in re.findall(r"\bagora_\w+", text)}
+    assert len(asked) > 50
+    assert sorted(asked - known) == []
+
+
+@needs_promtool
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("check", "rules", "agora.rules.yml"),
+        ("test", "rules", "agora.rules.test.yml"),
+        ("check", "config", "prometheus.yml"),
+    ],
+)
+def test_promtool_accepts(words: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        ["promtool", *words], cwd=MONITORING, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_promtool_reads_every_query_of_the_dashboard(tmp_path: Path) -> None:
+    rules = [{"record": f"q{number}", "expr": query} for number, query in enumerate(expressions())]
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    done = subprocess.run(
+        ["promtool", "check", "rules", "--lint=none", "rules.yml"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
