@@ -133,7 +133,7 @@ class Config:
             ("trainer.credits", self.trainer.credits, 0, 4096),
             ("trainer.steps", self.trainer.steps, 1, 1 << 40),
             ("trainer.seconds", self.trainer.seconds, 0, 1e9),
-            ("authority.lifetime_s", self.authority.lifetime_s, 5, 30 * 86400),
+            ("authority.lifetime_s", self.authority.lifetime_s, 3, 30 * 86400),
             ("authority.grace_s", self.authority.grace_s, 0, 30 * 86400),
             ("metrics.peak_tflops", self.metrics.peak_tflops, 1e-6, 1e6),
         )

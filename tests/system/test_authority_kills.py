@@ -386,7 +386,7 @@ def survive(town: Town, kills: int, rng: random.Random) -> None:
 
 def test_killed_on_sqlite_a_few_times(tmp_path: Path) -> None:
     rng = random.Random(3)
-    survive(found(tmp_path, "", rng, size=6), 3, rng)
+    survive(found(tmp_path, "", rng, size=4), 3, rng)
 
 
 @pytest.mark.long
