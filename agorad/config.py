@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, get_args
 
 import attrs
 
+from agorad import hours
 from agorad.metrics.address import read_address
 from agorad.settings import override, read_toml, structure
 from p2p.errors import LocalError
@@ -113,6 +114,17 @@ class MetricsSection:
 
 
 @attrs.frozen(kw_only=True)
+class LimitsSection:
+    """``[limits]``: what a node may take of its machine's line and day; read again on SIGHUP."""
+
+    upload_mbps: float | None = None
+    """Mbit/s that this node sends at most, everything counted; no cap where it is not set."""
+    download_mbps: float | None = None
+    hours: str = ""
+    """Local times at which a worker or trainer works, like 22:00-07:30; paused outside of them."""
+
+
+@attrs.frozen(kw_only=True)
 class Config:
     """A checked node configuration; all paths absolute once ``load`` made it."""
 
@@ -122,6 +134,7 @@ class Config:
     trainer: TrainerSection = TrainerSection()
     authority: AuthoritySection = AuthoritySection()
     metrics: MetricsSection = MetricsSection()
+    limits: LimitsSection = LimitsSection()
     _source: Path | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -135,6 +148,8 @@ class Config:
             ("trainer.seconds", self.trainer.seconds, 0, 1e9),
             ("authority.lifetime_s", self.authority.lifetime_s, 3, 30 * 86400),
             ("authority.grace_s", self.authority.grace_s, 0, 30 * 86400),
+            ("limits.upload_mbps", self.limits.upload_mbps, 1, 1e6),
+            ("limits.download_mbps", self.limits.download_mbps, 1, 1e6),
             ("metrics.peak_tflops", self.metrics.peak_tflops, 1e-6, 1e6),
         )
         for name, value, low, high in bounds:
@@ -142,6 +157,7 @@ class Config:
                 raise LocalError(f"{name} = {value} must be between {low} and {high}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.node.device):
             raise LocalError(f"node.device = {self.node.device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:N'")
+        hours.parse(self.limits.hours)
         if self.metrics.listen:
             read_address(self.metrics.listen)
         if not self.node.listen:

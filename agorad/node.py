@@ -34,6 +34,7 @@ from agorad import (
     config,
     control,
     control_server,
+    hours,
     manifests,
     points,
     preflight,
@@ -368,6 +369,7 @@ async def _live(
                 node.trust.known = known
                 host.membership = Membership(node.trust, lambda: _presented(node), node.clock)
                 host.announce = announce
+                _apply_limits(node)
                 node.inspector = probing.install(node)
                 if signals is not None:
                     services.start_soon(_obey, signals, node)
@@ -486,9 +488,17 @@ def _reload(node: Node) -> None:
         node.emit(Reloaded(ok=False, why=str(error)))
     else:
         node.config = fresh
+        _apply_limits(node)
         node.emit(Reloaded(ok=True, why=""))
     if node.is_ready:
         node.notifier.ready()
+
+
+def _apply_limits(node: Node) -> None:
+    limits = node.config.limits
+    node.host.upload.rate = None if limits.upload_mbps is None else limits.upload_mbps * 125_000
+    node.host.download.rate = None if limits.download_mbps is None else limits.download_mbps * 125_000
+    node.pausing.outside_hours = lambda now: hours.outside(limits.hours, now)
 
 
 def _presented(node: Node) -> bytes | None:

@@ -25,6 +25,7 @@ from p2p.limits import KIB, Limits
 from p2p.membership import Member
 from p2p.muxed import MuxedStream
 from p2p.secure import Upgraded
+from p2p.shaper import Shaper
 from p2p.yamux import Changed, Credit, Opened, PingAnswered, Session, Stream
 
 BATCH = 4
@@ -67,6 +68,8 @@ class Connection:
         scratch: Scratch,
         serve: Callable[[Connection, MuxedStream], Awaitable[None]],
         counters: Counters,
+        upload: Shaper,
+        download: Shaper,
         credit: Credit,
         addr: str,
     ) -> None:
@@ -106,6 +109,8 @@ class Connection:
         self.running: dict[str, int] = {}
         """Handlers at work, by protocol."""
         self._counters = counters
+        self._upload = upload
+        self._download = download
         self.lease = Lease(clock, limits.lease_s)
         self.limits = limits
         self._clock = clock
@@ -270,13 +275,14 @@ class Connection:
                     self._dispatch(plain, nursery)
             else:
                 rest = b""
-            data = await self._stream.receive_some(READ_SIZE)
+            data = await self._stream.receive_some(self._download.portion(READ_SIZE))
             if not data:
                 raise PeerGone("the peer closed the connection")
             self._counters.bytes_in += len(data)
             self.bytes_in += len(data)
             self._heard = trio.current_time()
             self.last_heard = self._clock()
+            await self._download.passage(len(data))
             if rest:
                 data = rest + data
 
@@ -331,10 +337,10 @@ class Connection:
                 await self._send(small)
                 continue
             out = self._scratch.take()
-            used = 0
+            used, room = 0, self._upload.portion(len(out))
             for _ in range(BATCH):
                 used += self._seal(size, out[used:])
-                if used + RECORD > len(out) or not session.wants_to_send():
+                if used + RECORD > room or not session.wants_to_send():
                     break
                 size = session.fill(self._scratch.plain)
             self._tell_drained()
@@ -350,6 +356,7 @@ class Connection:
         return 2 + sealed
 
     async def _send(self, data: memoryview) -> None:
+        await self._upload.passage(len(data))
         self._counters.bytes_out += len(data)
         self.bytes_out += len(data)
         await self._stream.send_all(data)

@@ -44,6 +44,7 @@ from p2p.multiaddr import Multiaddr
 from p2p.rpc import Call
 from p2p.secure import Entropy, Upgraded, upgrade
 from p2p.serving import Entry, Handler, RawHandler, Server
+from p2p.shaper import Shaper
 from p2p.transport import Listener, TcpTransport, Transport
 from p2p.yamux import Credit
 
@@ -73,6 +74,9 @@ class Host:
         self.limits = limits
         self.clock = clock
         self.counters = Counters()
+        self.upload = Shaper()
+        """Cap on what is sent; its rate may be set at any time."""
+        self.download = Shaper()
         self.connections: dict[PeerId, Connection] = {}
         self.announce: Sequence[Multiaddr] = ()
         """Addresses to tell others instead of the bound ones."""
@@ -352,6 +356,8 @@ class Host:
             scratch=self._scratch,
             serve=self._server.serve,
             counters=self.counters,
+            upload=self.upload,
+            download=self.download,
             credit=self._credit,
             addr=addr,
         )
