@@ -21,7 +21,7 @@ import attrs
 import click
 
 from agorad import facts
-from agorad.join import answers, cloud, findings, layout, questions, reach, secret, source, unit
+from agorad.join import answers, cloud, docker, findings, layout, questions, reach, secret, source, unit
 from agorad.join.answers import Answers
 from agorad.join.cloud import Place
 from agorad.join.findings import Finding
@@ -85,7 +85,7 @@ class _Flags:
 @click.option("--identity-path", type=NamedPath(), help="The node's key file.")
 @click.option("--log-file", type=NamedPath(), help="The node's log.")
 @click.option("--batch-size-override", type=click.IntRange(1, 1024), help="Microbatches at a time.")
-@click.option("--use-docker", is_flag=True, help="Not available in this version.")
+@click.option("--use-docker", is_flag=True, help="In a container; see docs/running.md.")
 @click.option("--skip-input", is_flag=True, help="Ask nothing; missing values are errors.")
 @click.option("--reconfigure", is_flag=True, help="Ask again instead of using earlier answers.")
 @click.option("--check", "only_check", is_flag=True, help="Look at the machine, start nothing.")
@@ -101,8 +101,8 @@ def join(where: str | None, **flags: Any) -> None:
 
 
 def _join(where: str | None, flags: _Flags, token: str) -> int:
-    if flags.use_docker:
-        raise click.UsageError("--use-docker is not available in this version; join without it")
+    if flags.use_docker and (flags.identity_path or flags.log_file or flags.only_check):
+        raise click.UsageError("--use-docker goes without --identity-path, --log-file and --check")
     if flags.as_json and not flags.only_check:
         raise click.UsageError("--json goes with --check")
     manifest = source.last() if where is None else source.load(where)
@@ -131,6 +131,8 @@ def _join(where: str | None, flags: _Flags, token: str) -> int:
         )  # fmt: skip
 
     nodes = plan(flags.host_port, flags.announce_port)
+    if flags.use_docker:
+        return _in_docker(where, manifest, flags, chosen, nodes, given, cpu=cpu, ask=ask)
     seen = reach.look(manifest)
     found = findings.of_machine(manifest, nodes, place, seen)
     if flags.only_check:
@@ -173,6 +175,40 @@ def _join(where: str | None, flags: _Flags, token: str) -> int:
         click.echo(_wrapped(told, 0, sys.stderr), err=True)
         return Live(_say, warm_steps=manifest.training.warm_steps).run(nodes, given)
     return _as_services(nodes, given, told, manifest.training.warm_steps)
+
+
+def _in_docker(
+    where: str | None,
+    manifest: Manifest,
+    flags: _Flags,
+    chosen: Answers,
+    nodes: list[Planned],
+    given: Secret | None,
+    *,
+    cpu: bool,
+    ask: bool,
+) -> int:
+    """The join that goes on in a container, with what was said and asked out here."""
+    new = os.getuid() == 0 or any(not (node.folder / "certificate").exists() for node in nodes)
+    if ask and new and given is None:
+        chosen, given = questions.who(manifest, chosen, given)
+    said = {
+        "--gpu-id": "cpu" if cpu else ",".join(str(node.gpu) for node in nodes),
+        "--host-port": nodes[0].port,
+        "--account": chosen.account,
+        "--email": chosen.email,
+        "--announce-ip": chosen.announce_ip,
+        "--announce-port": flags.announce_port,
+        "--batch-size-override": flags.batch_size_override,
+    }
+    container = docker.Container(
+        run=where or "",
+        flags=[word for name, value in said.items() if value for word in (name, str(value))],
+        ports=[node.port for node in nodes],
+        gpus=not cpu,
+        secret=given,
+    )
+    return docker.start(container)
 
 
 def _as_services(nodes: list[Planned], given: Secret | None, told: str, warm_steps: int) -> int:
