@@ -29,7 +29,7 @@ from agorad import facts
 from agorad import run as manifests
 from agorad.cli.join import join
 from agorad.events import CertificateGranted, JoinDelayed, JoinQueued, Ready, Started
-from agorad.join import answers, cloud, findings, layout, lines, questions, reach, secret, source
+from agorad.join import answers, cloud, docker, findings, layout, lines, questions, reach, secret, source
 from agorad.join.answers import Answers, NodeAnswers
 from agorad.join.cloud import Place
 from agorad.join.reach import Reach
@@ -504,7 +504,7 @@ def test_a_run_keeps_its_operator_and_its_newest_edition() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--use-docker",), "not available in this version"),
+        (("--use-docker", "--check"), "goes without --identity-path, --log-file and --check"),
         (("--json",), "--json goes with --check"),
         ((), "name the run"),
         (("run.toml", "--token", "hf_secret", "--skip-input"), "every user of this machine"),
@@ -538,6 +538,24 @@ def test_an_invitation_is_its_account_s() -> None:
     done = call("run.toml", "--skip-input", "--account", "bob")
     assert done.exit_code == 2
     assert "the invitation is one of account carol" in done.output
+
+
+def test_a_join_goes_on_in_a_container(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifests.save(manifest(), Path("run.toml"))
+    Path("invitation").write_text("carol:s3cret\n")
+    started: list[docker.Container] = []
+    monkeypatch.setattr(docker, "start", lambda container: started.append(container) or 0)
+    done = call("run.toml", "--skip-input", "--use_docker", "--gpu-id", "cpu", "--announce-ip", "203.0.113.9")
+    assert done.exit_code == 0, done.output
+    (container,) = started
+    assert container.run == "run.toml"
+    assert list(container.flags) == [
+        "--gpu-id", "cpu", "--host-port", "49200", "--account", "carol", "--announce-ip", "203.0.113.9",
+    ]  # fmt: skip
+    assert (list(container.ports), container.gpus) == ([49200], False)
+    assert container.secret is not None
+    assert container.secret.split() == ("carol", "s3cret")
+    assert not (home / ".local").exists()
 
 
 def test_a_machine_that_is_too_small_is_told_what_to_do() -> None:
