@@ -239,7 +239,65 @@ def seeds(name: str) -> list[bytes]:
             bytes.fromhex("000100010000000100000000") + bytes.fromhex("000000000000000100000003") + b"abc"
         ],
     }
-    return [*good.get(name, []), b"", b"\x80", b"\x90"]
+    more = {target: [msgpack.packb(value)] for target, value in _values().items()}
+    return [*good.get(name, []), *more.get(name, []), b"", b"\x80", b"\x90"]
+
+
+def _values() -> dict[str, Any]:
+    """Good headers and values, as they are before they are packed."""
+    me = [BOB.peer_id, ["/ip4/10.0.0.1/tcp/1"], 100.0, 1.0]
+    ticket = ["r", ALICE.peer_id, "train", 0, 7, bytes(32), 1.0, bytes(64)]
+    reading = [ALICE.peer_id, 100, bytes(64)]
+    return {
+        "announcement": {
+            "t": "announce",
+            "run": "r",
+            "stage": 1,
+            "number": 5,
+            "slice": 1,
+            "floats": 4096,
+            "seconds": 30.0,
+            "me": me,
+        },
+        "candidate": me,
+        "clock readings": [reading],
+        "credited": {"t": "credited", "new": 1, "known": 0, "refused": [["a", "b"]]},
+        "microbatch request": {
+            "t": "microbatch",
+            "ticket": ticket,
+            "clock": [reading],
+            "basis": 0,
+            "path": [ALICE.peer_id],
+            "tokens": 64,
+            "documents": [3, 9],
+            "dtype": "fp32",
+            "dtype_back": "int8",
+            "inline": True,
+            "deadline": 30.0,
+        },
+        "probed": {
+            "t": "probed",
+            "reached": True,
+            "why": "",
+            "addr": "/ip4/10.0.0.1/tcp/1",
+            "rtt_ms": 3.0,
+            "up_mbps": 100.0,
+            "down_mbps": None,
+            "session": bytes(16),
+        },
+        "roster": ["r", 1, 5, 1, 65_536, 4096, 30.0, BOB.peer_id, [[*me, 0.5], [*me, 0.5]]],
+        "stage record": {
+            "addrs": ["/ip4/10.0.0.1/tcp/1"],
+            "phase": "active",
+            "step": 3,
+            "slots": 2,
+            "rate": 1.0,
+            "certificate": b"c",
+            "disagreement": 0.1,
+            "snapshot_step": None,
+        },
+        "ticket": ticket,
+    }
 
 
 def attempt(name: str, data: bytes) -> None:
