@@ -140,6 +140,8 @@ class Replica:
         self._warm_from = 0
         self._held = False
         """Paused: no phase but that one, no steps, no rounds."""
+        self._before = ""
+        """The phase that was paused."""
         self._samples_since_round = 0.0
         self._last_round_number = 0
         self._mates_round = 0
@@ -177,16 +179,19 @@ class Replica:
 
     def hold(self) -> None:
         """Do nothing until ``release``: no microbatches, no steps, no rounds. The clock is still followed."""
-        self._held = True
-        self.set_phase("paused", "asked to")
+        if not self._held:
+            self._held, self._before = True, self.phase
+            self.set_phase("paused", "asked to")
 
     def release(self) -> None:
         """Back to work: at once where nothing was missed, else as after a start."""
         if not self._held:
             return
         self._held = False
-        if self.lag == 0:
-            self.set_phase("active", "resumed; nothing was missed")
+        if self.lag == 0 and self._before in ("active", "warming"):
+            self.set_phase(self._before, "resumed; nothing was missed")
+        elif self._clock.step == 0:
+            self.set_phase("active", "genesis")
         else:
             self._fresh, self.disagreement = self.lag <= self._training.max_stale_steps, None
             self.set_phase("syncing", f"resumed {self.lag} steps behind the clock")

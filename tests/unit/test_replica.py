@@ -248,3 +248,62 @@ def test_a_slow_disk_skips_snapshots_instead_of_queueing_them() -> None:
 
     bench.live(body)
     assert bench.snapshots == [1, 6]
+
+
+def phases(bench: Bench) -> list[str]:
+    return [event.to for event in bench.events if isinstance(event, Phase)]
+
+
+def test_a_held_replica_does_nothing_and_goes_on_where_it_was() -> None:
+    bench = Bench()
+
+    async def body() -> None:
+        replica = bench.replica
+        await bench.advance(1)
+        replica.hold()
+        replica.hold()
+        assert not replica.serving
+        replica.release()
+        assert (replica.phase, replica.state_step) == ("active", 1)  # nothing was missed
+        replica.release()
+        bench.mate("active")
+        replica.hold()
+        await bench.advance(3)
+        assert (replica.phase, replica.step, replica.state_step) == ("paused", 3, 1)
+        assert not replica._averager.later_round(5)
+        bench.donated_step = 3
+        replica.release()
+        await bench.advance(3)
+        assert replica.phase == "syncing"
+        assert [event.step for event in bench.events if isinstance(event, Step)] == [1]
+
+    bench.live(body)
+    assert phases(bench) == ["active", "paused", "active", "paused", "syncing"]
+
+
+def test_holding_skips_no_synchronising() -> None:
+    bench = Bench()
+
+    async def body() -> None:
+        bench.mate("active")
+        await bench.advance(9)
+        bench.replica.set_phase("syncing", "test")
+        bench.replica.hold()
+        bench.replica.set_phase("active", "somebody else's word")
+        assert bench.replica.phase == "paused"
+        bench.replica.release()
+        assert bench.replica.phase == "syncing"
+
+    bench.live(body)
+
+
+def test_held_from_the_start_it_waits_and_then_begins() -> None:
+    bench = Bench()
+    bench.replica.hold()
+
+    async def body() -> None:
+        assert bench.replica.phase == "paused"
+        bench.replica.release()
+        assert bench.replica.phase == "active"
+
+    bench.live(body)
