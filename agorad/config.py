@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, get_args
 import attrs
 
 from agorad import hours
-from agorad.metrics.address import read_address
+from agorad.metrics.address import check_url, read_address
 from agorad.settings import override, read_toml, structure
 from p2p.errors import LocalError
 from stage.settings import ComputeSettings
@@ -109,6 +109,10 @@ class MetricsSection:
 
     listen: str = ""
     """Address and port of the page, like 127.0.0.1:49190; empty: none. Port 0 lets the kernel choose."""
+    push: str = ""
+    """URL of a Pushgateway that the figures are sent to; empty: they leave this machine in no other way."""
+    push_token_file: Path | None = None
+    """Holds the bearer token that the gateway wants."""
     peak_tflops: float | None = None
     """What the device does at most, for the utilisation of its FLOPs; known for common GPUs."""
 
@@ -160,6 +164,8 @@ class Config:
         hours.parse(self.limits.hours)
         if self.metrics.listen:
             read_address(self.metrics.listen)
+        if self.metrics.push:
+            check_url(self.metrics.push, self.metrics.push_token_file is not None)
         if not self.node.listen:
             raise LocalError("node.listen is empty; name at least one multiaddr, like /ip4/0.0.0.0/tcp/49200")
 

@@ -137,6 +137,7 @@ _LINES: Final[dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]]] = {
         lambda e: f"{e['count']} more of {e['of']} within a minute: agoractl events has them",
     ),
     "trouble": ("TROUBLE", lambda e: f"{e['why']} ({e['reaction'].replace('_', ' ')})"),
+    "push_failed": ("METRICS", lambda e: f"figures are not sent: {e['why']}"),
     "trouble_over": ("TROUBLE", lambda e: f"{e['kind']}: over"),
     "bad_output": ("BATCH", lambda e: f"step {e['step']}: what was computed here is not finite"),
     "bad_gradient": ("STEP", lambda e: f"step {e['step']}: a gradient that is not finite was thrown away"),

@@ -247,6 +247,14 @@ class Trouble(Event):
 
 
 @attrs.frozen(kw_only=True)
+class PushFailed(Event):
+    """Figures could not be sent to the gateway that the settings name; told at first and seldom after."""
+
+    why: str
+    failures: int
+
+
+@attrs.frozen(kw_only=True)
 class TroubleOver(Event):
     """A trouble that was told is over."""
 
@@ -339,11 +347,14 @@ class Bus:
                 self.close()
                 self._open(self._path)
             written = os.write(self._fd, line)
+            if written != len(line):  # the disk's last bytes: half a line would spoil the next one too
+                os.ftruncate(self._fd, self._size)
+                self.unwritten += 1
+                return
         except OSError:
             self.unwritten += 1
             return
         self._size += written
-        self.unwritten += written != len(line)
 
     def _hand(self, subscriber: Subscriber, entry: Entry) -> None:
         try:

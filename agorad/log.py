@@ -41,6 +41,7 @@ WARNING: Final = frozenset(
         "bad_gradient",
         "bad_output",
         "trouble",
+        "push_failed",
         "save_failed",
         "join_delayed",
         "microbatch_failed",

@@ -50,7 +50,11 @@ class LogFile:
                 self._look()
             if self._size and self._size + len(line) > LIMIT:
                 self._rotate()
-            self._size += os.write(self._fd, line)
+            written = os.write(self._fd, line)
+            if written != len(line):  # the disk's last bytes: half a line would spoil the next one too
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+                return
+            self._size += written
         except OSError:
             return
 

@@ -1,9 +1,10 @@
-"""The address of the page, as settings write it. Torch- and HTTP-free."""
+"""The address of the page and of a gateway, as settings write them. Torch- and HTTP-free."""
 
 from __future__ import annotations
 
 import ipaddress
 from typing import Final
+from urllib.parse import urlsplit
 
 from p2p.errors import LocalError
 
@@ -25,3 +26,17 @@ def read_address(text: str) -> tuple[str, int]:
             f"metrics.listen = {text!r} is not an address and a port, like 127.0.0.1:{DEFAULT_PORT}"
         )
     return str(address), int(port)
+
+
+def check_url(url: str, with_token: bool) -> None:
+    """LocalError unless figures, and a token, may be sent there."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname is not None and parts.username is None
+        _ = parts.port
+    except ValueError:
+        good = False
+    if not good:
+        raise LocalError(f"metrics.push = {url!r} is not an http or https URL without a password in it")
+    if with_token and parts.scheme != "https" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
+        raise LocalError(f"metrics.push = {url!r}: a token is sent over https only")

@@ -6,7 +6,7 @@ A page that cannot be had is a warning: a node trains without being looked at.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -35,14 +35,27 @@ async def run(node: Node, *, task_status: trio.TaskStatus[None] = trio.TASK_STAT
 
     node.commands["metrics"] = metrics
     page = _open(node)
-    if page is None:
-        task_status.started()
-        await sampler.run()
+    with ExitStack() as stack:
+        if page is not None:
+            stack.callback(page.close)
+            node.metrics_url = page.url
+        async with trio.open_nursery() as nursery:
+            if node.config.metrics.push:
+                _start_push(node, sampler, nursery)
+            task_status.started()
+            await sampler.run()
+
+
+def _start_push(node: Node, sampler: Sampler, nursery: trio.Nursery) -> None:
+    from agorad.metrics import push  # not for who sends nothing
+
+    path = node.config.metrics.push_token_file
+    try:
+        token = None if path is None else push.read_token(path)
+    except LocalError as error:
+        node.warnings["metrics_push"] = str(error)
         return
-    with closing(page):
-        node.metrics_url = page.url
-        task_status.started()
-        await sampler.run()
+    nursery.start_soon(push.run, node, token, sampler.bring_up_to_date)
 
 
 def _open(node: Node) -> Page | None:

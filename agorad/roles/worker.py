@@ -7,6 +7,7 @@ withdraw from the roster, finish or hand back what is in progress, snapshot, lea
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable
@@ -420,10 +421,8 @@ class _Worker:
         self.declaration.changed()
 
     def make_room(self) -> None:
-        try:
+        with contextlib.suppress(LocalError):  # where nothing can be removed, the trouble itself is told
             self.store.make_room()
-        except LocalError as error:
-            self.node.warnings["snapshot"] = str(error)
 
     def vitals(self, now: Vitals) -> Vitals:
         memory, since = vram(self.compute.device), self.device.running_since

@@ -41,6 +41,8 @@ class Disk(Quiet):
         if now.unwritten > self._unwritten:
             lost, self._unwritten = now.unwritten - self._unwritten, now.unwritten
             yield Reaction("events", "warn", f"{lost} events could not be written: is the disk full?")
+        elif now.unwritten:
+            yield Reaction("events", "clear")
         if now.disk_free is None:
             return
         wanted = now.snapshot_bytes + SPARE

@@ -48,8 +48,8 @@ class Supervisor:
         )  # fmt: skip
         self._events: deque[dict[str, Any]] = deque(maxlen=WAITING)
         self._news = trio.Event()
-        self._known: set[str] = set()
-        """Kinds of trouble that were told and are not over."""
+        self._known: dict[str, str] = {}
+        """Kinds of trouble that were told and are not over, and what was said last."""
 
     @property
     def _all(self) -> tuple[Rule, ...]:
@@ -158,14 +158,13 @@ class Supervisor:
 
     def _tell(self, reaction: Reaction) -> None:
         self._node.warnings[f"trouble_{reaction.kind}"] = reaction.why
-        if reaction.do != "warn" or reaction.kind not in self._known:
+        if self._known.get(reaction.kind) != reaction.why:
             self._node.emit(Trouble(kind=reaction.kind, why=reaction.why, reaction=reaction.do))
-        self._known.add(reaction.kind)
+        self._known[reaction.kind] = reaction.why
 
     def _over(self, reaction: Reaction) -> None:
         self._node.warnings.pop(f"trouble_{reaction.kind}", None)
-        if reaction.kind in self._known:
-            self._known.discard(reaction.kind)
+        if self._known.pop(reaction.kind, None) is not None:
             self._node.emit(TroubleOver(kind=reaction.kind))
 
     def _make_room(self, levers: Levers) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,21 @@ def test_a_full_disk_loses_lines_and_nothing_else() -> None:
     file.write(b"lost\n")
     with pytest.raises(LocalError, match="cannot write the log file /dev/none/log: "):
         LogFile(Path("/dev/none/log"))
+
+
+def test_half_a_line_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last bytes of a disk hold half a line; the lines before and after it parse."""
+    write, room = os.write, 0
+
+    def short(descriptor: int, data: bytes) -> int:
+        return write(descriptor, data[:room] if room else data)
+
+    monkeypatch.setattr(os, "write", short)
+    bus = Bus(tmp_path / "events.jsonl")
+    bus.subscribe(Log(io.StringIO(), tmp_path / "log"))
+    for room in (0, 20, 0):
+        bus.emit(Stopping(why=str(room)))
+    assert bus.unwritten == 1
+    for name in ("events.jsonl", "log"):
+        entries = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert [entry["id"] for entry in entries] == [1, 3]
