@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, Final
 
-from agorad.ask import CommandFailed
+from agorad.bench.ends import end, said, spread
 from agorad.lab.network import Line, lab
 from p2p.identity import Identity
-from p2p.membership import issue
 
-START_S: Final = 30.0
-RUN_S: Final = 900.0
-MODULE: Final = (sys.executable, "-m", "agorad.bench.net_peer")
+MODULE: Final = "agorad.bench.net_peer"
 
 
 def parse_link(text: str | None) -> tuple[float, float] | None:
@@ -45,8 +37,8 @@ def run(size: int, repeat: int, link: tuple[float, float] | None) -> dict[str, A
             line = Line(up_mbps=link[0], delay_ms=link[1] / 4)
             here, there = stack.enter_context(lab([line, line]))
             near, far, address = here.command(), there.command(), there.addr
-        listener = stack.enter_context(_end(far, {"end": "listen", "address": address}, authority))
-        where = _said(listener)
+        listener = stack.enter_context(end(MODULE, {"end": "listen", "address": address}, authority, far))
+        where = said(listener)
         spec = {
             "end": "send",
             "address": address,
@@ -55,18 +47,18 @@ def run(size: int, repeat: int, link: tuple[float, float] | None) -> dict[str, A
             "repeat": repeat,
             "bare": link is None,
         }
-        sender = stack.enter_context(_end(near, spec, authority))
-        said = _said(sender)
-    seconds = said["seconds"]
-    framing = said["framing_seconds"]
+        sender = stack.enter_context(end(MODULE, spec, authority, near))
+        measured = said(sender)
+    seconds = measured["seconds"]
+    framing = measured["framing_seconds"]
     return {
         "bytes": size,
         "seconds": seconds,
         "mb_per_s": size / statistics.median(seconds) / 1e6,
         "framing_mb_per_s": size / statistics.median(framing) / 1e6 if framing else None,
-        "aead_mb_per_s": said["aead_mb_per_s"],
+        "aead_mb_per_s": measured["aead_mb_per_s"],
         "link": None if link is None else {"mbps": link[0], "rtt_ms": link[1]},
-        "call_ms": {"idle": said["idle_ms"], **_spread(said["call_ms"])},
+        "call_ms": {"idle": measured["idle_ms"], **spread(measured["call_ms"])},
     }
 
 
@@ -88,52 +80,3 @@ def lines(result: dict[str, Any]) -> str:
         f"{calls['p95']:.1f} (p95), {calls['max']:.1f} (max)"
     )
     return "\n".join(out)
-
-
-def _spread(values: list[float]) -> dict[str, float | None]:
-    if not values:
-        return {"p50": None, "p95": None, "max": None}
-    ordered = sorted(values)
-    return {
-        "p50": statistics.median(ordered),
-        "p95": ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))],
-        "max": ordered[-1],
-    }
-
-
-@contextmanager
-def _end(prefix: list[str], spec: dict[str, Any], authority: Identity) -> Iterator[subprocess.Popen[str]]:
-    """A process that plays one end; ended when the block is left."""
-    key, now = Identity.generate(), time.time()
-    certificate = issue(
-        authority,
-        run="bench",
-        account="bench",
-        peer_id=key.peer_id,
-        issued=now,
-        expires=now + RUN_S + 60,
-    )
-    spec = {
-        **spec,
-        "key": key.encode().hex(),
-        "authority": authority.peer_id,
-        "certificate": certificate.encode().hex(),
-    }
-    process = subprocess.Popen([*prefix, *MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(spec) + "\n")
-        process.stdin.flush()
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def _said(process: subprocess.Popen[str]) -> dict[str, Any]:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise CommandFailed("failed", "one end of the measurement ended early; its words are above")
-    said: dict[str, Any] = json.loads(line)
-    return said

@@ -16,12 +16,13 @@ from typing import Any, Final
 
 import trio
 
+from agorad.bench import member
+from agorad.bench.member import say
 from p2p import noise
 from p2p.connection import BATCH, READ_SIZE, RECORD
 from p2p.errors import PeerGone
 from p2p.host import Host
-from p2p.identity import Identity, PeerId
-from p2p.membership import Membership, Trust
+from p2p.identity import PeerId
 from p2p.multiaddr import Multiaddr
 from p2p.rpc import Call
 from p2p.transport import tune
@@ -38,18 +39,8 @@ WAIT_S: Final = 30.0
 KEY: Final = bytes(range(32))
 
 
-def membership(spec: dict[str, Any]) -> Membership:
-    """What the end of the spec believes and presents."""
-    trust = Trust(
-        run="bench", manifest_hash=b"bench", authorities=frozenset([PeerId(spec["authority"])]), standing={}
-    )
-    certificate = bytes.fromhex(spec["certificate"])
-    return Membership(trust, lambda: certificate, time.time)
-
-
 async def listen(spec: dict[str, Any]) -> None:
-    host = Host(Identity.decode(bytes.fromhex(spec["key"])))
-    host.membership = membership(spec)
+    host = member.host(spec)
 
     async def bulk(call: Call) -> None:
         left = int((await call.receive()).header["bytes"])
@@ -96,8 +87,7 @@ async def listen(spec: dict[str, Any]) -> None:
 
 async def send(spec: dict[str, Any]) -> None:
     size, repeat = int(spec["bytes"]), int(spec["repeat"])
-    host = Host(Identity.decode(bytes.fromhex(spec["key"])))
-    host.membership = membership(spec)
+    host = member.host(spec)
     addr = Multiaddr.parse(spec["addr"])
     peer = addr.peer_id
     assert peer is not None
@@ -202,10 +192,6 @@ def aead() -> float:
             cipher.encrypt_into(plain, out[: len(plain) + noise.TAG])
         done += 16 * len(plain)
     return done / taken / 1e6
-
-
-def say(**facts: Any) -> None:
-    print(json.dumps(facts), flush=True)
 
 
 def progress(text: str) -> None:

@@ -15,7 +15,7 @@ _SIZES: Final = ("demo", "100m", "1b", "8b")
 
 @click.group()
 def bench() -> None:
-    """Measure what this machine does: kernels, net."""
+    """Measure what this machine does: kernels, net, dht."""
 
 
 @bench.command()
@@ -87,6 +87,21 @@ def net(size: int, repeat: int, link: str | None, as_json: bool) -> None:
         raise click.BadParameter(str(error)) from error
     except NoLab as error:
         raise CommandFailed("no lab", str(error)) from error
+    click.echo(json.dumps(result) if as_json else benchmark.lines(result))
+
+
+@bench.command()
+@click.option("--peers", type=click.IntRange(2, 256), default=32, help="Processes; 32.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def dht(peers: int, as_json: bool) -> None:
+    """A hash table of real processes: joining, storing and reading, one thing at a time.
+
+    Takes about a minute and 3 GB of memory with 64 peers.
+    Example: agoractl bench dht --peers 64
+    """
+    from agorad.bench import dht as benchmark
+
+    result = benchmark.run(peers)
     click.echo(json.dumps(result) if as_json else benchmark.lines(result))
 
 
