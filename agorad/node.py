@@ -177,8 +177,9 @@ class Node:
         """Begin to leave; calling it again does nothing."""
         if not self.stopping.is_set():
             self.emit(Stopping(why=why))
-            if self.again:
-                self.notifier.reloading()
+            if self.again:  # a start that begins anew is still a start
+                if self.is_ready:
+                    self.notifier.reloading()
             else:
                 self.notifier.stopping()
             self.status["phase"] = "leaving"

@@ -48,9 +48,8 @@ class LastSeen:
         did = [f"{word} {value}" for word, value in (("stage", self.stage), ("step", self.step)) if value]
         return said + (f"; it was {self.phase}" if self.phase else "") + "".join(f", {word}" for word in did)
 
-    def remedy(self, config: Path | None) -> str:
-        """What to do to have it back."""
-        again = f"start it: agorad --config {config}" if config is not None else "start it again"
+    def remedy(self, again: str) -> str:
+        """What to do to have it back; ``again`` says how it is started."""
         return f"{advice(self.code)}; then {again}" if self.code else again
 
 

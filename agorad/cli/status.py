@@ -15,7 +15,7 @@ from agorad import __version__
 from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask
 from agorad.cli.last_seen import LastSeen, last_seen
 from agorad.cli.status_screen import screen
-from agorad.cli.targets import Target, Where, find, target_options
+from agorad.cli.targets import Target, Where, find, how_to_start, target_options
 from p2p.errors import LocalError
 
 ANSWER_S: Final = 3.0
@@ -94,7 +94,7 @@ def _tell(nodes: list[dict[str, Any]], down: list[Down], as_json: bool) -> None:
         if isinstance(entry.error, NoAnswer):
             click.echo(f"agoractl: {entry.target.name} runs but {entry.error}; agoractl doctor", err=True)
             continue
-        remedy = entry.seen.remedy(entry.target.config)
+        remedy = entry.seen.remedy(how_to_start(entry.target.config))
         click.echo(f"agoractl: {entry.target.name} does not run: {entry.seen.sentence()}", err=True)
         click.echo(f"  {remedy}", err=True)
         if "not allowed" in str(entry.error):

@@ -29,6 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 SERVICES: Final = Path("/var/lib/agora")
 """Holds a folder a service, with its settings."""
 RUNTIME: Final = Path("/run/agora")
+SYSTEM: Final = Path("/etc/agora/agorad.toml")
 
 
 @attrs.frozen
@@ -105,6 +106,19 @@ def names(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[
         return [target.name for target in _all(Where(**said)) if target.name.startswith(incomplete)]
     except (LocalError, Unreachable, click.ClickException, TypeError):
         return []
+
+
+def how_to_start(config: Path | None) -> str:
+    """The command that has a node back: its service's, the join's that made it, or the daemon itself."""
+    if config is None:
+        return "start it again"
+    if config.parent.parent == SERVICES:
+        return f"start it: systemctl start agorad@{config.parent.name}"
+    if config == SYSTEM:
+        return "start it: systemctl start agorad"
+    if config in configs():
+        return "start it: agoractl join"
+    return f"start it: agorad --config {config}"
 
 
 def _all(where: Where) -> list[Target]:

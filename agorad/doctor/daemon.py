@@ -9,8 +9,8 @@ from typing import Any
 
 from agorad import __version__
 from agorad.ask import NoAnswer
+from agorad.cli.targets import how_to_start
 from agorad.doctor.patient import Patient
-from agorad.exitcodes import advice
 from agorad.join.findings import Finding
 
 
@@ -69,11 +69,9 @@ def _silent(patient: Patient) -> Iterator[Finding]:
             remedy="nothing: the next start replaces it",
         )  # fmt: skip
     seen = patient.seen
-    failed = bool(seen.code)
-    again = patient.seen.remedy(patient.path)
     yield Finding(
         name="daemon", verdict="fail", found=f"it does not run: {seen.sentence()}",
-        remedy=f"{advice(int(seen.code or 0))}; {again.rpartition('; then ')[2]}" if failed else again,
+        remedy=seen.remedy(how_to_start(patient.path)),
     )  # fmt: skip
 
 
