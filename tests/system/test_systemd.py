@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import jsonschema
 import pytest
 import tomli_w
 
 from tests.system.booted import Machine, booted, lacking
 
 ROOT = Path(__file__).parents[2]
+SCHEMAS = ROOT / "docs" / "cli-schemas.json"
 LACKING = lacking()
 pytestmark = pytest.mark.skipif(LACKING != "", reason=LACKING)
 
@@ -139,6 +141,7 @@ def test_a_node_lives_as_a_service(tmp_path: Path) -> None:
         before = here.files()
         # Installed once, shown before, and a second time for nothing.
         planned = json.loads(here.ctl("service", "install", "--dry-run", "--json").stdout)
+        jsonschema.validate(planned, json.loads(SCHEMAS.read_text())["$defs"]["service"])
         assert here.files() == before
         (machine.root / "var/lib/agora/seed/agorad.toml").rename(machine.root / "root/aside.toml")
         here.put("/etc/agora/agorad.toml", tomli_w.dumps(SEED | {"worker": {"slotz": 3}}))

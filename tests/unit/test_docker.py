@@ -162,7 +162,7 @@ def test_the_compose_file_has_manners() -> None:
             source = volume.partition(":")[0]
             if re.fullmatch(r"\w+", source):
                 assert source in compose()["volumes"]
-            elif source.startswith("./"):
+            elif source.startswith("."):
                 assert (FOLDER / source).exists(), source
     for name in ("seed", "authority", "trainer"):
         assert services[name]["read_only"] is True
