@@ -11,12 +11,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 KERNELS := setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help demo test test-long lint format clean distclean
+.PHONY: help demo test test-long lint format docs clean distclean
 
 help:
 	@echo "make demo       set up, then train a small model with a whole swarm on this machine (ARGS='--steps 20')"
 	@echo "make test       set up, then check style and types and run the tests (under 15 minutes on 2 cores)"
 	@echo "make test-long  the tests that take longer: chaos, fuzzing, soak (under 80 minutes)"
+	@echo "make docs       the documents as a site, links checked"
 	@echo "make lint       style and types only"
 	@echo "make format     put the style right"
 	@echo "make clean      remove what was built;  make distclean: .venv too"
@@ -48,6 +49,10 @@ lint: .venv/.tools
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 	@$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES))
+
+docs: .venv/.tools
+	@$(BIN)/mkdocs build --quiet --strict
+	@echo "make: the pages are in build/site"
 
 format: .venv/.tools
 	@$(BIN)/ruff check --fix --quiet .

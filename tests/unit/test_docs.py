@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import attrs
@@ -49,3 +52,32 @@ def test_every_end_has_its_line_in_troubleshooting() -> None:
     for code, refusal in REFUSALS.items():
         row = next(line for line in page.splitlines() if line.startswith("| `") and f"`{code}`" in line)
         assert row.split("|")[2].strip() == ("–" if refusal.retry else str(int(refusal.exit)))
+
+
+def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for page in tmp_path.glob("*.html"):
+        text = page.read_text()
+        assert not re.findall(r'<(?:script|img|iframe)[^>]*src="(?:https?:)?//', text), page.name
+        assert not re.findall(r'<link[^>]*rel="stylesheet"[^>]*href="(?:https?:)?//', text), page.name
+
+
+def test_every_page_is_in_the_site() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text()
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if f": {page.name}" not in nav] == []
+
+
+def test_every_dependency_has_its_licence() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["postgres"]]
+    page = (ROOT / "docs" / "licences.md").read_text()
+    names = [re.split(r"[\[<>=; ]", line)[0] for line in wanted]
+    assert [name for name in names if f"| {name} |" not in page] == []
