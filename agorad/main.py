@@ -25,6 +25,7 @@ from agorad import __version__, preflight
 from agorad.config import ROLES, Config, default_path, load
 from agorad.exitcodes import ExitCode, verdict
 from agorad.node import run_node, start_time
+from agorad.notify import Notifier
 from agorad.pages import use_large_pages
 from agorad.usage import NamedPath, complain
 from p2p.errors import LocalError
@@ -128,6 +129,7 @@ def _began() -> float:
 
 def _begin_again() -> None:
     """This process with the same arguments and the program that is installed now. Its secret was used up."""
+    Notifier().again()
     os.environ[_AGAIN] = str(time.time())
     arguments = [sys.executable, "-m", "agorad.main"]
     given = iter(sys.argv[1:])

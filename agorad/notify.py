@@ -20,6 +20,8 @@ STARTING_BEAT_S: Final = 20.0
 STARTING_S: Final = 90.0
 """How long a start may hang: a few beats."""
 STATUS_S: Final = 2.0
+_PATIENT: Final = "AGORA_WATCHDOG_PATIENT"
+"""Set in the environment of a process that began anew."""
 
 
 class Notifier:
@@ -31,11 +33,15 @@ class Notifier:
         ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self._beat_s = int(watchdog_us) / 2e6 if watchdog_us.isdigit() and ours else 0.0
         self._ready = False
+        self._patient = _PATIENT in environment
 
     def ready(self) -> None:
         """The node serves."""
         self._ready = True
         self._send("READY=1")
+        if self._patient and self._beat_s > 0:
+            self._patient = False
+            self._send(f"WATCHDOG_USEC={self._beat_s * 2e6:.0f}")
 
     def status(self, text: str) -> None:
         """One line for ``systemctl status``."""
@@ -44,6 +50,12 @@ class Notifier:
     def reloading(self) -> None:
         """A reload began; ``ready`` ends it."""
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
+    def again(self) -> None:
+        """The process is about to begin anew: the watchdog has patience until its next life is ready."""
+        if self._beat_s > 0:
+            os.environ[_PATIENT] = "1"
+            self._send(f"WATCHDOG_USEC={max(STARTING_S, 2 * self._beat_s) * 1e6:.0f}\nWATCHDOG=1")
 
     def stopping(self) -> None:
         """The node leaves."""

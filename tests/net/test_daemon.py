@@ -269,3 +269,19 @@ def test_a_second_sigterm_ends_it_at_once(place: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_restart_is_a_reload_to_the_manager_and_the_watchdog_waits(place: Path) -> None:
+    with daemon(place, "seed", WATCHDOG_USEC="20000000") as (process, manager):
+        before = ask(place / "seed" / "control.sock", "status")
+        ask(place / "seed" / "control.sock", "restart")
+        said: list[str] = []
+        while not said or said[-1] != "WATCHDOG_USEC=20000000":
+            said.append(heard(manager).replace("\n", " "))
+        words = [line.partition("=")[0] for line in said if line != "WATCHDOG=1"]
+        words = [word for word in words if word not in ("STATUS", "EXTEND_TIMEOUT_USEC")]
+        assert words == ["RELOADING", "WATCHDOG_USEC", "READY", "WATCHDOG_USEC"]
+        assert "WATCHDOG_USEC=90000000 WATCHDOG=1" in said
+        after = ask(place / "seed" / "control.sock", "status")
+        assert (after["pid"], after["peer_id"]) == (process.pid, before["peer_id"])
+        assert process.poll() is None

@@ -184,6 +184,12 @@ def test_a_node_lives_as_a_service(tmp_path: Path) -> None:
         machine.run("systemctl", "reload", "agorad")
         assert here.status()[0]["pid"] == node["pid"]
 
+        # Restarted by its owner: it begins anew in the same process, and systemd sees no end.
+        here.ctl("restart", "--config", "/etc/agora/agorad.toml")
+        machine.wait_for("agorad", 20, NRestarts="0", ActiveState="active")
+        (anew,) = here.status()
+        assert (anew["pid"], anew["peer_id"]) == (node["pid"], node["peer_id"])
+
         # Killed: there again, as the same node.
         machine.run("kill", "-KILL", str(node["pid"]))
         machine.wait_for("agorad", 20, NRestarts="1", ActiveState="active")
