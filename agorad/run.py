@@ -53,7 +53,7 @@ class RunInfo:
     """The key that signs."""
     revoked: tuple[PeerId, ...] = ()
     """Former authorities whose certificates count for nothing from this version on: their keys leaked, say.
-    Those of others that are no longer listed are honoured for some seconds more."""
+    Those of others that are no longer listed are honoured for some minutes more."""
 
 
 @attrs.frozen(kw_only=True)

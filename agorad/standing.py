@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 WATCH_S: Final = 15.0
 LEAST_S: Final = 2.0
 READ_S: Final = 5.0
+OVERLAP: Final = 20
+"""So many pauses between two looks the certificates of a dropped authority are honoured: their holders hear
+of the manifest, too, and renew at another authority, which may just be starting again."""
 
 
 async def watch(node: Node) -> None:
@@ -125,8 +128,7 @@ def take(node: Node, newer: Manifest) -> None:
     before, node.manifest = node.manifest, newer
     own = node.identity.peer_id
     listed = own in node.trust.standing
-    # Long enough that holders of a dropped authority's certificates hear of it too, and renew.
-    node.trust.renew(newer.trust(), node.clock(), 2 * node.watch_s)
+    node.trust.renew(newer.trust(), node.clock(), OVERLAP * node.watch_s)
     keep(node)
     node.learn_listed()
     names = manifests.changed(before, newer)

@@ -208,7 +208,7 @@ def test_who_is_listed_no_longer_ends_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_who_waits_goes_on_by_the_newer_rules(tmp_path: Path) -> None:
-    place = Place(tmp_path, max_nodes=1, queue_limit=1, max_nodes_per_account=4)
+    place = Place(tmp_path, max_nodes=1, queue_limit=1, max_nodes_per_account=4, max_rtt_ms=0.0)
 
     def rules(version: int, **changes: Any) -> Manifest:
         return signed(place, version, admission=attrs.evolve(place.manifest.admission, **changes))

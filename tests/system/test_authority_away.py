@@ -172,7 +172,7 @@ def test_training_goes_on_without_the_authority_and_certificates_after_it(
         workers = [node["name"] for node in swarm.nodes if node["role"] == "worker"]
         tails = {name: Tail(folder / name / "events.jsonl") for name in [*workers, "trainer-0", SHORT]}
         trainer = tails["trainer-0"]
-        swarm.wait_for(lambda: trainer.read().done > 5, 60, "first work")
+        swarm.wait_for(lambda: trainer.read().done > 5, 240, "first work")
 
         (folder / "shown").mkdir()
         if not times.short_worker:
@@ -182,7 +182,7 @@ def test_training_goes_on_without_the_authority_and_certificates_after_it(
         reload(swarm, times.life, times.short_grace)
         short = another(swarm, workers[0], SHORT)
         try:
-            swarm.wait_for(lambda: bool(tails[SHORT].of("certificate_granted")), 60, "the short certificate")
+            swarm.wait_for(lambda: bool(tails[SHORT].of("certificate_granted")), 240, "the short certificate")
             short.send_signal(signal.SIGSTOP)  # it must not renew with the others' grace
             reload(swarm, times.life, times.grace)
             for name in workers:  # who renewed with little grace meanwhile does so again
