@@ -10,6 +10,7 @@ import select
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,28 @@ import pytest
 HERE = Path(__file__).parent
 PLACE = Path(sys.prefix) / "interop"
 PY_LIBP2P = "libp2p==0.8.1"
+HIVEMIND = "hivemind==1.1.12"
+HIVEMIND_NEEDS = [
+    "PyYAML",
+    "scipy",
+    "prefetch_generator",
+    "msgpack",
+    "sortedcontainers",
+    "uvloop",
+    "protobuf",
+    "grpcio-tools",
+    "configargparse",
+    "py-multihash",
+    "cryptography",
+    "pydantic",
+    "packaging",
+    "varint",
+    "base58",
+    "netaddr",
+    "idna",
+    "py-cid",
+]
+"""All that it asks for but torch, which it finds where ours is."""
 INSTALL_S = 400.0
 ANSWER_S = 60.0
 
@@ -74,6 +97,20 @@ def js_libp2p() -> list[str]:
     # Node looks for packages beside the file, so the file goes where they are.
     shutil.copy(HERE / "js_peer.mjs", PLACE / "js" / "js_peer.mjs")
     return ["node", str(PLACE / "js" / "js_peer.mjs")]
+
+
+def hivemind() -> list[str]:
+    """Command that measures a swarm of hivemind's nodes; arguments: peers and runs."""
+    with _installing("hivemind", " ".join([HIVEMIND, *HIVEMIND_NEEDS])) as folder:
+        if folder is not None:
+            venv.create(folder / "venv", with_pip=True, clear=True)
+            packages = next((folder / "venv/lib").glob("python*/site-packages"))
+            (packages / "torch_of_ours.pth").write_text(sysconfig.get_path("purelib"))
+            pip = [folder / "venv/bin/python", "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+            # Another torch, two gigabytes of it, would be installed if pip were let.
+            _install("hivemind", [*pip, "--no-deps", HIVEMIND], folder)
+            _install("what hivemind needs", [*pip, "--ignore-installed", *HIVEMIND_NEEDS], folder)
+    return [str(PLACE / "hivemind/venv/bin/python"), str(HERE / "hivemind_swarm.py")]
 
 
 class Foreign:
