@@ -214,11 +214,11 @@ class Dht:
 
     async def nearest(self, target: int, *, deadline: float) -> list[Contact]:
         """The nodes nearest to a place that answered, nearest first, at most k."""
-        return (await self._nearest(target, deadline))[0]
+        return (await self._nearest(target, deadline, self._limits.k))[0]
 
-    async def _nearest(self, target: int, deadline: float) -> tuple[list[Contact], bool]:
-        """As above, and whether the search came to its end."""
-        lookup = self._lookup(target, need=self._limits.k)
+    async def _nearest(self, target: int, deadline: float, need: int) -> tuple[list[Contact], bool]:
+        """The ``need`` nearest that answered, and whether the search came to its end."""
+        lookup = self._lookup(target, need=need)
 
         async def ask(contact: Contact) -> Sequence[Contact]:
             return await self._exchange.find_node(contact, target)
@@ -373,8 +373,11 @@ class Dht:
         if self._everybody is not None and now < self._everybody[0] + ROUTE_LIFE_S:
             nearest = sorted(self._everybody[1], key=lambda contact: contact.id ^ target)
         else:
-            nearest, complete = await self._nearest(target, deadline)
-            if complete and len(nearest) < self._limits.k:
+            # A swarm smaller than k is found whole, once; of a larger one no more than what is stored at.
+            small = len(self.table) < self._limits.k
+            need = self._limits.k if small else self._limits.replicas
+            nearest, complete = await self._nearest(target, deadline, need)
+            if complete and len(nearest) < need:
                 # The swarm is smaller than k, so these are all of it, whatever the key.
                 self._everybody = (now, list(nearest))
         route = nearest[: self._limits.replicas]
