@@ -2,7 +2,7 @@
 
 Install writes units, account and folders, then enables what has settings. Uninstall stops and disables all
 of our units, removes the files and the account, and leaves the state folder, from then on root's: it
-holds the keys that nodes are known by. A later install gives it back to the service.
+holds the keys that nodes are known by. After a later install the first start gives it back to the service.
 """
 
 from __future__ import annotations
@@ -73,9 +73,6 @@ def install(
         done.steps.append(f"create the account {ACCOUNT}")
     if not runtime:
         done.steps.append(f"create {RUNTIME}")
-    foreign = _foreign(STATE)
-    if foreign:
-        done.steps.append(f"give {STATE} to {ACCOUNT}")
     enable = [name for name in wanted if not manager.is_enabled(name)]
     begin = [name for name in wanted if start and not manager.is_active(name)]
     done.steps += [f"enable {name}, so that it starts with the machine" for name in enable]
@@ -98,9 +95,6 @@ def install(
             manager.do("systemd-sysusers", str(files.PLACES["agora.sysusers"]))
         if not runtime:
             manager.do("systemd-tmpfiles", "--create", str(files.PLACES["agora.tmpfiles"]))
-        if foreign:
-            entry = pwd.getpwnam(ACCOUNT)
-            give(STATE, entry.pw_uid, entry.pw_gid)
         if made:
             manager.do("systemctl", "daemon-reload")
         if enable:
@@ -111,8 +105,6 @@ def install(
             manager.says("systemctl", "disable", "--quiet", name)
         changes.undo(made)
         if not account:
-            if foreign:
-                give(STATE, 0, 0)
             _remove_account(manager)
         if not runtime:
             shutil.rmtree(RUNTIME, ignore_errors=True)
@@ -154,7 +146,7 @@ def uninstall(manager: Manager, *, dry_run: bool, purge: bool) -> Done:
     if STATE.exists() and purge:
         shutil.rmtree(STATE)
     elif STATE.exists() and account:
-        give(STATE, 0, 0)  # no later account with the same number shall have the keys
+        _to_root(STATE)
     if account:
         _remove_account(manager)
     return done
@@ -173,22 +165,8 @@ def _remove_account(manager: Manager) -> None:
         manager.do("userdel", ACCOUNT)
 
 
-def give(folder: Path, uid: int, gid: int) -> None:
-    """The folder and all in it; links are given, not followed."""
+def _to_root(folder: Path) -> None:
+    """No later account with the same number shall have the keys. Links are given, not followed."""
     for place, folders, names in os.walk(folder):
-        os.lchown(place, uid, gid)
-        for name in (*folders, *names):
-            os.lchown(Path(place) / name, uid, gid)
-
-
-def _foreign(folder: Path) -> bool:
-    """Whether something in it is not the service's."""
-    try:
-        uid = pwd.getpwnam(ACCOUNT).pw_uid
-    except KeyError:
-        return folder.exists()
-    return any(
-        os.lstat(Path(place) / name).st_uid != uid
-        for place, folders, names in os.walk(folder)
-        for name in (".", *folders, *names)
-    )
+        for name in (".", *folders, *names):
+            os.lchown(Path(place) / name, 0, 0)

@@ -21,6 +21,7 @@ import attrs
 
 INIT = Path("/lib/systemd/systemd")
 BOOT_S = 60.0
+ENVIRONMENT = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": "/root", "NO_COLOR": "1"}
 PREPARE = """
 set -e
 mount --make-rprivate /
@@ -71,14 +72,18 @@ class Machine:
         """As seen from outside."""
         return Path(f"/proc/{self.pid}/root")
 
+    def inside(self, *command: str) -> list[str]:
+        """The command that runs this one inside."""
+        return ["nsenter", "-t", str(self.pid), "-p", "-m", "-n", "-u", "-i", "-r", "-w", *command]
+
     def run(
         self, *command: str, code: int | None = 0, timeout: float = 60.0
     ) -> subprocess.CompletedProcess[str]:
         """A command inside; asserts its exit code unless that is None."""
         done = subprocess.run(
-            ["nsenter", "-t", str(self.pid), "-p", "-m", "-n", "-u", "-i", "-r", "-w", *command],
+            self.inside(*command),
             capture_output=True, text=True, check=False, timeout=timeout, stdin=subprocess.DEVNULL,
-            env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": "/root", "NO_COLOR": "1"},
+            env=ENVIRONMENT,
         )  # fmt: skip
         assert code is None or done.returncode == code, f"{command}: {done.stdout}{done.stderr}"
         return done

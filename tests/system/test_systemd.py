@@ -24,7 +24,7 @@ import jsonschema
 import pytest
 import tomli_w
 
-from tests.system.booted import Machine, booted, lacking
+from tests.system.booted import ENVIRONMENT, Machine, booted, lacking
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = ROOT / "docs" / "cli-schemas.json"
@@ -247,8 +247,8 @@ def test_two_workers_join_train_die_and_leave_as_services(tmp_path: Path) -> Non
         here.put("/var/lib/agora/1/agorad.toml", tomli_w.dumps(second))
         here.put("/var/lib/agora/1/invitation", secret)
         here.ctl("service", "install", "1", "--now")
-        told = lambda: machine.show("agorad@0", "StatusText").get("StatusText", "")  # noqa: E731
-        here.until(lambda: told().startswith("joining"), 60, "word of joining")
+        said = lambda: machine.show("agorad@0", "StatusText").get("StatusText", "")  # noqa: E731
+        here.until(lambda: said().startswith("joining"), 60, "word of joining")
         assert machine.show("agorad@0", "ActiveState") == {"ActiveState": "activating"}
         handed = list((machine.root / "run/agora").rglob("secret"))
         assert [path.read_text() for path in handed] == [secret]
@@ -272,6 +272,29 @@ def test_two_workers_join_train_die_and_leave_as_services(tmp_path: Path) -> Non
         machine.wait_for("agorad@0", 60, NRestarts="1", ActiveState="active")
         assert [step >= 20 for step in steps("resumed")] == [True]
         assert pid(here, "agorad@1") == before
+        # Joined again on a terminal: it tells what the node does, and Ctrl-C ends the telling only.
+        machine.run("systemctl", "stop", "agorad@0")
+        words = (
+            f"exec env PYTHONPATH={ROOT} {sys.executable} -m agorad.cli join /root/run/run.toml --skip-input"
+        )
+        terminal = subprocess.Popen(
+            machine.inside("script", "-qefc", f"{words} --gpu-id cpu", "/dev/null"),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**ENVIRONMENT, "TERM": "dumb"},
+        )  # fmt: skip
+        try:
+            machine.wait_for("agorad@0", 60, ActiveState="active")
+            time.sleep(2)
+            assert terminal.stdin is not None
+            terminal.stdin.write(b"\x03")
+            terminal.stdin.flush()
+            told = terminal.communicate(timeout=20)[0].decode()
+        finally:
+            terminal.kill()
+        assert "Ctrl-C ends this display, not the node" in told, told
+        assert "[NODE] starting on cpu; its log is `journalctl -u agorad@0`" in told, told
+        assert terminal.returncode == 0, told
+        assert machine.show("agorad@0", "ActiveState") == {"ActiveState": "active"}
+
         # Stopped while it works: it drains.
         began = time.monotonic()
         machine.run("systemctl", "stop", "agorad@0", "agorad@1")
