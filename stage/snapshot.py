@@ -207,6 +207,16 @@ class SnapshotStore:
                 raise LocalError(f"snapshot not saved in {self.folder}: {error.strerror}") from None
         return manifest.size
 
+    def discard_newest(self) -> None:
+        """Remove the newest snapshot: it is whole, and no use. Raises LocalError."""
+        with self._lock:
+            try:
+                for _, _, path in self._manifests()[-1:]:
+                    path.unlink(missing_ok=True)
+                    path.with_suffix(".state").unlink(missing_ok=True)
+            except OSError as error:
+                raise LocalError(f"cannot remove a snapshot in {self.folder}: {error.strerror}") from None
+
     def make_room(self) -> None:
         """Remove what is left of failed saves, and all snapshots but the newest. Raises LocalError."""
         with self._lock:

@@ -18,6 +18,7 @@ import trio
 
 from agorad import points
 from agorad.clockwatch import read_clock, watch_clock
+from agorad.events import Trouble
 from agorad.exitcodes import DaemonExit, ExitCode, hardware
 from agorad.joining import obtain_certificate
 from agorad.metrics.readings import Readings
@@ -30,7 +31,7 @@ from agorad.supervision.reactions import Vitals
 from agorad.supervision.rounds import Rounds
 from agorad.supervision.weights import Weights
 from p2p.averaging import Averager, RoundConfig
-from p2p.errors import LocalError, P2PError, Refused
+from p2p.errors import LocalError, P2PError, Refused, RemoteError
 from p2p.groups import plain
 from p2p.identity import PeerId
 from p2p.membership import Certificate
@@ -266,20 +267,42 @@ class _Worker:
             nursery.cancel_scope.cancel()
 
     async def resume(self) -> None:
-        """Load the newest own snapshot, if there is a sound one of this stage."""
-        state = await trio.to_thread.run_sync(self.store.load_newest)
-        for problem in self.store.problems:
-            self.node.warnings["snapshot"] = problem
-        if state is None:
-            return
-        try:
-            await self.device.run(STEP, self.compute.load, state)
-        except LocalError as error:
-            # It was given another stage since, say. What it lacks then a mate has.
-            self.node.warnings["snapshot"] = str(error)
-            return
-        self.replica.resumed(state.step)
-        self.node.emit(Resumed(step=state.step))
+        """Load the newest own snapshot, if there is a sound one of this stage.
+
+        One whose numbers are none to go on with is removed, and the one before is tried.
+        """
+        tried = 0
+        while True:
+            state = await trio.to_thread.run_sync(self.store.load_newest)
+            for problem in self.store.problems:
+                self.node.warnings["snapshot"] = problem
+            if state is None:
+                break
+            try:
+                await self.device.run(STEP, self.compute.load, state)
+            except LocalError as error:
+                # It was given another stage since, say. What it lacks then a mate has.
+                self.node.warnings["snapshot"] = str(error)
+                return
+            if await self.device.run(STEP, self.compute.sound):
+                self.replica.resumed(state.step)
+                self.node.emit(Resumed(step=state.step))
+                return
+            tried += 1
+            self.node.emit(
+                Trouble(
+                    kind="weights",
+                    why=f"the snapshot of step {state.step} holds no numbers to go on with",
+                    reaction="removed",
+                )
+            )
+            await trio.to_thread.run_sync(self.store.discard_newest)
+        if tried:
+            raise DaemonExit(
+                ExitCode.NUMERICAL,
+                f"none of {tried} snapshots holds weights to go on with, so they were removed; start it "
+                "again: it fetches the state of another replica",
+            )
 
     async def read_first_clock(self) -> None:
         """The run's step decides the phase to begin in, so it has to be known, not guessed."""
@@ -353,6 +376,8 @@ class _Worker:
         manifest = fetched.manifest
         state = State.of(manifest, fetched.data)
         await self.device.run(STEP, self.compute.load, state)
+        if not await self.device.run(STEP, self.compute.sound):
+            raise RemoteError("the donor's weights are no numbers to go on with")
         seconds = trio.current_time() - began
         self.node.emit(StateFetched(donor=donor, step=manifest.step, bytes=manifest.size, seconds=seconds))
         return manifest.step
@@ -397,7 +422,8 @@ class _Worker:
         with trio.move_on_after(DRAIN_S):
             await self.declaration.withdraw()
             await self.server.wait_idle()
-        if self.replica.phase in ("active", "warming"):
+        spoilt = self.node.ending is not None and self.node.ending.code == ExitCode.NUMERICAL
+        if self.replica.phase in ("active", "warming") and not spoilt:
             try:
                 await self.take_snapshot(self.replica.step)
             except LocalError as error:  # a full disk: the one before is what is left

@@ -187,3 +187,31 @@ def test_no_line_breaks_the_parser(line: bytes) -> None:
         return
     assert isinstance(name, str)
     assert isinstance(arguments, dict)
+
+
+def test_a_socket_that_is_gone_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removed, then replaced by what is nobody's socket: that is left alone until it is gone."""
+    monkeypatch.setattr(control_server, "LOOK_S", 0.01)
+    path, told = tmp_path / "c.sock", list[str]()
+
+    async def until(condition: Callable[[], bool]) -> None:
+        while not condition():  # noqa: ASYNC110 (a file tells nobody)
+            await trio.sleep(0.01)
+
+    async def main() -> None:
+        with trio.fail_after(20):
+            listener = control.listen(path)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(control_server.keep, path, listener, COMMANDS, told.append)
+                await until(lambda: path.exists())
+                path.unlink()
+                path.write_text("in the way")
+                await until(lambda: bool(told))
+                assert "is in the way of the control socket" in told[0]
+                assert path.read_text() == "in the way"
+                path.unlink()
+                await until(lambda: "" in told)
+                assert await trio.to_thread.run_sync(lambda: ask(path, "echo", a=1)) == {"a": 1}
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
