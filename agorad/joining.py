@@ -223,7 +223,10 @@ async def _from_any(
     """
     authorities = [ref.peer_id for ref in node.manifest.authorities]
     if not authorities:
-        raise LocalError(f"run {node.manifest.run.id!r} lists no authority that could let this node in")
+        raise LocalError(
+            f"run {node.manifest.run.id!r} lists no authority that could let this node in; "
+            "get the run's newest manifest from its operator"
+        )
     node.rng.shuffle(authorities)
     trouble: Exception = PeerGone("no answer")
     for authority in authorities:

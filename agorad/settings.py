@@ -37,15 +37,15 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(FILE_LIMIT + 1)
     except OSError as error:
-        raise LocalError(f"cannot read the {what} {path}: {error.strerror}") from error
+        raise LocalError(f"cannot read the {what} {path}: {error.strerror}; check the path") from error
     if len(data) > FILE_LIMIT:
         raise LocalError(f"the {what} {path} is larger than {FILE_LIMIT} bytes")
     try:
         return tomllib.loads(data.decode())
     except UnicodeDecodeError as error:
-        raise LocalError(f"the {what} {path} is not valid TOML: it is not text") from error
+        raise LocalError(f"the {what} {path} is not valid TOML: it is not text; name the right file") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise LocalError(f"the {what} {path} is not valid TOML: {error}") from error
+        raise LocalError(f"the {what} {path} is not valid TOML: {error}; correct it there") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -66,7 +66,7 @@ def structure(cls: type[T], table: Mapping[str, Any], where: str = "") -> T:
         if name in table:
             values[name] = _value(field.type, table[name], _join(where, name))
         elif field.default is attrs.NOTHING:
-            raise LocalError(f"the setting {_join(where, name)!r} is missing")
+            raise LocalError(f"the setting {_join(where, name)!r} is missing; add it")
     return cls(**values)
 
 

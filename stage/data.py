@@ -33,6 +33,7 @@ HELD_OUT = 64
 MIN_HELD_OUT = 8
 BOUNDARY = b"\0"
 """Follows every document; text has no NUL."""
+_REMEDY = "name a text file, or a folder of them, in trainer.data"
 _SNIFF = 8192
 _PIECE = 1 << 16
 _SKIP_FOLDERS = frozenset({"__pycache__", "node_modules", "site-packages", "dist-packages"})
@@ -128,9 +129,9 @@ class ByteSource:
             try:
                 added = self._add(path)
             except OSError as error:
-                raise LocalError(f"data: cannot read {path}: {error.strerror or error}") from None
+                raise _unreadable(path, error) from None
             if not added:
-                raise LocalError(f"data: {path} is empty or not text")
+                raise _no_text(path)
 
     def _read_folder(self, root: Path, *, skip: frozenset[str], only: str) -> None:
         problems: list[OSError] = []
@@ -151,7 +152,7 @@ class ByteSource:
                 break
         if not self._files:
             reason = f": {problems[0].strerror}" if problems else ""
-            raise LocalError(f"data: {self._where} has no readable text file{reason}")
+            raise LocalError(f"data: {self._where} has no readable text file{reason}; {_REMEDY}")
 
     def _add(self, file: Path) -> bool:
         """Append a document; False if it is empty or does not look like text."""
@@ -185,9 +186,17 @@ def require_text(path: Path) -> None:
             with path.open("rb") as stream:
                 head = stream.read(_SNIFF)
     except OSError as error:
-        raise LocalError(f"data: cannot read {path}: {error.strerror or error}") from None
+        raise _unreadable(path, error) from None
     if not head or b"\0" in head:
-        raise LocalError(f"data: {path} is empty or not text")
+        raise _no_text(path)
+
+
+def _unreadable(path: Path, error: OSError) -> LocalError:
+    return LocalError(f"data: cannot read {path}: {error.strerror or error}; {_REMEDY}")
+
+
+def _no_text(path: Path) -> LocalError:
+    return LocalError(f"data: {path} is empty or not text; {_REMEDY}")
 
 
 class _Permutation:

@@ -34,7 +34,8 @@ def choose_device(name: str) -> torch.device:
     device = torch.device("cuda" if name == "auto" else name)
     index = 0 if device.index is None else device.index
     if index >= torch.cuda.device_count():
-        raise DeviceError(f"node.device = {name!r}, but there are {torch.cuda.device_count()} CUDA devices")
+        last = torch.cuda.device_count() - 1
+        raise DeviceError(f"node.device = {name!r}, but the last CUDA device is cuda:{last}: use that or 'auto'")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

@@ -44,7 +44,7 @@ def gpus(text: str) -> tuple[int, ...]:
 def email(text: str) -> str:
     """Checked; empty is fine."""
     if text and not (len(text) <= 254 and EMAIL.fullmatch(text)):
-        raise LocalError(f"{text!r} is not an email address")
+        raise LocalError(f"{text!r} is not an email address: give one like name@example.org, or none")
     return text
 
 
