@@ -291,7 +291,9 @@ class Bus:
             try:
                 self._open(path)
             except OSError as error:
-                raise LocalError(f"cannot write the event file {path}: {error.strerror}") from error
+                raise LocalError(
+                    f"cannot write the event file {path}: {error.strerror}; move away what is there"
+                ) from error
 
     def emit(self, event: Event) -> None:
         """Record and hand on; on return the line is with the operating system."""

@@ -252,9 +252,10 @@ def _judged(refusal: Refused) -> Refused:
     """The refusal, if asking again may help; DaemonExit if not."""
     if meaning(refusal.code).retry:
         return refusal
-    raise DaemonExit(
-        meaning(refusal.code).exit, f"the authority refused: {refusal.why} ({refusal.code})"
-    ) from refusal
+    known = meaning(refusal.code)
+    remedy = "" if refusal.why.endswith(known.remedy) else f"; {known.remedy}"
+    said = f"the authority refused: {refusal.why}{remedy} ({refusal.code})"
+    raise DaemonExit(known.exit, said) from refusal
 
 
 async def _join(node: Node, authority: PeerId, join: Join, download: Download | None) -> Granted:

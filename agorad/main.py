@@ -23,7 +23,7 @@ import trio
 
 from agorad import __version__, preflight
 from agorad.config import ROLES, Config, default_path, load
-from agorad.exitcodes import ExitCode, verdict
+from agorad.exitcodes import DaemonExit, ExitCode, verdict
 from agorad.node import run_node, start_time
 from agorad.notify import Notifier
 from agorad.pages import use_large_pages
@@ -107,7 +107,7 @@ def _live(settings: Config, secret: str | None, lifeline: int | None) -> None:
     # Importing torch takes seconds; being asked to stop in that time is a clean end as well.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: sys.exit(ExitCode.CLEAN))
-    role = importlib.import_module(f"agorad.roles.{settings.node.role}")
+    role = _role(settings.node.role)
 
     async def live() -> bool:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
@@ -141,6 +141,21 @@ def _begin_again() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, arguments)
+
+
+def _role(name: str) -> Any:
+    """The role's module. What it needs and the machine lacks is a requirement, not a bug."""
+    try:
+        return importlib.import_module(f"agorad.roles.{name}")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "agorad", "p2p", "stage"):
+            raise
+        raise DaemonExit(
+            ExitCode.REQUIREMENTS,
+            f"the role {name} needs {missing}, which is not installed for {sys.executable}; "
+            "install agorad with its requirements: `make`, or pip install agorad",
+        ) from error
 
 
 def _explain(error: BaseException) -> int:

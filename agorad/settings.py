@@ -43,7 +43,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     try:
         return tomllib.loads(data.decode())
     except UnicodeDecodeError as error:
-        raise LocalError(f"the {what} {path} is not valid TOML: it is not text; name the right file") from error
+        raise LocalError(f"the {what} {path} is not valid TOML: it is not text; check the path") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise LocalError(f"the {what} {path} is not valid TOML: {error}; correct it there") from error
 

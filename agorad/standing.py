@@ -98,7 +98,8 @@ def _look_for_self(node: Node) -> None:
         return
     entry = node.trust.revocations.find(own, node.clock())
     if entry is not None:
-        node.end(DaemonExit(ExitCode.REMOVED, f"the run's operator removed this node: {entry.why}"))
+        said = f"the run's operator removed this node: {entry.why}; write to the operator"
+        node.end(DaemonExit(ExitCode.REMOVED, said))
 
 
 async def look_for_manifest(node: Node, ignored: dict[PeerId, str]) -> None:
@@ -137,7 +138,9 @@ def take(node: Node, newer: Manifest) -> None:
     for taken in node.manifest_taken:
         taken()
     if listed and own not in node.trust.standing:
-        said = f"version {newer.run.version} of the run's manifest no longer lists this node"
+        said = (
+            f"version {newer.run.version} of the run's manifest no longer lists this node; ask the operator"
+        )
         node.end(DaemonExit(ExitCode.REMOVED, said))
 
 

@@ -195,7 +195,9 @@ class Identity:
                 raise LocalError("it is too long")
             return cls.decode(data)
         except LocalError as error:
-            raise LocalError(f"the key file {path} is damaged: {error}") from error
+            raise LocalError(
+                f"the key file {path} is damaged: {error}; put a copy of it back, or remove it for a new one"
+            ) from error
 
     def save(self, path: Path | str) -> None:
         """Write the key file, readable by the owner only; an existing file is never overwritten."""

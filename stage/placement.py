@@ -35,7 +35,9 @@ def choose_device(name: str) -> torch.device:
     index = 0 if device.index is None else device.index
     if index >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
-        raise DeviceError(f"node.device = {name!r}, but the last CUDA device is cuda:{last}: use that or 'auto'")
+        raise DeviceError(
+            f"node.device = {name!r}, but the last one here is 'cuda:{last}': use that or 'auto'"
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

@@ -104,7 +104,7 @@ def _join(where: str | None, flags: _Flags, token: str) -> int:
     if flags.use_docker and (flags.identity_path or flags.log_file or flags.only_check):
         raise click.UsageError("--use-docker goes without --identity-path, --log-file and --check")
     if flags.as_json and not flags.only_check:
-        raise click.UsageError("--json goes with --check")
+        raise click.UsageError("--json goes with --check; add that")
     manifest = source.last() if where is None else source.load(where)
     remembered = answers.recall().get(manifest.run.id)
     earlier = Answers() if flags.reconfigure or remembered is None else remembered

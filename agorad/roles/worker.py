@@ -67,6 +67,8 @@ async def run(node: Node) -> None:
     torch.set_num_threads(node.config.node.threads)
     manifest = node.manifest
     store = SnapshotStore(node.config.node.state / "snapshots")
+    # Before it takes a place that others wait for.
+    await trio.to_thread.run_sync(_device, node.config.node.device)
     certificate = await _join(node, store)
     if certificate is None:
         return  # stopped while joining
@@ -88,15 +90,12 @@ async def run(node: Node) -> None:
             manifest.training,
             stage,
             settings=settings.compute,
-            device=choose_device(settings.node.device),
+            device=_device(settings.node.device),
             in_flight=settings.worker.slots,
             emit=node.emit,
         )
 
-    try:
-        compute = await trio.to_thread.run_sync(make)
-    except DeviceError as error:
-        raise DaemonExit(ExitCode.ACCELERATOR, str(error)) from error
+    compute = await trio.to_thread.run_sync(make)
     faults = Faults(lambda: node.emit(BadOutput(stage=stage, step=clock.step)))
     with Device(failed=faults.note) as device:
         # OpenMP keeps the number for each thread that starts it.
@@ -107,6 +106,13 @@ async def run(node: Node) -> None:
             nursery.start_soon(faults.watch)
             await _Worker(node, stage, clock, compute, device, store).run()
             nursery.cancel_scope.cancel()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return choose_device(name)
+    except DeviceError as error:
+        raise DaemonExit(ExitCode.ACCELERATOR, str(error)) from error
 
 
 async def _join(node: Node, store: SnapshotStore) -> Certificate | None:

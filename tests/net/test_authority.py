@@ -26,6 +26,7 @@ from p2p.identity import Identity
 from p2p.membership import Certificate, issue
 from p2p.rpc import Call
 from stage.config import ModelConfig, TrainingConfig
+from tests.sentences import complete
 
 DEADLINE_S = 60.0
 MODEL = ModelConfig(d=64, k=8, heads=4, kv_heads=2, head_dim=16, ffn=128, seq=32, layers=(1, 1, 1))
@@ -152,6 +153,7 @@ def test_refusals_end_the_daemon_with_code_11(tmp_path: Path) -> None:
             with pytest.raises(DaemonExit, match=rf"\({code}\)") as end:
                 await obtain_certificate(node)
             assert end.value.code == ExitCode.REFUSED
+            complete(end.value.why)
 
     async def main() -> None:
         async with living(place.authority_settings(), authority.run) as office:

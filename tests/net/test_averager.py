@@ -323,6 +323,7 @@ def test_a_death_around_the_commit_leaves_no_one_hanging(when: float) -> None:
     trio.run(main)
 
 
+@pytest.mark.catalogue(36)
 def test_one_alone_is_told_why_and_when_its_mate_is_dead_soon() -> None:
     async def main() -> None:
         async with members(2) as group:

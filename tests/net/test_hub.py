@@ -23,6 +23,7 @@ from agorad.node import Node
 from agorad.roles import authority
 from p2p.errors import Refused
 from tests.net.test_authority import Place, idle, living, until_event, within
+from tests.sentences import complete
 
 TOKENS = {"hf_alice": "alice", "hf_bob": "bob"}
 HANGS_S = 20.0
@@ -182,6 +183,7 @@ class HubPlace(Place):
         return self.settings(name, "worker", worker=worker)
 
 
+@pytest.mark.catalogue(16, 17)
 def test_a_token_lets_in_once_and_the_key_from_then_on(endpoint: str, tmp_path: Path) -> None:
     place = HubPlace(tmp_path, endpoint)
 
@@ -190,6 +192,7 @@ def test_a_token_lets_in_once_and_the_key_from_then_on(endpoint: str, tmp_path: 
             with pytest.raises(DaemonExit, match=rf"\({code}\)") as end:
                 await obtain_certificate(node)
             assert end.value.code == ExitCode.REFUSED
+            complete(end.value.why)
 
     async def granted(settings: Any) -> str:
         async with living(settings, idle) as node:

@@ -16,15 +16,18 @@ from agorad.roles import authority
 from p2p import selfreport
 from p2p.rpc import Call
 from tests.net.test_authority import Place, idle, living, until_event, within
+from tests.sentences import complete
 
 
 async def refused(node: Node, code: str, exit: ExitCode) -> str:
     with pytest.raises(DaemonExit, match=rf"\({code}\)") as end:
         await obtain_certificate(node)
     assert end.value.code == exit
+    complete(end.value.why)
     return end.value.why
 
 
+@pytest.mark.catalogue(20, 21)
 def test_a_port_that_nobody_reaches_ends_with_code_12(tmp_path: Path) -> None:
     place = Place(tmp_path)
     with socket.socket() as closed:
@@ -62,6 +65,7 @@ def test_a_line_that_is_too_slow_ends_with_code_10(tmp_path: Path) -> None:
     within(main)
 
 
+@pytest.mark.catalogue(13)
 def test_who_does_not_let_itself_be_measured_does_not_get_in(tmp_path: Path) -> None:
     place = Place(tmp_path, min_mbps=1.0)
 
@@ -91,6 +95,7 @@ def test_who_does_not_let_itself_be_measured_does_not_get_in(tmp_path: Path) -> 
     within(main)
 
 
+@pytest.mark.catalogue(18, 29)
 def test_a_key_in_use_elsewhere_ends_with_code_18_and_its_restart_does_not(tmp_path: Path) -> None:
     place = Place(tmp_path)
 

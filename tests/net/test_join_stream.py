@@ -23,6 +23,7 @@ from p2p.errors import Refused
 from p2p.identity import PeerId
 from p2p.membership import issue
 from tests.net.test_authority import Place, idle, living, until_event, within
+from tests.sentences import complete
 
 
 def crowd(folder: Path, **admission: Any) -> Place:
@@ -61,9 +62,11 @@ async def ends(settings: Any, code: str, exit: ExitCode, **changes: Any) -> str:
         with pytest.raises(DaemonExit, match=rf"\({code}\)") as end:
             await obtain_certificate(node)
     assert end.value.code == exit
+    complete(end.value.why)
     return end.value.why
 
 
+@pytest.mark.catalogue(26)
 def test_a_pause_is_told_and_its_end_too(tmp_path: Path) -> None:
     place = crowd(tmp_path)
 
@@ -87,6 +90,7 @@ def test_a_pause_is_told_and_its_end_too(tmp_path: Path) -> None:
     within(main)
 
 
+@pytest.mark.catalogue(22, 23)
 def test_a_full_run_has_a_waitlist(tmp_path: Path) -> None:
     place = crowd(tmp_path, max_nodes=1)
 
@@ -135,6 +139,7 @@ def test_a_pace_is_kept_in_order(tmp_path: Path) -> None:
     within(main)
 
 
+@pytest.mark.catalogue(18)
 def test_places_outlive_restarts_of_both_sides(tmp_path: Path) -> None:
     place = crowd(tmp_path)
 
@@ -168,6 +173,7 @@ def test_places_outlive_restarts_of_both_sides(tmp_path: Path) -> None:
     within(main)
 
 
+@pytest.mark.catalogue(24)
 def test_waiting_ends_with_a_word(tmp_path: Path) -> None:
     place = crowd(tmp_path, queue_timeout_s=0.3)
 
@@ -191,6 +197,7 @@ class Slow:
         self.stage = stage
 
 
+@pytest.mark.catalogue(19)
 def test_a_slow_download_is_told_so(tmp_path: Path) -> None:
     place = crowd(tmp_path, max_download_s=600)
 
@@ -209,6 +216,7 @@ def test_a_slow_download_is_told_so(tmp_path: Path) -> None:
     within(main)
 
 
+@pytest.mark.catalogue(15, 25)
 def test_what_a_run_asks_for_ends_with_code_10(tmp_path: Path) -> None:
     async def main() -> None:
         for index, (code, admission, says) in enumerate(
@@ -334,6 +342,7 @@ def test_looking_from_outside(tmp_path: Path) -> None:
     within(main)
 
 
+@pytest.mark.catalogue(28)
 def test_at_the_end_of_grace_a_worker_leaves_with_code_13(tmp_path: Path) -> None:
     place = crowd(tmp_path)
     settings = place.worker("w")

@@ -17,6 +17,7 @@ from agorad import run
 from agorad.run import Admission, Manifest, NodeRef, RunInfo
 from p2p.identity import Identity
 from stage.presets import demo
+from tests.sentences import complete
 from tests.system.swarms import processes_under
 
 NEEDS_A_USER = pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
@@ -48,6 +49,7 @@ def refused(done: subprocess.CompletedProcess[str], program: str, words: str, co
     assert words in done.stderr
     assert done.stderr.startswith(f"{program}: ")
     assert done.stderr.count("\n") == 1, done.stderr
+    complete(done.stderr)
     assert len(done.stderr) < 400
 
 
@@ -193,6 +195,7 @@ def node(tmp_path: Path) -> NodePlace:
     return NodePlace(tmp_path, manifest, operator)
 
 
+@pytest.mark.catalogue(1)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -216,6 +219,7 @@ def test_settings_that_are_none(tmp_path: Path, text: bytes, words: str) -> None
     assert tree(tmp_path) == before
 
 
+@pytest.mark.catalogue(1)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -246,6 +250,7 @@ def test_the_run_that_the_others_are_spoiled_copies_of_is_fine(node: NodePlace) 
         assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.catalogue(1)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -315,6 +320,7 @@ def test_a_port_in_use(node: NodePlace) -> None:
         node.refuses(f"cannot listen on {addr}: Address already in use; name another address in node.listen")
 
 
+@pytest.mark.catalogue(42)
 def test_files_that_settings_name(node: NodePlace) -> None:
     node.settings("trainer", more='[trainer]\ndata = "none.txt"')
     node.refuses("cannot read")
@@ -331,6 +337,7 @@ def test_files_that_settings_name(node: NodePlace) -> None:
     node.refuses("is not a folder")
 
 
+@pytest.mark.catalogue(42)
 def test_what_only_the_role_finds_out_leaves_nothing_either(node: NodePlace) -> None:
     (node.folder / "short.txt").write_text("hello")
     node.settings("trainer", more='[trainer]\ndata = "short.txt"')

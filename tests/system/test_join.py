@@ -155,6 +155,7 @@ def test_the_readme_from_nothing_to_points(tmp_path: Path) -> None:
     assert again.returncode in (0, 5), again.stderr
 
 
+@pytest.mark.catalogue(31)
 def test_a_second_ctrl_c_ends_at_once_and_a_killed_node_is_told(tmp_path: Path) -> None:
     """No authority is there, so the nodes wait for one."""
     made = ctl(tmp_path, "agoractl", "run", "init", "lonely", "--port", str(first := free_ports(4)))

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import attrs
+import pytest
 import trio
 import trio.testing
 
@@ -137,6 +138,7 @@ def test_a_lone_replica_that_fell_behind_catches_up_by_itself() -> None:
     assert [event.step for event in bench.of(Step)] == [100]
 
 
+@pytest.mark.catalogue(38)
 def test_a_replica_that_fell_behind_an_active_mate_synchronises() -> None:
     bench = Bench()
 

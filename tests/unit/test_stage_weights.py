@@ -145,6 +145,7 @@ def test_few_samples_are_carried_over_and_none_touches_nothing() -> None:
     assert optimizer.step(2, 4).outcome == "updated"
 
 
+@pytest.mark.catalogue(35)
 def test_a_gradient_that_is_not_finite_is_dropped_and_reported() -> None:
     events: list[Event] = []
     weights = genesis.genesis(MODEL, 0, 3)

@@ -55,6 +55,7 @@ def test_little_memory_sheds_load_until_there_is_more() -> None:
     assert answers == [[], ["shed"], [], [], [], ["resume"], []]
 
 
+@pytest.mark.catalogue(32)
 def test_who_holds_the_memory_ends_before_the_kernel_does_it() -> None:
     for resident, ends in ((30 * GIB, True), (10 * GIB, False)):
         rule = HostMemory()
@@ -118,6 +119,7 @@ def test_gradients_of_others_end_nobody() -> None:
     assert [hear(rule, "bad_gradient", 1e4) for _ in range(BAD - 1)] == [[]] * (BAD - 1)
 
 
+@pytest.mark.catalogue(35)
 def test_weights_that_are_not_finite_are_fetched_once_and_then_the_node_ends() -> None:
     rule = Weights()
     assert did(rule.examined(False, 0.0)) == ["resync"]
@@ -133,6 +135,7 @@ def rounds(rule: Rounds, why: str, members: int, number: int) -> list[str]:
     return hear(rule, "round_abandoned", round=number, why=why)
 
 
+@pytest.mark.catalogue(36)
 def test_rounds_that_fail_here_alone() -> None:
     rule = Rounds()
     answers = [rounds(rule, PARTS_MISSED, 2, number) for number in range(2 * MANY)]
@@ -170,6 +173,7 @@ def test_nobody_there() -> None:
     assert look(rule, at=100.0 + ALONE_S + 1, connections=0) == ["end"]
 
 
+@pytest.mark.catalogue(37)
 def test_no_work_while_the_run_goes_on() -> None:
     rule = Work()
     look(rule, at=0.0, phase="active", step=0)
