@@ -74,7 +74,7 @@ def test_who_does_not_let_itself_be_measured_does_not_get_in(tmp_path: Path) -> 
             living(place.authority_settings(), authority.run),
             living(place.worker("w"), idle) as node,
         ):
-            honest = node.host._handlers[selfreport.PROTOCOL]
+            honest = node.host._server._handlers[selfreport.PROTOCOL]
 
             async def shy(call: Call) -> None:
                 for _ in range(6):
@@ -86,7 +86,7 @@ def test_who_does_not_let_itself_be_measured_does_not_get_in(tmp_path: Path) -> 
                     else:
                         return  # busy, or so it would have others believe
 
-            node.host._handlers[selfreport.PROTOCOL] = attrs.evolve(honest, handler=shy)
+            node.host._server._handlers[selfreport.PROTOCOL] = attrs.evolve(honest, handler=shy)
             node.nursery.start_soon(obtain_certificate, node)
             delayed = (await until_event(node, "join_delayed"))[0]
             assert "could not be measured" in delayed["why"]

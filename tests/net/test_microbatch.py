@@ -1106,7 +1106,9 @@ def test_an_answer_that_cannot_be_true_is_asked_for_elsewhere(
             dc = answer.pop("dc", bytes(BOUNDARY))
             await call.send(answer, dc)
 
-        liar.host._handlers[PROTOCOL] = attrs.evolve(liar.host._handlers[PROTOCOL], handler=handle)
+        liar.host._server._handlers[PROTOCOL] = attrs.evolve(
+            liar.host._server._handlers[PROTOCOL], handler=handle
+        )
         swarm.show(head, liar)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send_on, head, swarm.request(path=[TRAINER.peer_id, head.peer]))
@@ -1136,7 +1138,9 @@ def test_who_does_not_accept_in_time_is_told_at_once_that_it_was_left(
             finally:
                 told_s.append(time.time())
 
-        slow.host._handlers[PROTOCOL] = attrs.evolve(slow.host._handlers[PROTOCOL], handler=handle)
+        slow.host._server._handlers[PROTOCOL] = attrs.evolve(
+            slow.host._server._handlers[PROTOCOL], handler=handle
+        )
         swarm.show(head, slow)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send_on, head, swarm.request(path=[TRAINER.peer_id, head.peer]))

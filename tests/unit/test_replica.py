@@ -7,19 +7,21 @@ from typing import Any, cast
 
 import attrs
 import pytest
+import torch
 import trio
 import trio.testing
 
-from p2p.averaging import Averager
+from p2p.averaging import Averager, RoundFailed
 from p2p.errors import LocalError
 from p2p.event import Event
 from p2p.identity import Identity, PeerId
 from p2p.records import StageRecord
 from stage.clock import Reading, StepClock
+from stage.compute import PackedSlice
 from stage.config import TrainingConfig
 from stage.device import Device
-from stage.events import Phase, SaveFailed, SettingsTaken, Step
-from stage.replica import PROMOTE_S, Replica
+from stage.events import Phase, RoundAbandoned, SaveFailed, SettingsTaken, Step
+from stage.replica import PROMOTE_S, ROUND_S, Replica
 from stage.roster import Entry, StageView
 
 TRAINER = Identity.generate(bytes([1]) * 32)
@@ -309,3 +311,43 @@ def test_held_from_the_start_it_waits_and_then_begins() -> None:
         assert bench.replica.phase == "active"
 
     bench.live(body)
+
+
+@pytest.mark.catalogue(36, 41)
+def test_rounds_that_fail_or_hang_are_abandoned_and_training_goes_on() -> None:
+    bench = Bench()
+    asked: list[int] = []
+
+    class Stuck:
+        """The first round fails, the second one hangs until its deadline."""
+
+        async def average(self, number: int, *_args: Any, deadline: float, **_more: Any) -> Any:
+            asked.append(number)
+            if len(asked) == 1:
+                raise RoundFailed("2 of 3 members are gone")
+            with trio.fail_after(deadline):
+                await trio.sleep_forever()
+
+    class Packing(Weights):
+        def pack(self, number: int) -> Any:
+            return PackedSlice(0, 0, torch.zeros(8), 0)
+
+    bench.replica._averager = cast(Averager, Stuck())
+    bench.replica._compute = Packing()
+    bench.replica._training = attrs.evolve(bench.replica._training, average_every=1)
+
+    async def body() -> None:
+        bench.mate("active")
+        await bench.advance(1)
+        await bench.advance(2)
+        await bench.advance(3)
+        await trio.sleep(ROUND_S + 1)
+        await bench.advance(4)
+        assert bench.replica.phase == "active"
+        assert [step.step for step in bench.of(Step)] == [1, 2, 3, 4]
+
+    bench.live(body)
+    assert len(asked) >= 3
+    failed, hung = bench.of(RoundAbandoned)[:2]
+    assert (failed.round, failed.why) == (1, "2 of 3 members are gone")
+    assert (hung.round, hung.why) == (asked[1], "timeout")
