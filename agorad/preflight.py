@@ -24,7 +24,7 @@ def check(settings: Config) -> Manifest:
     identity = Identity.load(settings.identity) if settings.identity.exists() else None
     state = settings.node.state
     if state.exists() and not state.is_dir():
-        raise LocalError(f"node.state = {state} is not a folder")
+        raise LocalError(f"node.state = {state} is not a folder; name another")
     for name, path in (
         ("identity", settings.identity),
         ("control", settings.node.control),

@@ -297,7 +297,7 @@ def _check_peer_id(peer_id: PeerId, where: str) -> None:
     try:
         public_key_of(peer_id)
     except RemoteError as error:
-        raise LocalError(f"{where} has a peer id that is none: {error}") from error
+        raise LocalError(f"{where} has a peer id that is none: {error}; copy it again") from error
 
 
 def _canonical(table: Mapping[str, Any]) -> bytes:

@@ -94,7 +94,7 @@ def override(cls: type[Any], table: dict[str, Any], assignments: Sequence[str]) 
             known = fields_of(kind) if _is_section(kind) else {}
             if part not in known:
                 name = ".".join(parts[: depth + 1])
-                hint = nearest(part, known) if known else "it has no settings inside"
+                hint = nearest(part, known) if known else "it has no settings inside: set it itself"
                 raise LocalError(f"unknown setting {name!r}; {hint}")
             kind = _without_none(known[part].type)
             if depth < len(parts) - 1:

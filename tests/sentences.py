@@ -11,7 +11,7 @@ VERBS = """
 """
 """With which something to do begins."""
 _MEANT = re.compile(
-    r"did you mean|must be|is none of|whole numbers? from|in the range|\d+ to \d+|see agorad?(ctl)? "
+    r"did you mean|must |are possible|needs at least|of the form|is none of|whole numbers? from|in the range|\d+ to \d+|see agorad?(ctl)? "
 )
 """A sentence that says what is right needs no verb."""
 

@@ -93,7 +93,7 @@ def _folder(folder: Path | None) -> tuple[Path, bool]:
         if any(folder.iterdir()):
             raise LocalError(f"--dir {folder}: is not empty; name a new or an empty folder")
     except OSError as error:
-        raise LocalError(f"--dir {folder}: {error.strerror}") from error
+        raise LocalError(f"--dir {folder}: {error.strerror}; name another folder") from error
     return folder, created
 
 
