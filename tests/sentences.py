@@ -11,7 +11,8 @@ VERBS = """
 """
 """With which something to do begins."""
 _MEANT = re.compile(
-    r"did you mean|must |are possible|needs at least|of the form|is none of|whole numbers? from|in the range|\d+ to \d+|see agorad?(ctl)? "
+    "did you mean|must |are possible|needs at least|of the form|is none of|whole numbers? from|in the range|"
+    r"\d+ to \d+|see agora(d|ctl) "
 )
 """A sentence that says what is right needs no verb."""
 

@@ -116,7 +116,8 @@ def check(plan: Plan) -> Manifest:
     manifest = _manifest(plan, operator, {})
     if manifest.model.stages != plan.stages:
         raise LocalError(
-            f"model.layers names {manifest.model.stages} stages, --stages asks for {plan.stages}; leave one of them out"
+            f"model.layers names {manifest.model.stages} stages, --stages asks for {plan.stages}; "
+            "leave one of them out"
         )
     _node_table(plan, {"role": "worker", "run": "run.toml", "state": "."}, {})
     return manifest
