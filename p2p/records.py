@@ -77,9 +77,14 @@ class StageRecord:
     """Relative distance to the others on the last averaged slice."""
     snapshot_step: int | None = None
     """Step of the newest state that it could serve."""
+    working: int | None = None
+    """Microbatches in progress."""
+    round: tuple[int, float, int, float] | None = None
+    """Its last averaging: number, fraction averaged, members, unix time."""
 
     def to_value(self) -> dict[str, Any]:
-        return {**attrs.asdict(self), "addrs": list(self.addrs)}
+        last = None if self.round is None else list(self.round)
+        return {**attrs.asdict(self), "addrs": list(self.addrs), "round": last}
 
     @classmethod
     def from_value(cls, value: Any) -> Self:
@@ -94,6 +99,8 @@ class StageRecord:
             and _is_certificate(value.get("certificate"))
             and (value.get("disagreement") is None or _is_amount(value["disagreement"]))
             and (value.get("snapshot_step") is None or _is_count(value["snapshot_step"], MAX_STEP))
+            and (value.get("working") is None or _is_count(value["working"], MAX_SLOTS))
+            and (value.get("round") is None or _is_round(value["round"]))
         ):
             raise RemoteError("a stage record that is not what its key promises")
         disagreement = value.get("disagreement")
@@ -106,6 +113,8 @@ class StageRecord:
             certificate=value["certificate"],
             disagreement=None if disagreement is None else float(disagreement),
             snapshot_step=value.get("snapshot_step"),
+            working=value.get("working"),
+            round=None if value.get("round") is None else tuple(value["round"]),
         )
 
 
@@ -121,9 +130,14 @@ class ClockRecord:
 
     Checked by the reader who counts it (``stage.clock``), not here.
     """
+    loss: float | None = None
+    """Mean of its last microbatches' losses, for people."""
+    evaluated: tuple[int, float] | None = None
+    """Step and loss of its last evaluation, if it is the trainer that evaluates."""
 
     def to_value(self) -> dict[str, Any]:
-        return attrs.asdict(self)
+        last = None if self.evaluated is None else list(self.evaluated)
+        return {**attrs.asdict(self), "evaluated": last}
 
     @classmethod
     def from_value(cls, value: Any) -> Self:
@@ -135,7 +149,17 @@ class ClockRecord:
             and len(value["signature"]) == 64
         ):
             raise RemoteError("a clock record that is not what its key promises")
-        return cls(samples=value["samples"], at=float(value["at"]), signature=value["signature"])
+        loss, evaluated = value.get("loss"), value.get("evaluated")
+        # The count has to be read whatever became of the loss: a run that diverges says NaN here.
+        loss = loss if _is_amount(loss) else None
+        evaluated = evaluated if _is_evaluation(evaluated) else None
+        return cls(
+            samples=value["samples"],
+            at=float(value["at"]),
+            signature=value["signature"],
+            loss=None if loss is None else float(loss),
+            evaluated=None if evaluated is None else (evaluated[0], float(evaluated[1])),
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -191,6 +215,23 @@ def _is_number(value: Any) -> bool:
 
 def _is_amount(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= MAX_RATE
+
+
+def _is_round(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 4
+        and _is_count(value[0], MAX_STEP)
+        and _is_amount(value[1])
+        and _is_count(value[2], MAX_SLOTS)
+        and _is_number(value[3])
+    )
+
+
+def _is_evaluation(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 2 and _is_count(value[0], MAX_STEP) and _is_amount(value[1])
+    )
 
 
 def _is_certificate(value: Any) -> bool:

@@ -160,6 +160,8 @@ class Trainer:
         """One for each microbatch in flight, to give them up by."""
         self.loss: float | None = None
         """Exponential mean of the last losses, for people."""
+        self.evaluated: tuple[int, float] | None = None
+        """Step and loss of the last evaluation."""
         self.clock_changed = trio.Event()
 
     @property
@@ -300,7 +302,10 @@ class Trainer:
         finally:
             self._evaluating = False
         if len(losses) == 2 * rows:
-            self._emit(Evaluated(step=step, loss=math.fsum(losses) / len(losses), rows=rows))
+            loss = math.fsum(losses) / len(losses)
+            self.evaluated = step, loss
+            self.clock_changed.set()
+            self._emit(Evaluated(step=step, loss=loss, rows=rows))
 
     async def _keep_journal(self) -> None:
         while True:

@@ -7,6 +7,7 @@ signed for goes to an authority as receipts (``agorad.points``), the last of it 
 
 from __future__ import annotations
 
+import math
 import random
 
 import trio
@@ -133,7 +134,7 @@ async def run(node: Node) -> None:
         node.nursery.start_soon(end_on_time, settings.seconds)
     await trainer.run()
     await submitter.finish()
-    await _store_clock(node, clock)
+    await _store_clock(node, clock, trainer)
 
 
 async def _until_served(stages: list[StageView], ending: trio.Event) -> None:
@@ -158,17 +159,23 @@ async def _publish_clock(node: Node, clock: StepClock, trainer: Trainer) -> None
     """
     while True:
         trainer.clock_changed = trio.Event()
-        await _store_clock(node, clock)
+        await _store_clock(node, clock, trainer)
         await trio.sleep(PUBLISH_S)
         with trio.move_on_after(CLOCK_TTL_S / 4):
             await trainer.clock_changed.wait()
 
 
-async def _store_clock(node: Node, clock: StepClock) -> None:
+async def _store_clock(node: Node, clock: StepClock, trainer: Trainer) -> None:
     mine = next((r for r in clock.readings if r.trainer == node.identity.peer_id), None)
     if mine is None:
         return
-    record = ClockRecord(samples=mine.samples, at=node.clock(), signature=mine.signature)
+    record = ClockRecord(
+        samples=mine.samples,
+        at=node.clock(),
+        signature=mine.signature,
+        loss=_finite(trainer.loss),
+        evaluated=trainer.evaluated if trainer.evaluated and math.isfinite(trainer.evaluated[1]) else None,
+    )
     await node.dht.store(
         clock_key(node.manifest.run.id),
         node.identity.peer_id,
@@ -176,3 +183,8 @@ async def _store_clock(node: Node, clock: StepClock) -> None:
         ttl=CLOCK_TTL_S,
         deadline=STORE_S,
     )
+
+
+def _finite(loss: float | None) -> float | None:
+    """A record holds no other numbers; a run that diverges is to keep its clock."""
+    return loss if loss is not None and math.isfinite(loss) else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 
 import attrs
@@ -137,6 +138,23 @@ async def _join(node: Node, store: SnapshotStore) -> Certificate | None:
     return certificate
 
 
+class Rate:
+    """How fast a count grows, over the last ``OVER_S`` or so."""
+
+    OVER_S = 30.0
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque(maxlen=64)
+
+    def samples_a_second(self, now: float, count: int) -> float:
+        """With the count of this moment."""
+        self._seen.append((now, count))
+        while len(self._seen) > 2 and now - self._seen[1][0] >= self.OVER_S:
+            self._seen.popleft()
+        (began, first), (ended, last) = self._seen[0], self._seen[-1]
+        return round((last - first) / (ended - began), 4) if ended > began else 0.0
+
+
 class Faults:
     """Ends the worker when a job finds memory or accelerator failing.
 
@@ -187,6 +205,7 @@ class _Worker:
         self.store = store
         self.saving = trio.Lock()
         self.saved_bytes = 0
+        self.rate = Rate()
         self.roster = Roster(node.dht, node.trust, node.clock)
         self.mates = self.roster.view(stage)
         self.declaration = Declaration(node.dht, manifest.run.id, stage, self.peer_id, self.describe)
@@ -322,15 +341,20 @@ class _Worker:
     def describe(self) -> StageRecord:
         certificate = self.node.certificate
         assert certificate is not None
+        last = self.replica.last_round
         return StageRecord(
             addrs=tuple(str(addr) for addr in self.node.host.addrs)[:8],
             phase="leaving" if self.node.stopping.is_set() else self.replica.phase,
             step=self.replica.step,
             slots=0 if self.server.shedding else max(0, self.server.slots_free),
             rate=0.0,
+            slots=max(0, self.server.slots_free),
+            rate=self.rate.samples_a_second(trio.current_time(), self.server.added),
             certificate=certificate.encode(),
             disagreement=self.replica.disagreement,
             snapshot_step=self.replica.state_step,
+            working=self.server.in_progress,
+            round=None if last is None else (last.number, last.fraction, last.members, last.at),
         )
 
     async def take_snapshot(self, step: int) -> None:
