@@ -28,6 +28,7 @@ from stage.settings import ComputeSettings
 Role = Literal["seed", "worker", "trainer", "authority"]
 ROLES: Final[tuple[str, ...]] = get_args(Role)
 DEFAULT_PORT: Final = 49200
+PAGE_PORT: Final = 49180
 SYSTEM_STATE: Final = Path("/var/lib/agora")
 SYSTEM_RUNTIME: Final = Path("/run/agora")
 
@@ -101,6 +102,8 @@ class AuthoritySection:
     """SQLAlchemy URL; empty: AGORA_DATABASE_URL of the environment, else SQLite in the state folder."""
     hub_endpoint: str = "https://huggingface.co"
     """Who is asked whose a token is, with ``admission.accounts = "huggingface"``."""
+    page_listen: str = ""
+    """Address and port of the run's web page, like 0.0.0.0:49180; empty: there is none."""
 
 
 @attrs.frozen(kw_only=True)
@@ -166,6 +169,8 @@ class Config:
             read_address(self.metrics.listen)
         if self.metrics.push:
             check_url(self.metrics.push, self.metrics.push_token_file is not None)
+        if self.authority.page_listen:
+            read_address(self.authority.page_listen, "authority.page_listen", PAGE_PORT)
         if not self.node.listen:
             raise LocalError("node.listen is empty; name at least one multiaddr, like /ip4/0.0.0.0/tcp/49200")
 

@@ -181,6 +181,12 @@ class Queue:
             if place.open
         }
 
+    def newcomer(self, now: float, *, free: int, paused: bool) -> View:
+        """What a node would be told that came now."""
+        position = len(self._places) + 1
+        eta_s = self._eta_s(position, now, free=free, paused=paused)
+        return View(position, eta_s, paused, free <= 0)
+
     def _eta_s(self, position: int, now: float, *, free: int, paused: bool) -> float | None:
         if paused:
             return None

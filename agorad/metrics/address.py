@@ -12,20 +12,18 @@ DEFAULT_PORT: Final = 49190
 """Of the first GPU's node; the others' follow."""
 
 
-def read_address(text: str) -> tuple[str, int]:
+def read_address(text: str, setting: str = "metrics.listen", port: int = DEFAULT_PORT) -> tuple[str, int]:
     """``host:port`` with a literal address, an IPv6 one in brackets. Raises LocalError."""
-    host, colon, port = text.rpartition(":")
+    host, colon, number = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
-        good = bool(colon) and bracketed == (address.version == 6) and port.isascii() and port.isdecimal()
+        good = bool(colon) and bracketed == (address.version == 6) and number.isascii() and number.isdecimal()
     except ValueError:
         good = False
-    if not good or int(port) > 65535:
-        raise LocalError(
-            f"metrics.listen = {text!r} is not an address and a port, like 127.0.0.1:{DEFAULT_PORT}"
-        )
-    return str(address), int(port)
+    if not good or int(number) > 65535:
+        raise LocalError(f"{setting} = {text!r} is not an address and a port, like 127.0.0.1:{port}")
+    return str(address), int(number)
 
 
 def check_url(url: str, with_token: bool) -> None:

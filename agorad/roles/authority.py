@@ -125,6 +125,10 @@ async def run(node: Node, outside: Outside | None = None) -> None:
             nursery.start_soon(desk.room.run)
             nursery.start_soon(operator.publish)
             nursery.start_soon(points.run)
+            if node.config.authority.page_listen:
+                from agorad.web import service  # an HTTP server is much to import for who has no page
+
+                nursery.start_soon(service.run, node, desk)
             node.ready()
             await node.stopping.wait()
             nursery.cancel_scope.cancel()
@@ -156,7 +160,7 @@ class Desk:
         self.room = WaitingRoom(
             Queue(node.manifest.admission),
             clock=node.clock,
-            capacity=self._capacity,
+            capacity=self.capacity,
             save=self._save,
             forget=self._forget,
         )
@@ -446,7 +450,8 @@ class Desk:
 
         return await trio.to_thread.run_sync(in_thread, limiter=self._thread)
 
-    async def _capacity(self) -> Capacity:
+    async def capacity(self) -> Capacity:
+        """Whether the run takes nodes now."""
         settling = trio.current_time() - self._began < SETTLE_S
         return await self.ask(partial(self.issuer.capacity, self.node.clock(), settling=settling))
 

@@ -347,8 +347,6 @@ class _Worker:
             phase="leaving" if self.node.stopping.is_set() else self.replica.phase,
             step=self.replica.step,
             slots=0 if self.server.shedding else max(0, self.server.slots_free),
-            rate=0.0,
-            slots=max(0, self.server.slots_free),
             rate=self.rate.samples_a_second(trio.current_time(), self.server.added),
             certificate=certificate.encode(),
             disagreement=self.replica.disagreement,
