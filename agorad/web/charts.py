@@ -43,6 +43,7 @@ def figure(
             tag("p", "There is nothing to draw yet.", cls="empty"),
             id=key,
         )
+    drawn = _drawn(lines, show_x, show_y, from_zero)
     said = ". ".join(_sentence(name, points, x, show_x, show_y) for name, points in lines)
     return tag(
         "figure",
@@ -92,7 +93,8 @@ def _drawn(
     chart: Any = pygal.XY(
         width=640, height=260, margin=4, spacing=6, show_legend=False, show_dots=False, stroke=True,
         js=[], css=[], disable_xml_declaration=True, no_prefix=True, print_values=False,
-        x_labels=ticks(_all(lines, 0)), y_labels=ticks(heights), range=(min(heights), max(heights) or 1.0), truncate_label=-1,
+        x_labels=ticks(_all(lines, 0)), y_labels=ticks(heights), range=(min(heights), max(heights) or 1.0),
+        truncate_label=-1,
         show_x_guides=False, show_y_guides=True,
         x_value_formatter=show_x, value_formatter=show_y,
     )  # fmt: skip
