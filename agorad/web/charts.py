@@ -50,7 +50,7 @@ def figure(
         tag("figcaption", title, _legend([name for name, _points in lines]), id=f"{key}-title"),
         tag(
             "div",
-            _drawn(lines, show_x, show_y, from_zero),
+            drawn,
             cls="chart",
             role="img",
             aria_label=f"{title}. {said}.",
