@@ -20,6 +20,7 @@ import click
 from agorad import run as manifests
 from agorad.authority import accounts
 from agorad.cli.plan import plan
+from agorad.config import PAGE_PORT
 from agorad.hosts import kind_of
 from agorad.metrics.address import DEFAULT_PORT
 from agorad.run import Manifest, NodeRef, RunInfo
@@ -100,8 +101,10 @@ def init(
     manifest = manifests.from_table(override(Manifest, unstructure(base), assignments)).signed(operator)
     if folder.exists() and any(folder.iterdir()):
         raise LocalError(f"the folder {folder} is not empty; name another with --dir")
+    page = f"{_page_host(kind, host)}:{PAGE_PORT}"
     for offset, (role, key) in enumerate(keys.items()):
-        _write_node(folder / role, role, key, port + offset, refs[role].addrs, DEFAULT_PORT - 1 - offset)
+        metrics_port = DEFAULT_PORT - 1 - offset
+        _write_node(folder / role, role, key, port + offset, refs[role].addrs, metrics_port, page)
     operator.save(folder / "operator.key")
     manifests.save(manifest, folder / "run.toml")
     _invite(folder)
@@ -166,8 +169,15 @@ def account(name: str, folder: Path, as_json: bool) -> None:
         )
 
 
+def _page_host(kind: str, host: str) -> str:
+    """Where the authority's page listens: it is there for those who can reach the nodes."""
+    if kind in ("ip4", "ip6") and ipaddress.ip_address(host).is_loopback:
+        return "127.0.0.1"
+    return "[::]" if kind == "ip6" else "0.0.0.0"
+
+
 def _write_node(
-    folder: Path, role: str, key: Identity, port: int, announce: tuple[str, ...], metrics_port: int
+    folder: Path, role: str, key: Identity, port: int, announce: tuple[str, ...], metrics_port: int, page: str
 ) -> None:
     import tomli_w
 
@@ -179,7 +189,7 @@ def _write_node(
         "metrics": {"listen": f"127.0.0.1:{metrics_port}"},
     }
     if role == "authority":
-        table["authority"] = {"accounts": "accounts.toml"}
+        table["authority"] = {"accounts": "accounts.toml", "page_listen": page}
     (folder / "agorad.toml").write_text(tomli_w.dumps(table))
 
 

@@ -158,6 +158,9 @@ async def _next_head(wire: h11.Connection, stream: trio.SocketStream) -> h11.Req
             wire.receive_data(data)
         elif isinstance(event, h11.Request):
             head = event
+            names = dict(event.headers)
+            if b"transfer-encoding" in names or names.get(b"content-length", b"0") != b"0":
+                raise h11.RemoteProtocolError("nobody here reads bodies", error_status_hint=413)
         elif isinstance(event, h11.EndOfMessage):
             return head
         elif isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
