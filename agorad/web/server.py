@@ -75,8 +75,10 @@ Answer = Callable[[Request], Awaitable[Response]]
 class Server:
     """See the module's head."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, failed: Callable[[Exception], None]) -> None:
+        """``failed``: hears of a bug that answering met."""
         self._answer = answer
+        self._failed = failed
         self._readers: Counter[str] = Counter()
         self._turns = trio.Lock()
         self.open = 0
@@ -103,7 +105,7 @@ class Server:
                     await self._requests(stream)
                 else:
                     await _turn_away(stream)
-        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError):
+        except* (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError):
             pass  # the reader went away, or reads too slowly
         finally:
             self.open -= 1
@@ -137,7 +139,13 @@ class Server:
             request = _request(head, address)
             async with self._turns:  # passed on in turn: a crowd is served one a round of the loop
                 await trio.lowlevel.checkpoint()
-            response = Response(status=400) if request is None else await self._answer(request)
+            response = Response(status=400)
+            if request is not None:
+                try:
+                    response = await self._answer(request)
+                except Exception as error:
+                    self._failed(error)  # a page that is broken must not end who serves it
+                    response = Response(status=500)
             again = served + 1 < REQUESTS
             if not await _send(wire, stream, head.method == b"HEAD", response, again=again):
                 return

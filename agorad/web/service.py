@@ -29,9 +29,13 @@ async def run(node: Node, desk: Desk) -> None:
     host, port = listener.socket.getsockname()[:2]
     node.status["page"] = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
     watch = Watch(node, desk)
+
+    def failed(error: Exception) -> None:
+        node.warnings["page"] = f"a page could not be made; please report this bug: {error!r:.300}"
+
     async with listener, trio.open_nursery() as nursery:
         nursery.start_soon(watch.run)
-        nursery.start_soon(Server(Site(watch).answer).serve, listener)
+        nursery.start_soon(Server(Site(watch).answer, failed).serve, listener)
 
 
 async def _listener(node: Node) -> trio.SocketListener:

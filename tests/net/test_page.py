@@ -154,12 +154,14 @@ class Served:
 @contextlib.asynccontextmanager
 async def serving() -> AsyncIterator[Served]:
     watch = FakeWatch()
-    server = Server(Site(watch).answer)  # type: ignore[arg-type]
+    failures: list[Exception] = []
+    server = Server(Site(watch).answer, failures.append)  # type: ignore[arg-type]
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with listener, trio.open_nursery() as nursery:
         nursery.start_soon(server.serve, listener)
         yield Served(watch, listener.socket.getsockname()[1])
         nursery.cancel_scope.cancel()
+    assert failures == []
 
 
 def within(main: Callable[..., Any]) -> Any:
@@ -409,3 +411,22 @@ def test_a_clock_that_was_set_back_and_a_restarted_count_do_no_harm() -> None:
     for at, samples in ((100.0, 10), (50.0, 12), (60.0, 5), (70.0, 25)):
         history.note(Moment(at, 0, samples, None, 1))
     assert history.samples_per_second() == pytest.approx(2.0)
+
+
+def test_a_page_that_is_broken_ends_nobody() -> None:
+    async def main() -> None:
+        heard: list[Exception] = []
+
+        async def broken(_request: http.Request) -> http.Response:
+            raise RuntimeError("a bug")
+
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        with trio.fail_after(DEADLINE_S):
+            async with listener, trio.open_nursery() as nursery:
+                nursery.start_soon(Server(broken, heard.append).serve, listener)
+                served = Served(FakeWatch(), listener.socket.getsockname()[1])
+                assert [(await served.get("/")).status for _ in range(2)] == [500, 500]
+                nursery.cancel_scope.cancel()
+        assert [str(error) for error in heard] == ["a bug", "a bug"]
+
+    trio.run(main)

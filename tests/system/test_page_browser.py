@@ -1,8 +1,8 @@
 """The page in a real browser: followed live while nodes come and go, without complaint of it or of axe.
 
 Needs Debian's chromium and the Python package playwright (`apt-get install chromium`, `pip install
-playwright`); axe-core comes from npm, once, beside the tests' own packages. Skipped where these are missing. With
-AGORA_SCREENSHOTS=FOLDER it leaves pictures of every page there.
+playwright`); axe-core comes from npm, once, beside the tests' own packages. Skipped where these are missing.
+With AGORA_SCREENSHOTS=FOLDER it leaves pictures of every page there.
 """
 
 from __future__ import annotations
