@@ -91,7 +91,7 @@ def _drawn(
     heights = [*_all(lines, 1), *([0.0] if from_zero else [])]
 
     chart: Any = pygal.XY(
-        width=640, height=260, margin=4, spacing=6, show_legend=False, show_dots=False, stroke=True,
+        width=440, height=210, margin=4, spacing=6, show_legend=False, show_dots=False, stroke=True,
         js=[], css=[], disable_xml_declaration=True, no_prefix=True, print_values=False,
         x_labels=ticks(_all(lines, 0)), y_labels=ticks(heights), range=(min(heights), max(heights) or 1.0),
         truncate_label=-1,
