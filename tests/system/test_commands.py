@@ -171,13 +171,6 @@ def test_a_seed_and_an_authority_without_a_swarm(tmp_path: Path) -> None:
         _json("doctor", *where, "--no-measure")
         for line in agoractl("events", *where, "--json").stdout.splitlines():
             fits(json.loads(line), "events")
-        _json("bugreport", *where, "--offline", "--output", str(tmp_path / "report.tar.gz"))
-        _json("identity", str(tmp_path / "new.key"), "--create")
-        _json("run", "show", str(folder / "run.toml"))
-        account = agoractl("run", "account", "bob", "--dir", str(folder), "--json")
-        fits(json.loads(account.stdout), "run account")
-        check = agoractl("join", str(folder / "run.toml"), "--check", "--gpu-id", "cpu", "--json")
-        fits(json.loads(check.stdout), "join --check")
         agoractl("pause", *where, code=1)
         agoractl("restart", *where, timeout=60)
         (after,) = _json("status", *where)["nodes"]
@@ -187,3 +180,16 @@ def test_a_seed_and_an_authority_without_a_swarm(tmp_path: Path) -> None:
         _json("status", *where, code=3)
         told = agoractl("status", *where, code=3)
         assert "seed does not run: it ended cleanly" in told.stderr
+
+
+@pytest.mark.long
+def test_other_documents_fit_their_schemas(tmp_path: Path) -> None:
+    folder = small_runs.make(tmp_path / "run")
+    where = ("--config", str(folder / "seed" / "agorad.toml"))
+    _json("bugreport", *where, "--offline", "--output", str(tmp_path / "report.tar.gz"))
+    _json("identity", str(tmp_path / "new.key"), "--create")
+    _json("run", "show", str(folder / "run.toml"))
+    account = agoractl("run", "account", "bob", "--dir", str(folder), "--json")
+    fits(json.loads(account.stdout), "run account")
+    check = agoractl("join", str(folder / "run.toml"), "--check", "--gpu-id", "cpu", "--json")
+    fits(json.loads(check.stdout), "join --check")
