@@ -272,6 +272,7 @@ print(resident("VmHWM"), compute.graph_bytes, compute.floats)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)  # three trainings, 40 s each on a busy machine
 def test_modes_that_save_memory_do_so_in_a_process_of_their_own() -> None:
     """High-water marks of whole processes, against what theory says is saved."""
 
