@@ -32,6 +32,8 @@ def commands() -> list[list[str]]:
 
 def environment(home: Path, **extra: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("XDG_")}
+    # Named, so that a join of root's on a machine with systemd installs nothing there.
+    kept["XDG_STATE_HOME"] = str(home / ".local" / "state")
     return {**kept, "HOME": str(home), "AGORA_TOKEN": "", "HF_TOKEN": "", **extra}
 
 

@@ -52,6 +52,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "CUDA_VISIBLE_DEVICES", *secret.VARIABLES):
         monkeypatch.delenv(name, raising=False)
+    # The usual place, but named: of root's on a machine with systemd nothing is the system's then.
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / ".local" / "state"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
