@@ -103,6 +103,8 @@ def _live(settings: Config, secret: str | None, lifeline: int | None) -> None:
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if secret is not None:  # a memory image of a crash would hold it
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     use_large_pages()
     # Importing torch takes seconds; being asked to stop in that time is a clean end as well.
     for number in (signal.SIGTERM, signal.SIGINT):

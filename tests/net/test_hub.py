@@ -17,9 +17,9 @@ import trio
 
 from agorad.authority import hub as hub_module
 from agorad.authority.hub import Hub
-from agorad.exitcodes import DaemonExit, ExitCode
+from agorad.exitcodes import DaemonExit, ExitCode, verdict
 from agorad.joining import obtain_certificate
-from agorad.node import Node
+from agorad.node import Node, run_node
 from agorad.roles import authority
 from p2p.errors import Refused
 from tests.net.test_authority import Place, idle, living, until_event, within
@@ -184,7 +184,9 @@ class HubPlace(Place):
 
 
 @pytest.mark.catalogue(16, 17)
-def test_a_token_lets_in_once_and_the_key_from_then_on(endpoint: str, tmp_path: Path) -> None:
+def test_a_token_lets_in_once_and_the_key_from_then_on(
+    endpoint: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     place = HubPlace(tmp_path, endpoint)
 
     async def refused(settings: Any, code: str) -> None:
@@ -218,6 +220,9 @@ def test_a_token_lets_in_once_and_the_key_from_then_on(endpoint: str, tmp_path: 
 
     within(main)
     _nowhere(tmp_path, "hf_alice", "hf_bob", "hf_wrong")
+    said = "".join(capfd.readouterr())  # both sides' logs
+    assert "certificate_granted" in said
+    assert not [token for token in ("hf_alice", "hf_bob", "hf_wrong") if token in said]
 
 
 def test_an_account_has_as_many_nodes_as_it_may(endpoint: str, tmp_path: Path) -> None:
@@ -258,6 +263,38 @@ def test_joining_outlasts_a_hub_in_trouble(endpoint: str, tmp_path: Path, monkey
             node.stop("seen enough")
 
     within(main)
+
+
+def test_a_bug_on_either_side_tells_no_token(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever fails with the token at hand, tracebacks, events and logs have it not."""
+    place = HubPlace(tmp_path, endpoint)
+
+    async def broken(_hub: Hub, token: str) -> str:
+        return {}[len(token)]  # type: ignore[no-any-return]
+
+    async def breaks(node: Node) -> None:
+        with trio.move_on_after(1.0):
+            await obtain_certificate(node)
+        {}[node.config.name]
+
+    async def main() -> None:
+        async with living(place.authority_settings(), authority.run) as desk:
+            with pytest.raises(BaseException) as end:
+                await run_node(place.joiner("w", None), breaks, started_at=time.time(), secret="hf_alice")
+            assert desk.bus.counts["handler_failed"] > 0
+            code, _why = verdict(end.value)
+            assert code == ExitCode.BUG
+            traceback.print_exception(end.value)  # as the daemon does
+
+    monkeypatch.setattr(Hub, "whoami", broken)
+    within(main)
+    said = "".join(capfd.readouterr())
+    assert "KeyError" in said
+    assert "handler_failed" in said
+    assert "hf_alice" not in said.replace('secret="hf_alice"', "")  # our own line, above
+    _nowhere(tmp_path, "hf_alice")
 
 
 def _nowhere(folder: Path, *tokens: str) -> None:

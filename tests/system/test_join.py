@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 README = Path(__file__).parents[2] / "README.md"
@@ -130,9 +131,16 @@ def test_the_readme_from_nothing_to_points(tmp_path: Path) -> None:
         wait_for(lambda: "access granted to alice" in said(alice), lambda: said(alice))
         node = json.loads(ctl(operator, *status, "--json").stdout)["nodes"][0]
         assert node["name"] == "gpu0"
-        for pid in (node["pid"], mine.pid):
-            assert own.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
-        assert own.encode() not in Path(f"/proc/{node['pid']}/environ").read_bytes()
+        limits = Path(f"/proc/{node['pid']}/limits").read_text()
+        assert re.search(r"Max core file size +0 ", limits), "a memory image could be written"
+        for process, word in ((mine, own), (hers, secret)):
+            started = psutil.Process(process.pid).children(recursive=True)
+            assert started
+            for child in started:
+                there = Path(f"/proc/{child.pid}")
+                assert word.encode() not in (there / "environ").read_bytes()
+                assert word.encode() not in (there / "cmdline").read_bytes()
+            assert word.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
 
         def earned() -> bool:
             done = ctl(operator, *points, "--json")
