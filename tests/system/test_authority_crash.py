@@ -75,6 +75,7 @@ def check(where: str, said: dict[str, set[str]]) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_sqlite_survives_its_writer(tmp_path: Path) -> None:
     where = str(tmp_path / "authority.sqlite")
     said = lives(where, random.Random(KILLS), KILLS)
@@ -83,6 +84,7 @@ def test_sqlite_survives_its_writer(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(postgres.programs() is None, reason=postgres.WHY_NOT)
 def test_postgresql_survives_its_writer_and_its_own_end() -> None:
     with postgres.server() as server:
