@@ -30,7 +30,7 @@ def test_a_clock_that_stands_still_does_not_run_out() -> None:
     async def main() -> None:
         manifest = SimpleNamespace(run=SimpleNamespace(id="run"))
         node = SimpleNamespace(dht=Table(), identity=TRAINER, manifest=manifest, clock=trio.current_time)
-        trainer = SimpleNamespace(clock_changed=trio.Event())
+        trainer = SimpleNamespace(clock_changed=trio.Event(), loss=None, evaluated=None)
         clock = StepClock("run", frozenset({TRAINER.peer_id}), 4)
         clock.observe([Reading.signed(TRAINER, "run", 8)])
         began = trio.current_time()
