@@ -25,9 +25,9 @@ help:
 demo: .venv/.installed
 	@$(BIN)/agoractl demo $(ARGS)
 
-# What only computes runs in two processes beside each other; what measures, kills and waits runs alone after it.
-BESIDE := tests/unit tests/sim tests/interop tests/fuzz
-ALONE := tests/net tests/system
+# Most run in two processes beside each other; whole swarms, which need both cores, run alone after them.
+BESIDE := tests/unit tests/sim tests/interop tests/fuzz tests/net
+ALONE := tests/system
 QUICK := -m "not long and not gpu"
 
 test: .venv/.tools lint

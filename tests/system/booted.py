@@ -2,7 +2,8 @@
 
 Needs root, unshare and systemd. Nothing that happens inside is seen outside: the root is an overlay whose
 upper side is in memory and thrown away, /run and /tmp are fresh, and the network has nothing but a
-loopback. Ends with the context, with everything that runs inside.
+loopback. A checkout or interpreter that lies where the overlay shows nothing of it (under /tmp, on a mount
+of its own) is bound to its place. Ends with the context, with everything that runs inside.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from pathlib import Path
 import attrs
 
 INIT = Path("/lib/systemd/systemd")
+ROOT = Path(__file__).parents[2]
 BOOT_S = 60.0
 ENVIRONMENT = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": "/root", "NO_COLOR": "1"}
 PREPARE = """
@@ -34,6 +37,9 @@ mount --rbind /sys sys
 mount --rbind /dev dev
 mount -t tmpfs tmpfs run
 mount -t tmpfs tmpfs tmp
+for seen in "$CHECKOUT" "$INTERPRETER"; do
+  [ -e ".$seen/pyproject.toml" ] || [ -e ".$seen/pyvenv.cfg" ] || { mkdir -p ".$seen"; mount --bind "$seen" ".$seen"; }
+done
 ip link set lo up
 rm -rf etc/systemd/system/*.wants var/lib/agora
 export container=lxc
@@ -115,7 +121,9 @@ def booted() -> Iterator[Machine]:
     command = ["unshare", "--fork", "--pid", "--mount", "--uts", "--ipc", "--net", "--cgroup"]
     process = subprocess.Popen(
         [*command, "--kill-child=SIGKILL", "sh", "-c", PREPARE.replace("{init}", str(INIT))],
-        env={"PATH": os.environ["PATH"], "BOOT": str(place)}, stdin=subprocess.DEVNULL,
+        env={
+            "PATH": os.environ["PATH"], "BOOT": str(place), "CHECKOUT": str(ROOT), "INTERPRETER": sys.prefix,
+        }, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     try:

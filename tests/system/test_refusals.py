@@ -25,6 +25,7 @@ from agorad import run
 from agorad.ask import ask
 from agorad.authority.messages import PROTOCOL as JOIN
 from agorad.authority.messages import Facts, Join
+from agorad.outside import PROTOCOL as OUTSIDE
 from agorad.run import Manifest
 from p2p import hello
 from p2p.averaging.lobby import Announcement
@@ -51,9 +52,9 @@ MEGABYTE = bytes(1 << 20)
 EVERYBODY = {hello.PROTOCOL, kad.PROTOCOL, SELF}
 POINTS = "/agora/points/1"
 SERVED = {
-    "seed": EVERYBODY | {PROBE},
-    "trainer": EVERYBODY | {PROBE},
-    "authority": EVERYBODY | {PROBE, JOIN, POINTS},
+    "seed": EVERYBODY | {PROBE, OUTSIDE},
+    "trainer": EVERYBODY | {PROBE, OUTSIDE},
+    "authority": EVERYBODY | {PROBE, OUTSIDE, JOIN, POINTS},
     "worker": EVERYBODY | {MICROBATCH, STATE, ROUND},
 }
 OPTIONS = (
@@ -190,7 +191,8 @@ class Stranger:
             told = await identify(call.connection, deadline=ANSWER_S)
         ours = {name for name in told.protocols if name.startswith("/agora/")}
         assert ours == SERVED[node["role"]]
-        return ours - {hello.PROTOCOL, JOIN, POINTS}  # the leaderboard is for all
+        # The leaderboard is for all; how a caller looks from outside, for that caller.
+        return ours - {hello.PROTOCOL, JOIN, POINTS, OUTSIDE}
 
     async def is_refused(self, node: dict[str, Any], code: str) -> None:
         """Every protocol, asked in every way, answers with the code."""
@@ -446,7 +448,8 @@ def test_a_worker_with_a_wrong_secret_ends_with_11(place: Place, tmp_path: Path)
     )  # fmt: skip
     assert done.returncode == 11
     last = done.stderr.splitlines()[-1]
-    assert last == "agorad: the authority refused: the secret is not the one of account 'demo' (wrong_secret)"
+    assert last.startswith("agorad: the authority refused: the secret is not the one of account 'demo'; copy")
+    assert last.endswith("(wrong_secret)")
     assert "Traceback" not in done.stderr
 
 
