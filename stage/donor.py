@@ -7,7 +7,7 @@ newcomer asks for chunks one after the other, several ahead, and checks each aga
 read and write files in threads.
 
 Limits: ``NEWCOMERS`` members and ``GUESTS`` guests at a time, others are refused ``busy``; ``AHEAD`` chunks
-asked ahead; ``CHUNK_S`` for the next message of either side; a manifest no larger than one of this stage's
+asked ahead; ``CHUNK_S`` for the next message of either side, ``GUEST_S`` for a guest's first; a manifest no larger than one of this stage's
 size can be.
 """
 
@@ -35,6 +35,8 @@ NEWCOMERS = 2
 GUESTS = 1
 AHEAD = 4
 CHUNK_S = 30.0
+GUEST_S = 5.0
+"""For a guest to show its pass."""
 DIAL_S = 5.0
 
 
@@ -62,8 +64,7 @@ class Donor:
 
     async def handle(self, call: Call) -> None:
         """Serve one newcomer."""
-        with trio.fail_after(CHUNK_S):
-            wanted = (await call.receive()).header
+        wanted = await self._wish(call)
         kind = self._judge(call, wanted.pop("pass", None))
         if wanted != {"t": "want", "stage": self._stage}:
             raise Refused("wrong_stage", f"this replica has the state of stage {self._stage} only")
@@ -92,6 +93,17 @@ class Donor:
                         await call.send({"t": "chunk", "index": index}, data)
         finally:
             self._served[kind] -= 1
+
+    async def _wish(self, call: Call) -> dict[str, Any]:
+        """The first message; who is no member and shows no pass in it hears what it lacks, whatever it said."""
+        member = call.member is not None
+        try:
+            with trio.fail_after(CHUNK_S if member else GUEST_S):
+                return (await call.receive()).header
+        except (RemoteError, trio.TooSlowError):
+            if not member and self._membership is not None:
+                check_gate(call.connection, self._membership)
+            raise
 
     def _judge(self, call: Call, shown: object) -> Literal["member", "guest"]:
         """``Refused`` unless the caller is a mate, or shows a pass for this stage."""

@@ -38,7 +38,10 @@ mount --rbind /dev dev
 mount -t tmpfs tmpfs run
 mount -t tmpfs tmpfs tmp
 for seen in "$CHECKOUT" "$INTERPRETER"; do
-  [ -e ".$seen/pyproject.toml" ] || [ -e ".$seen/pyvenv.cfg" ] || { mkdir -p ".$seen"; mount --bind "$seen" ".$seen"; }
+  if [ ! -e ".$seen/pyproject.toml" ] && [ ! -e ".$seen/pyvenv.cfg" ]; then
+    mkdir -p ".$seen"
+    mount --bind "$seen" ".$seen"
+  fi
 done
 ip link set lo up
 rm -rf etc/systemd/system/*.wants var/lib/agora
