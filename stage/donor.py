@@ -7,8 +7,8 @@ newcomer asks for chunks one after the other, several ahead, and checks each aga
 read and write files in threads.
 
 Limits: ``NEWCOMERS`` members and ``GUESTS`` guests at a time, others are refused ``busy``; ``AHEAD`` chunks
-asked ahead; ``CHUNK_S`` for the next message of either side, ``GUEST_S`` for a guest's first; a manifest no larger than one of this stage's
-size can be.
+asked ahead; ``CHUNK_S`` for the next message of either side, ``GUEST_S`` for a guest's first; a manifest no
+larger than one of this stage's size can be.
 """
 
 from __future__ import annotations
@@ -95,14 +95,19 @@ class Donor:
             self._served[kind] -= 1
 
     async def _wish(self, call: Call) -> dict[str, Any]:
-        """The first message; who is no member and shows no pass in it hears what it lacks, whatever it said."""
-        member = call.member is not None
+        """The first message. Who is no member, and shows no pass in it, hears what it lacks in any case."""
+        lacks: Refused | None = None
         try:
-            with trio.fail_after(CHUNK_S if member else GUEST_S):
+            if self._membership is not None:
+                check_gate(call.connection, self._membership)
+        except Refused as refusal:
+            lacks = refusal
+        try:
+            with trio.fail_after(CHUNK_S if lacks is None else GUEST_S):
                 return (await call.receive()).header
         except (RemoteError, trio.TooSlowError):
-            if not member and self._membership is not None:
-                check_gate(call.connection, self._membership)
+            if lacks is not None:
+                raise lacks from None
             raise
 
     def _judge(self, call: Call, shown: object) -> Literal["member", "guest"]:
