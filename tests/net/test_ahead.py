@@ -276,7 +276,8 @@ def good(place: Place, node: Node, **changes: object) -> Pass:
     return Pass(**fields).signed(place.authority)  # type: ignore[arg-type]
 
 
-def test_passes_that_are_none(tmp_path: Path) -> None:
+def test_passes_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stage.donor.GUEST_S", 0.5)
     place = crowd(tmp_path)
 
     async def main() -> None:
@@ -310,6 +311,13 @@ def test_passes_that_are_none(tmp_path: Path) -> None:
             ]
             for shown, code in bad:
                 assert (await shows(node, old, {"t": "want", "stage": STAGE, "pass": shown})) == code, shown
+            silent = await node.host.call(
+                old.node.identity.peer_id, donor.PROTOCOL, addrs=old.node.host.addrs, deadline=5.0
+            )
+            async with silent as call:
+                with pytest.raises(Refused) as no:
+                    await call.receive()  # without a word of our own
+                assert no.value.code == "no_certificate"
             other = {"t": "want", "stage": STAGE + 1, "pass": encoded}
             assert await shows(node, old, other) == "wrong_stage"
             assert await shows(node, old, {"t": "want", "stage": STAGE, "pass": encoded}) == ""
