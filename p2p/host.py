@@ -280,12 +280,11 @@ class Host:
         scope, full = trio.CancelScope(), None
         if len(self._all) >= self.limits.connections:
             full = "connections"
-        elif not self._door.enter(addr, scope.cancel):
+        elif not self._closing and not self._door.enter(addr, scope.cancel):
             full = "handshakes"
+        if full is not None:
+            self.counters.dropped[full] += 1
         if self._closing or full is not None:
-            if full is not None:
-                self.counters.dropped[full] += 1
-            self._door.leave(addr, scope.cancel)
             await trio.aclose_forcefully(stream)
             return
         upgraded = None

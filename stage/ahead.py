@@ -20,8 +20,8 @@ from p2p.event import Emit
 from p2p.host import Host
 from p2p.identity import PeerId
 from stage.config import ModelConfig
-from stage.donor import fetch
-from stage.events import FetchFailed, StateFetched, StateFetching
+from stage.donor import Telling, fetch
+from stage.events import FetchFailed
 from stage.parameters import Layout, parameter_specs
 from stage.roster import Entry, Roster
 from stage.snapshot import SnapshotStore
@@ -29,8 +29,6 @@ from stage.state import SnapshotManifest
 
 LOOK_S = 30.0
 RETRY_S = 5.0
-TELL_S = 2.0
-"""Between two reports of a download."""
 
 
 class Ahead:
@@ -127,22 +125,12 @@ class Ahead:
             self._idle.set()
 
     async def _fetch(self, donor: PeerId, entry: Entry, stage: int, layout: Layout) -> None:
-        began = trio.current_time()
-        told = -TELL_S
+        telling = Telling(donor, self._emit)
 
         def progress(manifest: SnapshotManifest, done: int) -> None:
-            nonlocal told
-            seconds = trio.current_time() - began
-            if done and seconds > 0:
-                self.eta_s = (manifest.size - done) * seconds / done
-            if done and seconds - told < TELL_S:
-                return
-            told = seconds
-            self._emit(
-                StateFetching(
-                    donor=donor, step=manifest.step, bytes=done, size=manifest.size, seconds=seconds
-                )
-            )
+            if done:
+                self.eta_s = (manifest.size - done) * telling.seconds / done
+            telling.progress(manifest, done)
 
         fetched = await fetch(
             self._host,
@@ -158,8 +146,7 @@ class Ahead:
         manifest = fetched.manifest
         await trio.to_thread.run_sync(self._store.install, manifest, fetched.data)
         self._have, self.finished, self.eta_s = manifest.step, True, 0.0
-        seconds = trio.current_time() - began
-        self._emit(StateFetched(donor=donor, step=manifest.step, bytes=manifest.size, seconds=seconds))
+        telling.installed(manifest)
 
     def _step_on_disk(self, fingerprint: str) -> int | None:
         """Step of the newest snapshot, if it is one of this stage."""

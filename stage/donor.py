@@ -22,11 +22,13 @@ import trio
 
 from p2p import passes
 from p2p.errors import PeerGone, Refused, RemoteError
+from p2p.event import Emit
 from p2p.hello import Admission, check_gate
 from p2p.host import Host
 from p2p.identity import Identity, PeerId
 from p2p.multiaddr import Multiaddr
 from p2p.rpc import Call
+from stage.events import StateFetched, StateFetching
 from stage.snapshot import SnapshotStore
 from stage.state import CHUNK, Assembly, SnapshotManifest, manifest_bytes, open_manifest
 
@@ -38,6 +40,8 @@ CHUNK_S = 30.0
 GUEST_S = 5.0
 """For a guest to show its pass."""
 DIAL_S = 5.0
+TELL_S = 2.0
+"""Between two reports of a download."""
 
 
 class Donor:
@@ -173,6 +177,39 @@ async def fetch(
             done += len(part.payload)
             progress(manifest, done)
     return Fetched(*assembly.result())
+
+
+class Telling:
+    """Says in events how the download of a state goes: at its beginning, every ``TELL_S``, at its end."""
+
+    def __init__(self, donor: PeerId, emit: Emit) -> None:
+        self._donor = donor
+        self._emit = emit
+        self._began = trio.current_time()
+        self._told = -TELL_S
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return trio.current_time() - self._began
+
+    def progress(self, manifest: SnapshotManifest, done: int) -> None:
+        """What ``fetch`` reports."""
+        seconds = self.seconds
+        if done and seconds - self._told < TELL_S:
+            return
+        self._told = seconds
+        self._emit(
+            StateFetching(
+                donor=self._donor, step=manifest.step, bytes=done, size=manifest.size, seconds=seconds
+            )
+        )
+
+    def installed(self, manifest: SnapshotManifest) -> None:
+        """The state is where it belongs."""
+        self._emit(
+            StateFetched(donor=self._donor, step=manifest.step, bytes=manifest.size, seconds=self.seconds)
+        )
 
 
 def _index(header: dict[str, Any], chunks: int) -> int:

@@ -43,8 +43,8 @@ from stage.clock import StepClock
 from stage.compute import NOT_FINITE, StageCompute, wire_shape
 from stage.device import STEP, Device
 from stage.donor import PROTOCOL as STATE_PROTOCOL
-from stage.donor import Donor, fetch
-from stage.events import BadOutput, Resumed, Saved, SaveFailed, StateFetched, StateFetching
+from stage.donor import Donor, Telling, fetch
+from stage.events import BadOutput, Resumed, Saved, SaveFailed
 from stage.microbatch import MicrobatchServer
 from stage.nexthop import NextHop
 from stage.parameters import ticket_flops
@@ -54,13 +54,10 @@ from stage.replica import Replica
 from stage.roster import Declaration, Roster
 from stage.router import Router
 from stage.snapshot import SnapshotStore, State
-from stage.state import SnapshotManifest
 
 DRAIN_S = 10.0
 """How long microbatches in progress may still take once the node is to leave."""
 CLOCK_RETRY_S = 0.5
-PROGRESS_S = 2.0
-"""Between two reports of a download."""
 
 
 async def run(node: Node) -> None:
@@ -375,39 +372,23 @@ class _Worker:
 
     async def fetch_state(self, donor: PeerId) -> int:
         """Install a mate's state; returns its step."""
-        began = trio.current_time()
-        addrs = self.mates.addrs(donor)
-        told = -PROGRESS_S
-
-        def progress(manifest: SnapshotManifest, done: int) -> None:
-            nonlocal told
-            seconds = trio.current_time() - began
-            if done and seconds - told < PROGRESS_S:
-                return
-            told = seconds
-            self.node.emit(
-                StateFetching(
-                    donor=donor, step=manifest.step, bytes=done, size=manifest.size, seconds=seconds
-                )
-            )
-
+        telling = Telling(donor, self.node.emit)
         fetched = await fetch(
             self.node.host,
             donor,
-            addrs,
+            self.mates.addrs(donor),
             self.stage,
             floats=self.compute.floats,
             fingerprint=self.compute.fingerprint,
             room=self.store.scratch,
-            progress=progress,
+            progress=telling.progress,
         )
         manifest = fetched.manifest
         state = State.of(manifest, fetched.data)
         await self.device.run(STEP, self.compute.load, state)
         if not await self.device.run(STEP, self.compute.sound):
             raise RemoteError("the donor's weights are no numbers to go on with")
-        seconds = trio.current_time() - began
-        self.node.emit(StateFetched(donor=donor, step=manifest.step, bytes=manifest.size, seconds=seconds))
+        telling.installed(manifest)
         return manifest.step
 
     def update_status(self) -> None:

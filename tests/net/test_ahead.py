@@ -102,6 +102,23 @@ def ahead_of(node: Node) -> Ahead:
     )
 
 
+@asynccontextmanager
+async def queued(place: Place, *, donor_waits: bool = False) -> AsyncIterator[tuple[Replica, Node, Ahead]]:
+    """A replica that trains, and a node that waits for it in the queue while joins are held."""
+    async with (
+        serving(place),
+        replica(place) as old,
+        living(place.worker("new", stage=STAGE), idle) as node,
+    ):
+        if donor_waits:
+            old.gate = trio.Event()
+        operator(place, "joins_paused", "1")
+        ahead = ahead_of(node)
+        node.nursery.start_soon(ahead.run)
+        node.nursery.start_soon(obtain_certificate, node, ahead)
+        yield old, node, ahead
+
+
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():  # noqa: ASYNC110
         await trio.sleep(0.02)
@@ -111,15 +128,7 @@ def test_a_queued_node_has_the_state_when_its_turn_comes(tmp_path: Path) -> None
     place = crowd(tmp_path)
 
     async def main() -> None:
-        async with (
-            serving(place),
-            replica(place) as old,
-            living(place.worker("new", stage=STAGE), idle) as node,
-        ):
-            operator(place, "joins_paused", "1")
-            ahead = ahead_of(node)
-            node.nursery.start_soon(ahead.run)
-            node.nursery.start_soon(obtain_certificate, node, ahead)
+        async with queued(place) as (old, node, ahead):
             (fetched,) = await until_event(node, "state_fetched")
             assert (fetched["donor"], fetched["step"]) == (old.node.identity.peer_id, 40)
             assert fetched["bytes"] == 12 * LAYOUT.size
@@ -142,16 +151,7 @@ def test_a_download_that_began_in_the_queue_ends_after_the_grant(tmp_path: Path)
     place = crowd(tmp_path)
 
     async def main() -> None:
-        async with (
-            serving(place),
-            replica(place) as old,
-            living(place.worker("new", stage=STAGE), idle) as node,
-        ):
-            old.gate = trio.Event()
-            operator(place, "joins_paused", "1")
-            ahead = ahead_of(node)
-            node.nursery.start_soon(ahead.run)
-            node.nursery.start_soon(obtain_certificate, node, ahead)
+        async with queued(place, donor_waits=True) as (old, node, ahead):
             await until(lambda: old.asked == 1)
             operator(place, "joins_paused", "")
             (granted,) = await until_event(node, "certificate_granted")
@@ -166,16 +166,7 @@ def test_another_stage_drops_the_download(tmp_path: Path) -> None:
     place = crowd(tmp_path)
 
     async def main() -> None:
-        async with (
-            serving(place),
-            replica(place) as old,
-            living(place.worker("new", stage=STAGE), idle) as node,
-        ):
-            old.gate = trio.Event()
-            operator(place, "joins_paused", "1")
-            ahead = ahead_of(node)
-            node.nursery.start_soon(ahead.run)
-            node.nursery.start_soon(obtain_certificate, node, ahead)
+        async with queued(place, donor_waits=True) as (old, node, ahead):
             await until(lambda: old.asked == 1)
             await ahead.settle(STAGE + 1, node.stopping)
             old.gate.set()
@@ -193,15 +184,7 @@ def test_a_state_that_grew_old_in_the_queue_is_taken_again(
     place = crowd(tmp_path)
 
     async def main() -> None:
-        async with (
-            serving(place),
-            replica(place) as old,
-            living(place.worker("new", stage=STAGE), idle) as node,
-        ):
-            operator(place, "joins_paused", "1")
-            ahead = ahead_of(node)
-            node.nursery.start_soon(ahead.run)
-            node.nursery.start_soon(obtain_certificate, node, ahead)
+        async with queued(place) as (old, node, _ahead):
             await until_event(node, "state_fetched")
             old.step = 45  # as far as the run lets a state lie behind
             old.declaration.changed()

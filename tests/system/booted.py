@@ -24,7 +24,8 @@ import attrs
 INIT = Path("/lib/systemd/systemd")
 ROOT = Path(__file__).parents[2]
 BOOT_S = 60.0
-ENVIRONMENT = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": "/root", "NO_COLOR": "1"}
+HOME = "/root"
+ENVIRONMENT = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": HOME, "NO_COLOR": "1"}
 PREPARE = """
 set -e
 mount --make-rprivate /

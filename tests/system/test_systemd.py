@@ -24,7 +24,7 @@ import jsonschema
 import pytest
 import tomli_w
 
-from tests.system.booted import ENVIRONMENT, Machine, booted, lacking
+from tests.system.booted import ENVIRONMENT, HOME, Machine, booted, lacking
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = ROOT / "docs" / "cli-schemas.json"
@@ -220,7 +220,7 @@ def test_a_node_lives_as_a_service(tmp_path: Path) -> None:
         (machine.root / "etc/agora").rmdir()
         here.ctl("service", "uninstall")
         left = {path: summed for path, summed in here.files().items() if before.get(path) != summed}
-        assert [path for path in left if not path.startswith("/var/lib/agora/")] == ["/root/aside.toml"]
+        assert [path for path in left if not path.startswith("/var/lib/agora/")] == [f"{HOME}/aside.toml"]
         assert (machine.root / "var/lib/agora/seed/identity.key").stat().st_uid == 0
         assert not (machine.root / "run/agora").exists()
         assert machine.run("id", "agora", code=1).stdout == ""
@@ -237,7 +237,7 @@ def test_two_workers_join_train_die_and_leave_as_services(tmp_path: Path) -> Non
         shutil.copytree(tmp_path / "run", machine.root / "root/run")
         secret = (tmp_path / "run" / "invitation").read_text().strip().partition(":")[2]
         # The authority is away: the units start, and are not active, since they are not in.
-        joined = here.ctl("join", "/root/run/run.toml", "--skip-input", "--gpu-id", "cpu").stdout
+        joined = here.ctl("join", f"{HOME}/run/run.toml", "--skip-input", "--gpu-id", "cpu").stdout
         assert "agorad@0.service started" in joined
         second = tomllib.loads((state / "0/agorad.toml").read_text())
         second["node"] |= {"name": "gpu1", "listen": ["/ip4/0.0.0.0/tcp/49201"], "run": "../run.toml"}
@@ -275,7 +275,7 @@ def test_two_workers_join_train_die_and_leave_as_services(tmp_path: Path) -> Non
         # Joined again on a terminal: it tells what the node does, and Ctrl-C ends the telling only.
         machine.run("systemctl", "stop", "agorad@0")
         words = (
-            f"exec env PYTHONPATH={ROOT} {sys.executable} -m agorad.cli join /root/run/run.toml --skip-input"
+            f"exec env PYTHONPATH={ROOT} {sys.executable} -m agorad.cli join {HOME}/run/run.toml --skip-input"
         )
         terminal = subprocess.Popen(
             machine.inside("script", "-qefc", f"{words} --gpu-id cpu", "/dev/null"),
