@@ -25,7 +25,7 @@ import tomli_w
 import trio
 
 from agorad.web import facts as say
-from agorad.web import pages, static
+from agorad.web import pages, parts, static
 from agorad.web.facts import Facts
 from agorad.web.limits import Meter
 from agorad.web.server import OWN, Request, Response
@@ -193,7 +193,7 @@ class Site:
                 if facts.version == version:
                     yield b": still here\n\n"
                     continue
-                said = [pages.sentence(one) for one in facts.history.changes if one.at > told][-SAID:]
+                said = [parts.sentence(one) for one in facts.history.changes if one.at > told][-SAID:]
                 told = facts.at
                 data = json.dumps({"version": facts.version, "said": said})
                 yield f"event: news\ndata: {data}\n\n".encode()
