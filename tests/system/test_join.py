@@ -28,7 +28,7 @@ JOINED_S = 90.0
 def commands() -> list[list[str]]:
     """Those of the README's section, in order."""
     section = README.read_text().partition("## Run your own swarm\n")[2].partition("\n## ")[0]
-    return [shlex.split(line) for line in re.findall(r"^    (agor.*)$", section, re.MULTILINE)]
+    return [shlex.split(line) for line in re.findall(r"^(agor.*)$", section, re.MULTILINE)]
 
 
 def environment(home: Path, **extra: str) -> dict[str, str]:

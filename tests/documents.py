@@ -1,0 +1,61 @@
+"""The README and the pages in ``docs/`` as tests read them: blocks of code, and commands in the text."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import attrs
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PROGRAMS = ("agoractl", "agorad")
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@attrs.frozen
+class Block:
+    """A fenced block: the page's name, the line of its first line, and what it is written in."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    def commands(self) -> list[str]:
+        """What is typed, a command a line, without comments."""
+        lines = re.sub(r"\\\n\s*", " ", self.text).splitlines()
+        return [line for whole in lines if (line := re.sub(r"(^|\s+)#\s.*$", "", whole).rstrip())]
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    """Of these languages, or all, in order."""
+    text = page.read_text()
+    return [
+        Block(page.name, text.count("\n", 0, found.start()) + 2, found[1], found[2])
+        for found in _BLOCK.finditer(text)
+        if not languages or found[1] in languages
+    ]
+
+
+def prose(page: Path) -> str:
+    """The page without its blocks."""
+    return _BLOCK.sub("", page.read_text())
+
+
+def spoken(page: Path) -> list[str]:
+    """Our commands in the middle of the text, as they would be typed."""
+    names = "|".join(PROGRAMS)
+    found = re.findall(rf"`((?:sudo )?(?:{names}) [^`]+)`", re.sub(r"\s*\n\s*", " ", prose(page)))
+    return [text.replace("\\|", "|") for text in found]
+
+
+def words(command: str) -> list[str]:
+    """A command of ours as its words, its program first and without a path; empty for another program."""
+    parts = shlex.split(re.split(r"\s*[>|]", command)[0])
+    while parts and (parts[0] == "sudo" or re.match(r"[A-Z_]+=", parts[0])):
+        parts = parts[1:]
+    if not parts or Path(parts[0]).name not in PROGRAMS:
+        return []
+    return [Path(parts[0]).name, *parts[1:]]
