@@ -37,6 +37,7 @@ DEBUG: Final = frozenset(
 WARNING: Final = frozenset(
     {
         "peer_refused",
+        "limit_reached",
         "round_abandoned",
         "bad_gradient",
         "bad_output",

@@ -18,6 +18,7 @@ import trio
 
 from p2p import noise
 from p2p.counters import Counters
+from p2p.door import source_of
 from p2p.errors import PeerGone, Refused, RemoteError
 from p2p.identity import PeerId, short
 from p2p.lease import Lease
@@ -77,6 +78,8 @@ class Connection:
         self.dialer = dialer
         self.addr = addr
         """The remote address, for people."""
+        self.source = source_of(addr)
+        """What counts as one place on the net, when places are shared out."""
         self.hello: Any = None
         """What the peer presented in its hello, or None; set by ``p2p.hello``."""
         self.speaks_hello = True
@@ -121,7 +124,13 @@ class Connection:
         self._first = upgraded.plaintext
         self._scratch = scratch
         self._serve = serve
-        self._session = Session(dialer=dialer, limits=limits, credit=credit, dropped=counters.dropped)
+        peer = self.peer
+        self._session = Session(
+            dialer=dialer,
+            limits=limits,
+            credit=credit,
+            turned_away=lambda limit: counters.turned_away(limit, peer),
+        )
         self._streams: dict[Stream, MuxedStream] = {}
         self._output = trio.Event()
         self._emptied = trio.Event()
@@ -142,6 +151,11 @@ class Connection:
     def last_answer(self) -> float:
         """The host's clock when the peer was last heard."""
         return self.last_heard
+
+    @property
+    def guest(self) -> bool:
+        """Whether the peer came to us and is not known to be a member."""
+        return not self.dialer and not self.aside and self.member is None
 
     @property
     def silence(self) -> float:

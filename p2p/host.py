@@ -34,7 +34,7 @@ from p2p import hello, identify, multistream
 from p2p.connection import Connection, Scratch
 from p2p.counters import Counters
 from p2p.dial import Dialer
-from p2p.door import Door
+from p2p.door import Arrivals, Door, crowding, source_of
 from p2p.errors import DialError, LocalError, P2PError, PeerGone, Refused, RemoteError
 from p2p.event import Emit, ignore
 from p2p.host_events import Connected, Disconnected, HandshakeFailed
@@ -73,7 +73,7 @@ class Host:
         self.identity = identity
         self.limits = limits
         self.clock = clock
-        self.counters = Counters()
+        self.counters = Counters(emit)
         self.upload = Shaper()
         """Cap on what is sent; its rate may be set at any time."""
         self.download = Shaper()
@@ -98,6 +98,7 @@ class Host:
         self._nursery: trio.Nursery | None = None
         self._all: dict[Connection, None] = {}  # ordered, so that simulations replay
         self._door = Door(limits.handshakes)
+        self._arrivals = Arrivals(limits.arrivals, limits.arrivals_per_s)
         self._asides = 0
         self._closing = False
         self._dialer = Dialer(self._transport, self._upgrade, limits)
@@ -277,13 +278,10 @@ class Host:
             self._dialer.end(peer_id, error)
 
     async def _accept(self, stream: trio.abc.Stream, addr: str) -> None:
-        scope, full = trio.CancelScope(), None
-        if len(self._all) >= self.limits.connections:
-            full = "connections"
-        elif not self._closing and not self._door.enter(addr, scope.cancel):
-            full = "handshakes"
+        scope = trio.CancelScope()
+        full = self._no_room(addr, scope) if not self._closing else None
         if full is not None:
-            self.counters.dropped[full] += 1
+            self.counters.turned_away(full, addr)
         if self._closing or full is not None:
             await trio.aclose_forcefully(stream)
             return
@@ -297,7 +295,7 @@ class Host:
         finally:
             self._door.leave(addr, scope.cancel)
         if upgraded is None:
-            self.counters.dropped["handshakes"] += 1
+            self.counters.turned_away("handshakes", addr)
             return
         if upgraded.secured.peer_id == self.peer_id:
             await trio.aclose_forcefully(stream)
@@ -306,17 +304,48 @@ class Host:
             await self._live_aside(self._connection(upgraded, addr, dialer=False))
             return
         connection = self._adopt(upgraded, addr, dialer=False)
+        self._few_of_a_peer(connection)
         if self.membership is not None and len(self._all) >= self.limits.connections - self.limits.reserved:
             assert self._nursery is not None
             self._nursery.start_soon(self._members_only, connection)
         await self._live(connection)  # returning would close the stream
 
+    def _no_room(self, addr: str, handshake: trio.CancelScope) -> str | None:
+        """The limit that keeps a newcomer out, or None: then its handshake has a place at the door."""
+        source = source_of(addr)
+        if not self._arrivals.admit(source, trio.current_time()):
+            return "arrivals"
+        if len(self._all) >= self.limits.connections and not self._close_a_guest(source):
+            return "connections"
+        return None if self._door.enter(addr, handshake.cancel) else "handshakes"
+
+    def _close_a_guest(self, newcomer: str) -> bool:
+        """Whether one made room: of the address that has most of them, unless the newcomer's has as many."""
+        guests = [one for one in self._all if one.guest] if self.membership is not None else []
+        guest = crowding(guests, newcomer)
+        if guest is None:
+            return False
+        self.counters.turned_away("reserved", guest.peer)
+        guest.close("no room for guests at the moment")
+        self._all.pop(guest, None)
+        return True
+
+    def _few_of_a_peer(self, new: Connection) -> None:
+        """A peer that connects again and again loses its oldest connection that is being replaced."""
+        same = [one for one in self._all if one.peer == new.peer and not one.aside]
+        if len(same) >= self.limits.peer_connections:
+            self.counters.turned_away("peer_connections", new.peer)
+            oldest = next((one for one in same if one.draining), new)
+            oldest.close(f"more than {self.limits.peer_connections} connections of one peer")
+
     async def _members_only(self, connection: Connection) -> None:
-        """The last connections are for members: a guest is closed once its hello told that it is one."""
+        """The last connections are for members: once a hello told that this is a guest, one is closed."""
         with trio.move_on_after(self.limits.hello_s):
             await connection.greeted.wait()
-        if connection.member is None:
-            self.counters.dropped["reserved"] += 1
+        if not connection.guest or len(self._all) <= self.limits.connections - self.limits.reserved:
+            return
+        if not self._close_a_guest(connection.source):
+            self.counters.turned_away("reserved", connection.peer)
             connection.close("no room for guests at the moment")
 
     async def _upgrade(
@@ -368,7 +397,7 @@ class Host:
             if self.membership is not None and connection.peer not in self.membership.trust.standing:
                 connection.close("connections aside are for listed nodes")
             elif self._asides >= self.limits.asides:
-                self.counters.dropped["asides"] += 1
+                self.counters.turned_away("asides", connection.peer)
                 connection.close("too many connections aside")
         self._asides += not connection.dialer
         self._all[connection] = None

@@ -42,6 +42,15 @@ class PeerRefused(Event):
 
 
 @attrs.frozen(kw_only=True)
+class LimitReached(Event):
+    """A limit (its name in ``p2p.limits``) turned ``who`` away, the last of ``count`` since it was said."""
+
+    limit: str
+    who: str
+    count: int
+
+
+@attrs.frozen(kw_only=True)
 class HandlerFailed(Event):
     """A bug: a handler raised what it must not raise."""
 

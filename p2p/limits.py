@@ -21,7 +21,13 @@ class Limits:
     # connections
     connections: int = 2048
     reserved: int = 256
-    """Of these, the last ones are for members: a guest that gets one is closed after its hello."""
+    """Of these, the last ones are for members: a guest that gets one is closed after its hello, or another
+    from an address that has more of them."""
+    peer_connections: int = 4
+    """Of one peer, those included that are being replaced."""
+    arrivals: int = 2048
+    """Connections that one address may open at once, and then so many a second."""
+    arrivals_per_s: float = 128.0
     handshakes: int = 64
     """Inbound connections that are still proving who they are, shared between addresses: ``p2p.door``."""
     handshake_s: float = 10.0

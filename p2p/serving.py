@@ -126,7 +126,7 @@ class Server:
         connection.running[protocol] = running + 1
         try:
             if running >= self._limits.calls_per_protocol:
-                self._counters.dropped["calls_per_protocol"] += 1
+                self._counters.turned_away("calls_per_protocol", connection.peer)
                 raise Refused("busy", f"{running} calls of {protocol} are running already", 1.0)
             if connection.dialer and protocol != hello.PROTOCOL:
                 # The peer's answer to our hello may be read after its first call. What is open to guests

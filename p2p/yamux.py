@@ -23,8 +23,8 @@ Source: github.com/hashicorp/yamux/blob/master/spec.md, github.com/libp2p/specs/
 from __future__ import annotations
 
 import struct
-from collections import Counter, deque
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import final
 
 import attrs
@@ -139,9 +139,9 @@ class Session:
         dialer: bool,
         limits: Limits,
         credit: Credit | None = None,
-        dropped: Counter[str] | None = None,
+        turned_away: Callable[[str], object] = lambda limit: None,
     ) -> None:
-        """``dropped``: where it is counted what limits turned away."""
+        """``turned_away`` is told the name of each limit that the peer ran into."""
         self.streams: dict[int, Stream] = {}
         self.drained: list[Stream] = []
         """Streams whose pending data ``fill`` finished; the caller empties this."""
@@ -155,7 +155,7 @@ class Session:
         self._ready: deque[Stream] = deque()
         self._extra_credit = 0
         self._host_credit = credit or Credit(limits.host_window_budget)
-        self._dropped: Counter[str] = Counter() if dropped is None else dropped
+        self._turned_away = turned_away
         self._promised = INITIAL_WINDOW
         self._agreed = INITIAL_WINDOW
         # parser state: a header cut in two, or a data frame of which `_body` bytes are to come
@@ -407,7 +407,7 @@ class Session:
 
     def _accept(self, stream_id: int, delta: int, events: list[YamuxEvent]) -> Stream | None:
         if self._inbound >= self._limits.inbound_streams:
-            self._dropped["inbound_streams"] += 1
+            self._turned_away("inbound_streams")
             self._push(HEADER.pack(0, WINDOW_UPDATE, RST, stream_id, 0))
             return None
         stream = Stream(stream_id, inbound=True)
@@ -416,7 +416,7 @@ class Session:
         extra = min(delta, self._promised - INITIAL_WINDOW)
         if extra > 0:
             if extra > min(self._limits.window_budget - self._extra_credit, self._host_credit.left):
-                self._dropped["window_budget"] += 1
+                self._turned_away("window_budget")
                 self.reset(stream)
                 return None
             self._lift(stream, extra)
@@ -486,7 +486,7 @@ class Session:
         first, which is bounded here, and code that cleans up must not fail.
         """
         if len(self._control) >= self._limits.queued_frames:
-            self._dropped["queued_frames"] += 1
+            self._turned_away("queued_frames")
             raise RemoteError("the peer makes us answer but does not read")
         self._control.append(frame)
 

@@ -65,7 +65,7 @@ def test_a_coverage_guided_fuzzer_finds_nothing(name: str, tmp_path: Path) -> No
     done = subprocess.run(
         [
             *(sys.executable, "-m", "tests.fuzz.guided", name, str(corpus)),
-            *(f"-max_total_time={SECONDS:.0f}", f"-rss_limit_mb={MOST_MB}", "-timeout=10", "-max_len=4096"),
+            *(f"-max_total_time={SECONDS:.0f}", f"-rss_limit_mb={MOST_MB}", "-timeout=60", "-max_len=4096"),
         ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(root)},

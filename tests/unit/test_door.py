@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import attrs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p.door import Door, source_of
+from p2p.door import SOURCES, Arrivals, Door, crowding, source_of
 
 
 class Handshake:
@@ -82,3 +83,38 @@ def test_never_more_than_there_are_places(script: list[tuple[int, bool]]) -> Non
         assert len(door) == len(inside) <= 6
         shares = Counter(one.addr for one in inside)
         assert all(shares.values())
+
+
+def test_an_address_comes_often_and_then_no_faster_than_it_may() -> None:
+    arrivals = Arrivals(4, 2.0)
+    assert [arrivals.admit("a", 0.0) for _ in range(6)] == [True] * 4 + [False] * 2
+    assert arrivals.admit("b", 0.0)
+    assert [arrivals.admit("a", 1.0) for _ in range(3)] == [True, True, False]
+    assert not arrivals.admit("a", 1.4)
+    assert arrivals.admit("a", 1.5)  # what was refused has cost nothing
+    assert [arrivals.admit("a", 100.0) for _ in range(5)] == [True] * 4 + [False]
+
+
+def test_arrivals_of_many_addresses_are_forgotten_longest_ago_first() -> None:
+    arrivals = Arrivals(1, 0.001)
+    for number in range(SOURCES):
+        assert arrivals.admit(str(number), 0.0)
+    assert not arrivals.admit("0", 1.0)  # known, and the newest by now
+    assert arrivals.admit("new", 1.0)
+    assert not arrivals.admit("0", 1.0)
+    assert arrivals.admit("1", 1.0)
+
+
+@attrs.frozen
+class Guest:
+    source: str
+    number: int
+
+
+def test_room_is_made_by_the_address_that_has_most() -> None:
+    guests = [Guest(source, number) for number, source in enumerate("abaacab")]
+    assert crowding(guests, "d") == Guest("a", 5)
+    assert crowding(guests, "b") == Guest("a", 5)
+    assert crowding(guests, "a") is None
+    assert crowding([Guest("a", 0), Guest("b", 1)], "c") is None
+    assert crowding([], "c") is None
