@@ -26,8 +26,9 @@ demo: .venv/.installed
 	@$(BIN)/agoractl demo $(ARGS)
 
 # Most run in two processes beside each other; whole swarms, which need both cores, run alone after them.
-BESIDE := tests/unit tests/sim tests/interop tests/fuzz tests/net
-ALONE := tests/system
+BESIDE := tests/unit tests/sim tests/interop tests/fuzz tests/net \
+          $(patsubst %,tests/system/test_%.py,bad_input commands doctor)
+ALONE := $(filter-out $(BESIDE),$(wildcard tests/system/test_*.py))
 QUICK := -m "not long and not gpu"
 
 test: .venv/.tools lint

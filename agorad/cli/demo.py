@@ -117,6 +117,8 @@ def _run(laid: Layout, source: str, steps: int | None) -> tuple[dict[str, Any], 
             try:
                 swarm.start("seed", "authority", "worker")
                 swarm.wait_up(view.show)
+                if swarm.page:
+                    view.say(f"watch it in a browser: {swarm.page}")
                 swarm.start("trainer")  # last, so that a worker that starts slowly has missed nothing
                 swarm.wait_up(view.show)
                 (laid.folder / "swarm.json").write_text(json.dumps(swarm.describe(), indent=1) + "\n")

@@ -154,7 +154,9 @@ def prepare(plan: Plan, folder: Path) -> Layout:
             "listen": [node.addr], "log": "agorad.log",
         }  # fmt: skip
         extra: dict[str, Any] = {"metrics": {"listen": "127.0.0.1:0"}}
-        if node.role == "worker":
+        if node.role == "authority":
+            extra["authority"] = {"page_listen": "127.0.0.1:0"}
+        elif node.role == "worker":
             extra["worker"] = {
                 "account": "demo", "secret_file": "../secret", "stage": node.stage,
                 "snapshot_every": SNAPSHOT_EVERY,

@@ -119,6 +119,7 @@ class Swarm:
         return {
             "run": self.layout.manifest.run.id,
             "manifest": str(self.layout.manifest_path),
+            "page": self.page,
             "nodes": [
                 {
                     "name": running.node.name,
@@ -135,6 +136,12 @@ class Swarm:
                 for running in self.nodes
             ],
         }
+
+    @property
+    def page(self) -> str | None:
+        """Where an authority shows the run, once it does."""
+        pages = (running.status.get("page") for running in self.of_role("authority"))
+        return next((page for page in pages if page), None)
 
     def of_role(self, role: str) -> list[Running]:
         return [running for running in self.nodes if running.node.role == role]

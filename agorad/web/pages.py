@@ -17,6 +17,8 @@ from agorad.web.facts import Facts
 from agorad.web.html import Child, Safe, tag
 
 NAV: Final = (("/", "Swarm"), ("/leaderboard", "Leaderboard"), ("/join", "Join"), ("/api/v1/", "API"))
+BOARD: Final = 200
+"""Accounts that the leaderboard's page lists; the rest is in the API."""
 
 
 @attrs.frozen
@@ -126,11 +128,12 @@ def leaderboard(facts: Facts) -> Safe:
             tag("td", parts.clock_time(row.joined, "%Y-%m-%d"), cls="minor"),
             tag("td", parts.badge(row.status, row.status)),
         )
-        for row in facts.rows[:200]
+        for row in facts.rows[:BOARD]
     ]
+    shown = f"; the first {BOARD}" if len(facts.rows) > BOARD else ""
     table = tag(
         "table",
-        tag("caption", f"{len(facts.rows)} accounts by score, in PFLOP"),
+        tag("caption", f"{len(facts.rows)} account{'s' * (len(facts.rows) != 1)} by score{shown}"),
         tag(
             "thead",
             tag(
@@ -187,8 +190,8 @@ def node(facts: Facts, peer: str) -> Safe:
             rows.append(("State kept of step", f"{replica.snapshot_step:,}"))
     if earned is not None:
         rows += [
-            ("Compute", f"{parts.points(earned.compute)} PFLOP"),
-            ("Presence", f"{parts.points(earned.presence)} PFLOP"),
+            ("Compute", parts.points(earned.compute)),
+            ("Presence", parts.points(earned.presence)),
             ("Seen for", f"{earned.active_h:.1f} hours"),
             ("Joined", parts.clock_time(earned.joined, "%Y-%m-%d %H:%M")),
         ]

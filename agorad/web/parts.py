@@ -37,8 +37,11 @@ def compact(value: float) -> str:
 
 
 def points(pflop: float) -> str:
-    """PFLOP, with the digits that matter."""
-    return f"{pflop:,.1f}" if pflop >= 100 else f"{pflop:.3f}" if pflop >= 0.01 else f"{pflop:.2g}"
+    """Work in the unit that leaves one to three digits before the point: ``35 GFLOP``, ``3.46 PFLOP``."""
+    for unit, size in (("EFLOP", 1e3), ("PFLOP", 1.0), ("TFLOP", 1e-3)):
+        if pflop >= size:
+            return f"{pflop / size:.3g} {unit}"
+    return f"{pflop / 1e-6:.3g} GFLOP" if pflop else "0"
 
 
 def sentence(change: Change) -> str:
