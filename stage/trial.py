@@ -141,6 +141,7 @@ def _all_averaged(slice_index: int, vector: bytearray) -> Outcome:
         fraction=1.0,
         vector=vector,
         averaged=[(0, len(vector) // 4)],
+        contributors=[],
         checksum="",
         drops=(),
         payload_out=0,

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from agorad.ask import CommandFailed, NoAnswer
+from agorad.bench.member import RUN
 from p2p.identity import Identity
 from p2p.membership import issue
 
-RUN: Final = "bench"
 RUN_S: Final = 900.0
 """Life of the longest measurement, and how long an answer is waited for unless told otherwise."""
 
@@ -30,15 +30,27 @@ _ENDED: Final = "one end of the measurement ended early; its words are above"
 
 @contextmanager
 def end(
-    module: str, spec: dict[str, Any], authority: Identity, prefix: list[str] | None = None
+    module: str,
+    spec: dict[str, Any],
+    authority: Identity,
+    prefix: list[str] | None = None,
+    *,
+    stage: int | None = None,
 ) -> Iterator[End]:
     """A process that runs ``module`` with a key and a certificate; killed when the block ends.
 
-    ``prefix`` is a command to run it through, such as one that enters a network namespace.
+    ``prefix`` is a command to run it through, such as one that enters a network namespace; ``stage`` is
+    that of the certificate.
     """
     key, now = Identity.generate(), time.time()
     certificate = issue(
-        authority, run=RUN, account=RUN, peer_id=key.peer_id, issued=now, expires=now + RUN_S + 60
+        authority,
+        run=RUN,
+        account=RUN,
+        peer_id=key.peer_id,
+        stage=stage,
+        issued=now,
+        expires=now + RUN_S + 60,
     )
     spec = {
         **spec,

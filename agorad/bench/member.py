@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import Any, Final
 
 from p2p.host import Host
 from p2p.identity import Identity, PeerId
 from p2p.membership import Membership, Trust
 
+RUN: Final = "bench"
+"""The run that ends of a measurement are members of."""
+
 
 def host(spec: dict[str, Any]) -> Host:
     """A host with the key and the certificate of the spec: gates and counters are those of the daemon."""
     made = Host(Identity.decode(bytes.fromhex(spec["key"])))
-    trust = Trust(
-        run="bench", manifest_hash=b"bench", authorities=frozenset([PeerId(spec["authority"])]), standing={}
-    )
+    authorities = frozenset([PeerId(spec["authority"])])
+    trust = Trust(run=RUN, manifest_hash=b"bench", authorities=authorities, standing={})
     certificate = bytes.fromhex(spec["certificate"])
     made.membership = Membership(trust, lambda: certificate, time.time)
     return made

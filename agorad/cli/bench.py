@@ -15,7 +15,7 @@ _SIZES: Final = ("demo", "100m", "1b", "8b")
 
 @click.group()
 def bench() -> None:
-    """Measure what this machine does: kernels, net, dht."""
+    """Measure what this machine does: kernels, net, dht, allreduce."""
 
 
 @bench.command()
@@ -103,6 +103,37 @@ def dht(peers: int, as_json: bool) -> None:
 
     result = benchmark.run(peers)
     click.echo(json.dumps(result) if as_json else benchmark.lines(result))
+
+
+@bench.command()
+@click.option("--peers", type=int, default=4, help="Members, each a process; 4.")
+@click.option("--floats", type=int, default=10_000_000, help="In each vector.")
+@click.option("--repeat", type=click.IntRange(1, 100), default=3, help="Rounds; the median counts.")
+@click.option(
+    "--kill", "kills", multiple=True, metavar="MEMBER@SECONDS", help="Ends it then, from the commit."
+)
+@click.option("--slow", type=int, multiple=True, metavar="MEMBER", help="Its link carries 20 Mbit/s.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def allreduce(
+    peers: int, floats: int, repeat: int, kills: tuple[str, ...], slow: tuple[int, ...], as_json: bool
+) -> None:
+    """Averaging rounds of processes over loopback, encrypted, as members of a run.
+
+    With --kill there is one round, and what counts is what the survivors hold. Exits with 1 if a survivor did
+    not finish, or not with the same bytes.
+    Example: agoractl bench allreduce --peers 5 --floats 10000000 --kill 2@0.3
+    """
+    from agorad.bench import allreduce as benchmark
+
+    try:
+        deaths = [benchmark.parse_kill(text) for text in kills]
+        benchmark.check(peers, floats, deaths, list(slow))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    result = benchmark.run(peers, floats, repeat, deaths, list(slow))
+    click.echo(json.dumps(result) if as_json else benchmark.lines(result))
+    if result["failed"] or not result["identical"]:
+        raise SystemExit(1)
 
 
 def _table(result: dict[str, Any]) -> str:

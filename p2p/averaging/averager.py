@@ -123,9 +123,9 @@ class Averager:
         ``weight`` 0: receive only. ``expected``: stage-mates that the round should wait a little for. Ends
         within ``deadline`` seconds and a second for last words; raises ``RoundFailed``.
         """
-        data = memoryview(vector).cast("B")
-        if not data.nbytes or data.nbytes % FLOAT_BYTES:
-            raise LocalError("a vector to average is one or more fp32 numbers")
+        data = memoryview(vector).cast("B") if vector.nbytes else memoryview(b"")
+        if data.nbytes % FLOAT_BYTES:
+            raise LocalError("a vector to average consists of fp32 numbers")
         if number in self._matches:
             raise LocalError(f"round {number} is on already")
         ends = self._clock() + min(deadline, MAX_SECONDS)

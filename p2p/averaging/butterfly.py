@@ -41,12 +41,12 @@ Limits: the roster's. Memory: the result (one vector) and the reducers of unfini
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
+from blake3 import blake3
 
 from p2p.averaging import fields
 from p2p.averaging.outcome import EVERYBODY_LOST, PARTS_MISSED, Outcome
@@ -328,7 +328,7 @@ class Exchange:
 
     def _hold(self, part: int, mean: bytes | memoryview, contributors: int, signature: bytes | None) -> None:
         """Keep a mean: ``signature`` None where this member reduced it and signs now."""
-        digest = hashlib.sha256(mean).digest()
+        digest = blake3(mean).digest()
         said = b"%b%d/%d/%b" % (self.roster.group, part, contributors, digest)
         owner = self.roster.peers[self._owners[part]]
         if signature is None:
@@ -394,7 +394,7 @@ class Exchange:
 
     def _end(self, value: Value) -> None:
         counted = [part for part in range(len(self._spans)) if value.digest(part) != NOTHING]
-        if not counted:
+        if self._spans and not counted:
             self.failed = "no part was averaged by all"
             return
         if any(self._digests[part] != value.digest(part) for part in counted):
@@ -406,14 +406,12 @@ class Exchange:
             result = bytearray(result)
             for begin, end in (self._spans[part] for part in extra):
                 result[begin:end] = self._vector[begin:end]
-        contributors = 0
-        for part in counted:
-            contributors |= self._proofs[part][0]
         drops = {**self._barred, **self._lost}
         for i in range(self._n):
             if not value.mask >> i & 1:
                 drops.setdefault(i, "did not finish")
-        self.outcome = Outcome.of(self.roster, result, counted, value.mask, contributors, drops)
+        sources = {part: (self._proofs[part][0], self._digests[part]) for part in counted}
+        self.outcome = Outcome.of(self.roster, result, sources, value.mask, drops)
 
     # -- helpers
 

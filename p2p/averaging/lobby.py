@@ -77,7 +77,7 @@ class Announcement:
                 number=fields.integer(header, "number", 0, 1 << 53),
             ),
             slice_index=fields.integer(header, "slice", 0, 1 << 31),
-            floats=fields.integer(header, "floats", 1, MAX_FLOATS),
+            floats=fields.integer(header, "floats", 0, MAX_FLOATS),
             seconds=fields.number(header, "seconds", 0.0, MAX_SECONDS),
             candidate=candidate,
         )

@@ -7,7 +7,7 @@ members that finish, because all of them apply the same verdict to the same byte
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -47,8 +47,10 @@ class Outcome:
     """fp32: the mean where averaged, this member's own numbers elsewhere."""
     averaged: list[tuple[int, int]]
     """Ranges of floats [start, stop) that were averaged; neighbours are joined."""
+    contributors: list[tuple[int, int, tuple[PeerId, ...]]]
+    """The same ranges by whose numbers are in the mean; neighbours alike are joined."""
     checksum: str
-    """sha256, hex, of the averaged bytes in order."""
+    """Of the averaged bytes: sha256, hex, of the digests of the parts in order, each behind its range."""
     drops: tuple[tuple[PeerId, str], ...]
     """Who was dropped and why, as this member saw it."""
     payload_out: int
@@ -61,29 +63,41 @@ class Outcome:
         cls,
         roster: Roster,
         vector: bytearray,
-        counted: Sequence[int],
+        counted: Mapping[int, tuple[int, bytes]],
         finished: int,
-        contributors: int,
         drops: Mapping[int, str],
     ) -> Outcome:
-        """The outcome of ``roster`` by the parts that count; members are given as bit masks and indices."""
+        """The outcome of ``roster`` by the parts that count, in order: who contributed and the mean's digest.
+
+        Members are given as bit masks and indices.
+        """
         ranges: list[tuple[int, int]] = []
+        sources: list[tuple[int, int, int]] = []
         checksum = hashlib.sha256()
-        with memoryview(vector) as view:
-            for begin, end in (roster.spans[part] for part in counted):
-                checksum.update(view[begin:end])
-                begin, end = begin // FLOAT_BYTES, end // FLOAT_BYTES
-                ranges.append((ranges.pop()[0] if ranges and ranges[-1][1] == begin else begin, end))
+        for part, (mask, digest) in counted.items():
+            begin, end = (position // FLOAT_BYTES for position in roster.spans[part])
+            checksum.update(b"%d-%d:%b" % (begin, end, digest))
+            joined = bool(sources) and sources[-1][1:] == (begin, mask)
+            sources.append((sources.pop()[0] if joined else begin, end, mask))
+            ranges.append((ranges.pop()[0] if ranges and ranges[-1][1] == begin else begin, end))
+
+        def named(mask: int) -> tuple[PeerId, ...]:
+            return tuple(peer for i, peer in enumerate(roster.peers) if mask >> i & 1)
+
+        everybody = 0
+        for mask, _ in counted.values():
+            everybody |= mask
         return cls(
             number=roster.key.number,
             slice_index=roster.slice_index,
-            members=tuple(peer for i, peer in enumerate(roster.peers) if finished >> i & 1),
-            fraction=sum(stop - start for start, stop in ranges) / roster.floats,
+            members=named(finished),
+            fraction=sum(stop - start for start, stop in ranges) / roster.floats if roster.floats else 1.0,
             vector=vector,
             averaged=ranges,
+            contributors=[(start, stop, named(mask)) for start, stop, mask in sources],
             checksum=checksum.hexdigest(),
             drops=tuple((roster.peers[i], why) for i, why in sorted(drops.items())),
             payload_out=0,
             payload_in=0,
-            weight_total=sum(m.weight for i, m in enumerate(roster.members) if contributors >> i & 1),
+            weight_total=sum(m.weight for i, m in enumerate(roster.members) if everybody >> i & 1),
         )

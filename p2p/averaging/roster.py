@@ -5,7 +5,7 @@ different rosters can never mix their parts. What can be derived is not stored: 
 reducer follow from ``part_bytes`` and ``shares``; the deputy of a reducer is the next member in order.
 Times are durations from the moment a member learns of the commit, so clocks need not agree.
 
-Limits: 2 to 64 members, 2^28 floats, parts of at most 1 MiB, at most 4096 of them, 4 addresses a member;
+Limits: 2 to 64 members, 0 to 2^28 floats, parts of at most 1 MiB, at most 4096 of them, 4 addresses a member;
 an encoded roster stays under 40 KiB, inside one message header.
 """
 
@@ -176,7 +176,7 @@ class Roster:
                 number=fields.integer(named, "number", 0, 1 << 53),
             ),
             slice_index=fields.integer(named, "slice", 0, 1 << 31),
-            floats=fields.integer(named, "floats", 1, MAX_FLOATS),
+            floats=fields.integer(named, "floats", 0, MAX_FLOATS),
             part_bytes=fields.integer(named, "part_bytes", 4, shares.MAX_PART_BYTES),
             seconds=fields.number(named, "seconds", 0.0, MAX_SECONDS),
             leader=cast("PeerId", fields.text(named, "leader", NAME_LIMIT)),

@@ -27,7 +27,7 @@ def part_size(floats: int, reducers: int, wanted: int) -> int:
     """Bytes a part: ``wanted``, less where reducers would go idle, more where parts would be too many."""
     total = floats * FLOAT_BYTES
     size = min(wanted, -(-total // max(1, reducers)))
-    size = max(size, -(-total // MAX_PARTS))
+    size = max(size, -(-total // MAX_PARTS), 1)
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

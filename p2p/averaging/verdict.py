@@ -34,7 +34,7 @@ from p2p.averaging import fields
 from p2p.errors import RemoteError
 
 DIGEST: Final = 16
-"""Bytes of a part's digest (sha256, cut)."""
+"""Bytes of a part's digest (blake3, cut)."""
 NOTHING: Final = bytes(DIGEST)
 """The digest of a part that is not held."""
 ENOUGH: Final = 0.75
@@ -186,7 +186,8 @@ class Verdict:
             for member, report in self.reports.items()
         }
         most = max((sum(held) for held in holds.values()), default=0)
-        kept = {member: held for member, held in holds.items() if most and sum(held) >= ENOUGH * most}
+        something = most > 0 or not self._parts  # of a vector without numbers, all hold all
+        kept = {member: held for member, held in holds.items() if something and sum(held) >= ENOUGH * most}
         if len(kept) < 2:
             return Value(0, bytes(self._parts * DIGEST))
         digests = b"".join(

@@ -366,7 +366,7 @@ def test_an_announcement_survives_the_wire_and_speaks_only_for_itself() -> None:
     assert Announcement.read(mine.header(), "a") == mine  # type: ignore[arg-type]
     with pytest.raises(RemoteError, match="another peer"):
         Announcement.read(mine.header(), "b")  # type: ignore[arg-type]
-    for name, value in {"number": -1, "floats": 0, "seconds": float("nan"), "run": "", "me": []}.items():
+    for name, value in {"number": -1, "floats": -1, "seconds": float("nan"), "run": "", "me": []}.items():
         with pytest.raises(RemoteError):
             Announcement.read({**mine.header(), name: value}, "a")  # type: ignore[arg-type]
     heavy = attrs.evolve(mine.candidate, weight=float("inf"))

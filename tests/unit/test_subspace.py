@@ -236,7 +236,8 @@ def test_a_merge_of_single_elements_stays_in_the_span() -> None:
     mean = packed.values + 0.1 * torch.randn(packed.values.shape, generator=torch.Generator().manual_seed(0))
     outcome = Outcome(
         number=0, slice_index=0, members=(), fraction=1.0, vector=bytearray(mean.numpy().tobytes()),
-        averaged=[(0, mean.numel())], checksum="", drops=(), payload_out=0, payload_in=0, weight_total=2.0,
+        averaged=[(0, mean.numel())], contributors=[], checksum="", drops=(), payload_out=0, payload_in=0,
+        weight_total=2.0,
     )  # fmt: skip
     before = compute.weights.flat.clone()
     assert compute.merge(packed, outcome) > 0
