@@ -175,6 +175,14 @@ class Host:
         """The connection to a peer, greeted; made if there is none."""
         if peer_id == self.peer_id:
             raise LocalError("a host does not call itself")
+        ready = self.connections.get(peer_id)
+        if (
+            ready is not None
+            and ready.usable
+            and ready.greeted.is_set()
+            and not hello.needed(ready, self.membership)
+        ):
+            return ready
         with trio.move_on_after(deadline):
             while True:
                 connection = self.connections.get(peer_id)

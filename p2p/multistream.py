@@ -12,6 +12,7 @@ Source: github.com/multiformats/multistream-select.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import final
 
 from p2p import protobuf
@@ -31,9 +32,27 @@ def encode(text: str) -> bytes:
     return protobuf.encode_varint(len(data)) + data
 
 
+@lru_cache(maxsize=256)
 def proposal(protocol: str) -> bytes:
-    """What a dialer sends first."""
+    """What a dialer sends first, and what a listener that speaks the protocol echoes."""
     return encode(VERSION) + encode(protocol)
+
+
+def proposed(data: bytes) -> tuple[str, int] | None:
+    """The protocol that ``data`` begins by proposing, and how many bytes that takes.
+
+    None unless the whole proposal is there and simple; then ``Listener`` has to look closer.
+    """
+    if not data.startswith(_GREETING) or len(data) <= len(_GREETING):
+        return None
+    begin, size = len(_GREETING) + 1, data[len(_GREETING)]
+    line = data[begin : begin + size]
+    if not 1 < size < 0x80 or len(line) < size or line[-1:] != b"\n" or not line.isascii():
+        return None
+    return line[:-1].decode(), begin + size
+
+
+_GREETING = encode(VERSION)
 
 
 @final

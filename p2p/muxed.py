@@ -105,7 +105,9 @@ class MuxedStream(trio.abc.HalfCloseableStream):
             raise trio.BusyResourceError("another task is sending on this stream")
         self._sending = True
         try:
-            await trio.lowlevel.checkpoint_if_cancelled()
+            # Others have their turn before, not after: the end of a call whose last message this is then
+            # leaves in the same record.
+            await trio.lowlevel.checkpoint()
             self._check_sending()
             buffers = tuple(buffers)
             size = sum(buffer.nbytes for buffer in buffers)
@@ -113,7 +115,6 @@ class MuxedStream(trio.abc.HalfCloseableStream):
                 self._session.send(self._stream, (memoryview(b"".join(buffers)),))
                 if size:
                     self._wake_writer()
-                await trio.lowlevel.cancel_shielded_checkpoint()
                 return
             self._session.send(self._stream, buffers)
             self._wake_writer()
@@ -222,6 +223,19 @@ class MuxedStream(trio.abc.HalfCloseableStream):
         data = bytearray(size)
         await self.receive_into(memoryview(data))
         return data
+
+    def peek(self, size: int) -> bytes:
+        """Up to ``size`` of the bytes that have arrived, which stay; less where they came in pieces."""
+        inbox = self._stream.inbox
+        return bytes(inbox[0][:size]) if inbox else b""
+
+    def skip(self, size: int) -> None:
+        """Take bytes that ``peek`` has shown."""
+        self._begin_receiving()
+        try:
+            self._took(self._session.take(self._stream, size))
+        finally:
+            self._receiving = False
 
     async def wait_available(self, size: int) -> None:
         """Until ``size`` bytes (few) can be read without waiting, or the stream's end."""

@@ -114,6 +114,13 @@ class Call:
         if self._prefix and not stream.available:
             await self._flush()
         if self._confirmation is not None:
+            if not stream.available:
+                await stream.wait_available(1)
+            echo = multistream.proposal(self.protocol)
+            if stream.peek(len(echo)) == echo:  # nearly always: a yes, in one piece
+                stream.skip(len(echo))
+                self._confirmation = None
+        if self._confirmation is not None:
             while missing := self._confirmation.missing:
                 self._confirmation.feed(bytes(await stream.receive_exactly(missing)))
             self._confirmation = None

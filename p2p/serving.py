@@ -100,6 +100,10 @@ class Server:
 
     async def _negotiate(self, connection: Connection, stream: MuxedStream) -> tuple[str, bytes]:
         """The protocol, and the echo that is still to be sent."""
+        wish = multistream.proposed(stream.peek(2 * multistream.MAX_MESSAGE))
+        if wish is not None and self._speaks(wish[0], connection):  # what all of our peers do
+            stream.skip(wish[1])
+            return wish[0], multistream.proposal(wish[0])
         listener = multistream.Listener(lambda wish: self._speaks(wish, connection))
         reply = b""
         while missing := listener.missing:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2p.errors import RemoteError, UnsupportedProtocol
-from p2p.multistream import Confirmation, Listener, encode, proposal
+from p2p.multistream import Confirmation, Listener, encode, proposal, proposed
 
 
 def test_bytes_never_move() -> None:
@@ -76,3 +76,16 @@ def test_any_bytes_end_in_agreement_waiting_or_remote_error(data: bytes) -> None
             drive(machine, data)
         except RemoteError:
             pass
+
+
+def test_a_proposal_that_came_in_one_piece_is_read_at_once_and_nothing_else_is() -> None:
+    whole = proposal("/agora/x/1")
+    assert proposed(whole + b"more") == ("/agora/x/1", len(whole))
+    for cut in range(len(whole)):
+        assert proposed(whole[:cut]) is None
+    assert proposed(proposal("/" + "x" * 125)) == ("/" + "x" * 125, 20 + 1 + 127)
+    assert proposed(proposal("/" + "x" * 126)) is None  # its length takes two bytes
+    assert proposed(proposal("/ä")) is None
+    assert proposed(b"\x13x" + whole[2:]) is None
+    assert proposed(whole[:-1] + b"x") is None
+    assert proposed(whole[:20] + b"\x01\n") is None
