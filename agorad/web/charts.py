@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 from agorad.web.html import Child, Safe, tag
@@ -19,6 +20,11 @@ POINTS: Final = 120
 """Most points of a line; what is between them is averaged."""
 ROWS: Final = 12
 """Of the table."""
+
+CLOCK_STEPS: Final = (
+    1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14_400, 21_600, 43_200, 86_400,
+)  # fmt: skip
+"""Seconds between the labels of a time axis."""
 
 Points = Sequence[tuple[float, float]]
 
@@ -75,9 +81,9 @@ def thinned(points: Points, most: int = POINTS) -> list[tuple[float, float]]:
     return [*means, points[-1]]
 
 
-def clock_time(at: float) -> str:
+def clock_time(at: float, form: str = "%H:%M:%S") -> str:
     """Of a unix time, UTC."""
-    return time.strftime("%H:%M:%S", time.gmtime(at))
+    return time.strftime(form, time.gmtime(at))
 
 
 def _drawn(
@@ -89,11 +95,13 @@ def _drawn(
     import pygal
 
     heights = [*_all(lines, 1), *([0.0] if from_zero else [])]
-
+    labels = (clock_ticks if show_x is clock_time else ticks)(_all(lines, 0))
+    if show_x is clock_time and len(labels) > 1:
+        show_x = partial(clock_time, form=_clock_form(labels[1] - labels[0]))
     chart: Any = pygal.XY(
         width=440, height=210, margin=4, spacing=6, show_legend=False, show_dots=False, stroke=True,
         js=[], css=[], disable_xml_declaration=True, no_prefix=True, print_values=False,
-        x_labels=ticks(_all(lines, 0)), y_labels=ticks(heights), range=(min(heights), max(heights) or 1.0),
+        x_labels=labels, y_labels=ticks(heights), range=(min(heights), max(heights) or 1.0),
         truncate_label=-1,
         show_x_guides=False, show_y_guides=True,
         x_value_formatter=show_x, value_formatter=show_y,
@@ -117,6 +125,27 @@ def ticks(values: Sequence[float], about: int = 4) -> list[float]:
     step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(number * step, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)] or [low]
+
+
+def clock_ticks(values: Sequence[float], about: int = 4) -> list[float]:
+    """Whole minutes, hours and days, or what divides them, over a range of unix times."""
+    low, high = min(values), max(values)
+    step = next((step for step in CLOCK_STEPS if step * about >= high - low), CLOCK_STEPS[-1])
+    step *= math.ceil((high - low) / step / (2 * about)) or 1  # many days
+    return [float(at) for at in range(math.ceil(low / step) * step, math.floor(high) + 1, step)] or [low]
+
+
+def _clock_form(step: float) -> str:
+    """What of a time tells labels apart that are so many seconds from each other."""
+    return (
+        "%d %b"
+        if step >= 86_400
+        else "%d %b %H:%M"
+        if step >= 43_200
+        else "%H:%M"
+        if step >= 60
+        else "%H:%M:%S"
+    )
 
 
 def _all(lines: Sequence[tuple[str, Points]], axis: int) -> list[float]:

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,6 +146,9 @@ def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
 
 
 def test_memory_and_processes_of_nodes_at_work(swarm: Demo) -> None:
+    for path in ("", "leaderboard", "join"):
+        with urllib.request.urlopen(swarm.swarm()["page"] + path, timeout=30) as answer:
+            assert b"<h1>" in answer.read()
     for node in swarm.swarm()["nodes"]:
         assert children(node["pid"]) == []
         if node["role"] == "worker":
@@ -164,7 +168,7 @@ STATUS_NODE = {
     "round": (ROUND, None), "peers": int, "points": (dict, None), "queue": (dict, None), "warnings": [str],
 }  # fmt: skip
 SWARM = {
-    "run": str, "manifest": str,
+    "run": str, "manifest": str, "page": str,
     "nodes": [{
         "name": str, "role": str, "stage": (int, None), "pid": int, "peer_id": str, "addr": str,
         "control": str, "config": str, "log": str,

@@ -28,8 +28,7 @@ PATHS = ("/", "/api/v1/swarm", "/leaderboard", "/api/v1/history", "/join", "/api
 @pytest.fixture
 def office(tmp_path: Path) -> Iterator[tuple[Path, int]]:
     """Control socket and process of an authority with a page, on one core."""
-    assignments = ("authority.page_listen=127.0.0.1:0",)
-    plan = Plan(stages=1, workers=1, trainers=1, steps=9, seconds=None, data=None, assignments=assignments)
+    plan = Plan(stages=1, workers=1, trainers=1, steps=9, seconds=None, data=None, assignments=())
     made = layout.prepare(plan, tmp_path)
     for node in made.nodes:
         node.reserved.close()
