@@ -118,7 +118,7 @@ def _of_node(patient: Patient, over_the_net: bool) -> Iterator[tuple[str, str]]:
     found = diagnose(patient, over_the_net=over_the_net, measure=False)
     yield "doctor.json", json.dumps([one.to_json() for one in found], indent=1)
     yield "last_seen.json", json.dumps(attrs.asdict(patient.seen), indent=1)
-    for command in ("status", "counters", "peers", "metrics"):
+    for command in ("status", "counters", "peers", "metrics", "stacks"):
         if patient.status is None:
             break
         try:

@@ -2,7 +2,8 @@
 
 ``status`` is this node, from memory. ``peers`` are its connections. ``swarm`` and ``ping`` ask others: the
 stages' rosters and the step clock from the hash table, a peer for an echo. ``leave`` and ``restart`` stop
-the node in order; ``pause`` and ``resume`` are ``agorad.pausing``'s.
+the node in order; ``reload`` is SIGHUP's, ``stacks`` says where its tasks are; ``pause`` and ``resume`` are
+``agorad.pausing``'s.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import attrs
 import trio
 
 from agorad import outside as from_outside
+from agorad import tasks
 from agorad.control import BadRequest, Command
 from p2p.errors import LocalError, P2PError
 from p2p.identify import identify
@@ -84,6 +86,13 @@ def install(node: Node) -> None:
         node.stop("asked to leave")
         return {}
 
+    async def reload(_request: Mapping[str, Any]) -> dict[str, Any]:
+        node.reload()
+        return {}
+
+    async def stacks(_request: Mapping[str, Any]) -> dict[str, Any]:
+        return tasks.document()
+
     async def restart(_request: Mapping[str, Any]) -> dict[str, Any]:
         node.restart()
         return {"pid": os.getpid()}
@@ -118,7 +127,7 @@ def install(node: Node) -> None:
         return await _outside(node, size)
 
     given: tuple[Command, ...] = (
-        status, counters, events, leave, restart, pause, resume, peers, swarm, ping, outside,
+        status, counters, events, leave, reload, restart, stacks, pause, resume, peers, swarm, ping, outside,
     )  # fmt: skip
     node.commands.update({command.__name__: command for command in given})
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import trio
 
-from agorad import control
+from agorad import __version__, control
 from agorad.control import (
     CLIENTS,
     IDLE_S,
@@ -122,7 +122,7 @@ async def _answer(client: trio.SocketStream, line: bytes, commands: Mapping[str,
         name, arguments = parse_request(line)
         if name not in commands:
             known = ", ".join(sorted(commands))
-            raise BadRequest(f"no command {name!r}; this node knows {known}")
+            raise BadRequest(f"no command {name!r}; this node, of version {__version__}, knows {known}")
         result = await commands[name](arguments)
     except BadRequest as error:
         await client.send_all(encode(failure("bad_request", str(error))))

@@ -45,7 +45,7 @@ class _Command(click.Command):
 
 
 @click.command(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--config", "config_path", type=NamedPath(), help="Settings, TOML.")
+@click.option("--config", "config_path", type=NamedPath(), envvar="AGORA_CONFIG", help="Settings, TOML.")
 @click.option("--role", type=click.Choice(ROLES), help="Instead of node.role.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Overrides one setting.")
 @click.option("--log-file", type=NamedPath(), help="Instead of node.log.")
@@ -98,6 +98,7 @@ def _live(settings: Config, secret: str | None, lifeline: int | None) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     # A manager's watchdog ends a loop that hangs with SIGABRT: the log then says where it hung.
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # the same for who asks, without an end
     # A host may have more connections than the descriptors that many systems allow at first.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)

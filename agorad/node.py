@@ -191,6 +191,35 @@ class Node:
             self.again = True
             self.stop("asked to restart")
 
+    def reload(self) -> None:
+        """Read the settings again, all or nothing; ``LocalError`` says why they were kept as before."""
+        if self.is_ready:
+            self.notifier.reloading()
+        try:
+            fresh = self._fresh()
+        except LocalError as error:
+            self.emit(Reloaded(ok=False, why=str(error)))
+            raise
+        else:
+            self.config = fresh
+            _apply_limits(self)
+            self.emit(Reloaded(ok=True, why=""))
+        finally:
+            if self.is_ready:
+                self.notifier.ready()
+
+    def _fresh(self) -> Config:
+        path = self.config.path
+        if path is None:
+            raise LocalError("this node was not started from a file")
+        fresh = config.load(path)
+        for section, kind in (("node", config.NodeSection), ("metrics", config.MetricsSection)):
+            for field in attrs.fields(kind):
+                before = getattr(getattr(self.config, section), field.name)
+                if getattr(getattr(fresh, section), field.name) != before:
+                    raise LocalError(f"{section}.{field.name} changes only with a restart: agoractl restart")
+        return fresh
+
     def end(self, exit: DaemonExit) -> None:
         """Leave in order, as with ``stop``, and end with this code; the first one counts."""
         if self.ending is None:
@@ -326,7 +355,11 @@ async def _check_free(listen: list[Multiaddr]) -> None:
         try:
             listener = await TcpTransport().listen(addr)
         except LocalError as error:
-            raise LocalError(f"{error}; name another address in node.listen") from error
+            from agorad.ports import holder  # only where it is needed
+
+            by = holder(addr.port) if addr.port and "in use" in str(error) else ""
+            taken = f" (by {by})" if by else ""
+            raise LocalError(f"{error}{taken}; name another address in node.listen") from error
         await listener.aclose()
 
 
@@ -458,7 +491,8 @@ async def _until_alone(lifeline: int, node: Node) -> None:
 async def _obey(signals: AsyncIterator[int], node: Node) -> None:
     async for number in signals:
         if number == signal.SIGHUP:
-            _reload(node)
+            with contextlib.suppress(LocalError):  # the event said so
+                node.reload()
         elif node.again:  # not again, then: this time to stay away
             node.again = False
             node.notifier.stopping()
@@ -466,33 +500,6 @@ async def _obey(signals: AsyncIterator[int], node: Node) -> None:
             os._exit(128 + number)
         else:
             node.stop(f"asked to ({signal.Signals(number).name})")
-
-
-def _reload(node: Node) -> None:
-    if node.is_ready:
-        node.notifier.reloading()
-    try:
-        path = node.config.path
-        if path is None:
-            raise LocalError("this node was not started from a file")
-        fresh = config.load(path)
-        fixed = [
-            f"{section}.{field.name}"
-            for section, kind in (("node", config.NodeSection), ("metrics", config.MetricsSection))
-            for field in attrs.fields(kind)
-            if getattr(getattr(fresh, section), field.name)
-            != getattr(getattr(node.config, section), field.name)
-        ]
-        if fixed:
-            raise LocalError(f"{fixed[0]} changes only with a restart")
-    except LocalError as error:
-        node.emit(Reloaded(ok=False, why=str(error)))
-    else:
-        node.config = fresh
-        _apply_limits(node)
-        node.emit(Reloaded(ok=True, why=""))
-    if node.is_ready:
-        node.notifier.ready()
 
 
 def _apply_limits(node: Node) -> None:

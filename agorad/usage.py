@@ -25,6 +25,25 @@ class NamedPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+def once(ctx: click.Context, command: click.Command, args: list[str]) -> None:
+    """A usage error for an option that is there twice: click takes the last one and says nothing."""
+    ctx = click.Context(command, info_name=command.name, parent=ctx)
+    while isinstance(command, click.Group):
+        below = command.get_command(ctx, args[0]) if args else None
+        if below is None:
+            return
+        command, args = below, args[1:]
+        ctx = click.Context(command, info_name=command.name, parent=ctx)
+    words = args[: args.index("--")] if "--" in args else args
+    for param in command.params:
+        if not isinstance(param, click.Option) or param.multiple or param.count:
+            continue
+        forms = tuple(param.opts)
+        given = [word for word in words if word.partition("=")[0] in forms]
+        if len(given) > 1:
+            ctx.fail(f"{given[-1].partition('=')[0]} is given {len(given)} times; give it once")
+
+
 def complain(error: click.ClickException, program: str) -> int:
     """Print the sentence to stderr; the exit code."""
     if type(error).__name__ == "NoArgsIsHelpError":  # newer versions of click have it; not an error of words

@@ -15,7 +15,7 @@ import click
 
 from agorad import __version__
 from agorad.settings import nearest
-from agorad.usage import complain
+from agorad.usage import complain, once
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -25,6 +25,8 @@ COMMANDS: Final = {
     "bench": ("bench", "Measure what this machine does."),
     "bugreport": ("bugreport", "One archive for who is to help; no secrets in it."),
     "completion": ("completion", "What a shell needs to complete agoractl."),
+    "config": ("config", "A node's settings, and where they come from."),
+    "debug": ("debug", "Look into a running daemon."),
     "demo": ("demo", "A whole swarm on this machine, trained on real text."),
     "doctor": ("doctor", "What is wrong here, and what to do about it."),
     "events": ("events", "What a node reports, as it happens."),
@@ -37,6 +39,7 @@ COMMANDS: Final = {
     "peers": ("peers", "Whom nodes are connected to."),
     "ping": ("ping", "Reach one peer: path and time."),
     "points": ("points", "Who has earned what: the run's leaderboard."),
+    "reload": ("reload", "Nodes read their settings again."),
     "restart": ("restart", "Stop nodes in order and start them again."),
     "resume": ("pause", "Let paused nodes go on."),
     "run": ("run", "Create, sign, show and plan a run."),
@@ -79,7 +82,10 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             ctx.fail(f"no command {args[0]!r}; {nearest(args[0], COMMANDS)}")
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            once(ctx, command, rest)
+        return name, command, rest
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

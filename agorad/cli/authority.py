@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from agorad import manifests
-from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask
+from agorad.ask import CommandFailed, NoAnswer, Unreachable
 from agorad.cli.targets import Where, find, target_options
 from agorad.run import load
 from agorad.usage import NamedPath
@@ -165,8 +165,8 @@ def _do(command: str, where: Where, *, timeout: float = 15.0, **arguments: Any) 
     trouble: Exception | None = None
     for target in targets:
         try:
-            if ask(target.socket, "status")["role"] == "authority":
-                return ask(target.socket, command, timeout=timeout, by=getpass.getuser(), **arguments)
+            if target.ask("status")["role"] == "authority":
+                return target.ask(command, timeout=timeout, by=getpass.getuser(), **arguments)
         except (Unreachable, NoAnswer) as error:
             trouble = error
     if trouble is not None:

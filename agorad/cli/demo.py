@@ -154,7 +154,7 @@ def _watch(swarm: Swarm, view: View, steps: int | None) -> str | None:
     while not swarm.trainers_ended():
         swarm.poll()
         view.show()
-        if swarm.completed > completed:
+        if swarm.completed > completed or swarm.paused():
             completed, since = swarm.completed, time.monotonic()
         elif time.monotonic() - since > STALL_S:
             raise DemoFailed(f"no microbatch was completed for {STALL_S:.0f} s; see the logs")

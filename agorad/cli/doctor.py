@@ -12,7 +12,7 @@ import click
 from agorad.ask import Unreachable
 from agorad.cli.targets import Target, Where, find, target_options
 from agorad.config import default_path
-from agorad.doctor.diagnose import diagnose, verdict
+from agorad.doctor.diagnose import PARTS, diagnose, verdict
 from agorad.doctor.patient import examine
 from agorad.join.findings import Finding
 from p2p.errors import LocalError
@@ -23,19 +23,22 @@ _MARKS: Final = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("
 @click.command()
 @target_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--only", type=click.Choice(PARTS), help="One part of it; network takes seconds.")
 @click.option("--offline", is_flag=True, help="Only what can be seen on this machine.")
 @click.option("--no-measure", is_flag=True, help="Do not measure the line (4 MB).")
 @click.option("--quiet", "-q", is_flag=True, help="Only what is not as it should be.")
-def doctor(where: Where, as_json: bool, offline: bool, no_measure: bool, quiet: bool) -> None:
+def doctor(
+    where: Where, as_json: bool, only: str | None, offline: bool, no_measure: bool, quiet: bool
+) -> None:
     """Look at settings, machine, daemon and line; each finding comes with its remedy.
 
     Works with the daemon down. Ends with code 5 if there is a problem, 0 with warnings only.
 
-    Example: agoractl doctor
+    Example: agoractl doctor --only network
     """
     reports = []
     for target in _targets(where):
-        found = diagnose(examine(target), over_the_net=not offline, measure=not no_measure)
+        found = diagnose(examine(target), over_the_net=not offline, measure=not no_measure, only=only)
         reports.append((target, found))
     if as_json:
         nodes = [

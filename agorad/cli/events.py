@@ -23,13 +23,14 @@ def events(where: Where, since: int, following: bool, as_json: bool) -> None:
 
     Example: agoractl events --dir /tmp/my-demo --node worker-0-0 --follow
     """
-    path = one(where).socket
+    target = one(where)
     machine = as_json or not sys.stdout.isatty()
-    if following:
-        for batch in follow(path, "events", since=since, follow=True):
-            _show(batch, machine)
-    else:
-        _show(ask(path, "events", since=since), machine)
+    with target.advised():
+        if following:
+            for batch in follow(target.socket, "events", since=since, follow=True):
+                _show(batch, machine)
+        else:
+            _show(ask(target.socket, "events", since=since), machine)
 
 
 def _show(entries: list[dict[str, Any]], machine: bool) -> None:

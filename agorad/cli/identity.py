@@ -15,7 +15,9 @@ from p2p.identity import Identity
 
 @click.command()
 @click.argument("path", type=NamedPath(), required=False)
-@click.option("--config", type=NamedPath(), help="The node's settings, which name the key.")
+@click.option(
+    "--config", type=NamedPath(), envvar="AGORA_CONFIG", help="The node's settings, which name the key."
+)
 @click.option("--create", is_flag=True, help="Make the key if there is none.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def identity(path: Path | None, config: Path | None, create: bool, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from agorad.ask import NoAnswer, Unreachable, ask
+from agorad.ask import NoAnswer, Unreachable
 from agorad.cli.targets import Where, find, target_options
 
 
@@ -19,7 +19,7 @@ def leave(where: Where) -> None:
     trouble: Unreachable | NoAnswer | None = None
     for target in find(where):
         try:
-            ask(target.socket, "leave")
+            target.ask("leave")
         except (Unreachable, NoAnswer) as error:
             trouble = trouble or error
         else:

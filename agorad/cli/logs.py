@@ -84,8 +84,9 @@ class _Shown:
             return
         if _LEVELS.index(entry.get("level", "info")) < self._least:
             return
-        said = None if self._as_json else friendly(entry)
-        click.echo(text if said is None else said)
+        said = text if self._as_json or "event" not in entry else friendly(entry)
+        if said is not None:  # else it is for programs
+            click.echo(said)
 
 
 def _last(file: Any, count: int) -> list[bytes]:
@@ -93,9 +94,9 @@ def _last(file: Any, count: int) -> list[bytes]:
     end = file.seek(0, os.SEEK_END)
     data, at = b"", end
     while at > 0 and data.count(b"\n") <= count:
-        at = max(0, at - CHUNK)
+        before, at = at, max(0, at - CHUNK)
         file.seek(at)
-        data = file.read(min(CHUNK, end - at)) + data if at + CHUNK <= end else file.read(end - at)
+        data = file.read(before - at) + data
     file.seek(end)
     lines = data.split(b"\n")
     if lines and not lines[-1]:

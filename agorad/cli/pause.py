@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import click
 
-from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask
+from agorad.ask import CommandFailed, NoAnswer, Unreachable
 from agorad.cli.targets import Where, find, target_options
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -63,7 +63,7 @@ def _each(where: Where, do: str, done: str, **arguments: Any) -> None:
     asked = 0
     for target in find(where):
         try:
-            ask(target.socket, do, **arguments)
+            target.ask(do, **arguments)
         except (Unreachable, NoAnswer, CommandFailed) as error:
             trouble = trouble or error
         else:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import click
 
-from agorad.ask import NoAnswer, Unreachable, ask
+from agorad.ask import NoAnswer, Unreachable
 from agorad.cli.targets import Where, find, target_options
 from agorad.words import align, duration, or_dash, size
 
@@ -27,18 +27,19 @@ def peers(where: Where, role: str | None, as_json: bool) -> None:
     Example: agoractl peers --role worker
     """
     found: list[dict[str, Any]] = []
-    trouble: Unreachable | NoAnswer | None = None
+    lost: list[tuple[str, Unreachable | NoAnswer]] = []
     for target in find(where):
         try:
-            rows = ask(target.socket, "peers")["peers"]
+            rows = target.ask("peers")["peers"]
         except (Unreachable, NoAnswer) as error:
-            trouble = trouble or error
-            click.echo(f"agoractl: {target.name}: {error}", err=True)
+            lost.append((target.name, error))
             continue
         chosen = [row for row in rows if role in (None, row["role"])]
         found.append({"node": target.name, "peers": chosen})
-    if not found and trouble is not None:
-        raise trouble
+    if lost and not found:
+        raise lost[0][1]
+    for name, silence in lost:
+        click.echo(f"agoractl: {name}: {silence}", err=True)
     if as_json:
         click.echo(json.dumps({"nodes": found}))
         return

@@ -10,7 +10,7 @@ import click
 
 from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask
 from agorad.cli.peers import address
-from agorad.cli.targets import Where, find, target_options
+from agorad.cli.targets import Where, find, target_options, typed_so_far
 from p2p.errors import LocalError
 
 LEAST_S: Final = 30.0
@@ -20,9 +20,8 @@ COMPLETE_S: Final = 0.2
 def _known(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     """Roles, and peers that a node of this machine is connected to; nobody is waited for."""
     words = ["authority", "seed", "trainer"]
-    said = {key: ctx.params.get(key) for key in ("folder", "config", "socket", "node")}
     try:
-        target = find(Where(**said))[0]
+        target = find(typed_so_far(ctx))[0]
         words += [row["peer_id"] for row in ask(target.socket, "peers", timeout=COMPLETE_S)["peers"]]
     except (Unreachable, NoAnswer, CommandFailed, LocalError, click.ClickException):
         pass
@@ -40,7 +39,7 @@ def ping(peer: str, count: int, where: Where, as_json: bool) -> None:
     Example: agoractl ping authority --count 3
     """
     target = find(where)[0]
-    found = ask(target.socket, "ping", timeout=LEAST_S + 5 * count, peer=peer, count=count)
+    found = target.ask("ping", timeout=LEAST_S + 5 * count, peer=peer, count=count)
     if as_json:
         click.echo(json.dumps(found))
         return

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import click
 
-from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask
+from agorad.ask import CommandFailed, NoAnswer, Unreachable
 from agorad.cli.targets import Where, find, target_options
 
 ANSWER_S: Final = 10.0
@@ -30,7 +30,7 @@ def points(where: Where, limit: int, as_json: bool) -> None:
     trouble: Exception | None = None
     for target in find(where):
         try:
-            found = ask(target.socket, "points", timeout=ANSWER_S, limit=limit)
+            found = target.ask("points", timeout=ANSWER_S, limit=limit)
         except (Unreachable, NoAnswer, CommandFailed) as error:
             trouble = trouble or error
             continue

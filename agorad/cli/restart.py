@@ -30,8 +30,8 @@ def restart(timeout: float, where: Where) -> None:
     trouble: Unreachable | NoAnswer | None = None
     for target in targets:
         try:
-            began = time.time() - ask(target.socket, "status")["uptime_s"]
-            ask(target.socket, "restart")
+            began = time.time() - target.ask("status")["uptime_s"]
+            target.ask("restart")
         except (Unreachable, NoAnswer) as error:
             trouble = trouble or error
         else:

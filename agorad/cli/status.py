@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 import time
 from typing import Any, Final
@@ -12,9 +13,9 @@ import attrs
 import click
 
 from agorad import __version__
-from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask
+from agorad.ask import CommandFailed, NoAnswer, NotAllowed, Unreachable, ask_all
 from agorad.cli.last_seen import LastSeen, last_seen
-from agorad.cli.status_screen import screen
+from agorad.cli.status_screen import folded, screen
 from agorad.cli.targets import Target, Where, find, how_to_start, target_options
 from p2p.errors import LocalError
 
@@ -69,13 +70,14 @@ def gather(targets: list[Target]) -> tuple[list[dict[str, Any]], list[Down]]:
     """Status of each node that answers, and what is known of each that does not."""
     nodes: list[dict[str, Any]] = []
     down = []
-    for target in targets:
-        try:
-            nodes.append(ask(target.socket, "status", timeout=ANSWER_S))
-        except (Unreachable, NoAnswer) as error:
-            down.append(Down(target, error, _last_seen(target)))
-        except CommandFailed as error:
-            down.append(Down(target, Unreachable(str(error)), _last_seen(target)))
+    answers = ask_all([target.socket for target in targets], "status", timeout=ANSWER_S)
+    for target, answer in zip(targets, answers, strict=True):
+        if isinstance(answer, CommandFailed):
+            down.append(Down(target, Unreachable(str(answer)), _last_seen(target)))
+        elif isinstance(answer, Unreachable | NoAnswer):
+            down.append(Down(target, answer, _last_seen(target)))
+        else:
+            nodes.append(answer)
     return nodes, down
 
 
@@ -88,7 +90,7 @@ def _last_seen(target: Target) -> LastSeen:
 
 def _tell(nodes: list[dict[str, Any]], down: list[Down], as_json: bool) -> None:
     for entry in down:
-        if entry.target.config is None or as_json:
+        if entry.target.config is None or as_json or isinstance(entry.error, NotAllowed):
             click.echo(f"agoractl: {entry.target.name}: {entry.error}", err=True)
             continue
         if isinstance(entry.error, NoAnswer):
@@ -97,8 +99,6 @@ def _tell(nodes: list[dict[str, Any]], down: list[Down], as_json: bool) -> None:
         remedy = entry.seen.remedy(how_to_start(entry.target.config))
         click.echo(f"agoractl: {entry.target.name} does not run: {entry.seen.sentence()}", err=True)
         click.echo(f"  {remedy}", err=True)
-        if "not allowed" in str(entry.error):
-            click.echo(f"  {entry.error}", err=True)
     others = {str(node["version"]) for node in nodes if node.get("version", __version__) != __version__}
     if others:
         click.echo(
@@ -113,7 +113,10 @@ def _width() -> int | None:
 
 
 def _live(targets: list[Target]) -> None:
-    """The same screen redrawn in place by rich; Ctrl-C ends it."""
+    """The same screen redrawn in place; ends by Ctrl-C or SIGTERM, and leaves the terminal as it was.
+
+    The alternate screen is drawn on: nothing of it is left behind, nor does a change of size tear it.
+    """
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -123,16 +126,35 @@ def _live(targets: list[Target]) -> None:
     def draw() -> Text:
         nodes, down = gather(targets)
         lines = screen(nodes, console.width) if nodes else []
-        lines += [f"! {entry.target.name} does not run: {entry.seen.sentence()}" for entry in down]
+        lines += (
+            ["", *(line for entry in down for line in folded(f"! {_lost(entry)}", console.width))]
+            if down
+            else []
+        )
+        lines += ["", f"{time.strftime('%H:%M:%S')}, every second; Ctrl-C ends this"]
         shown = Text("\n".join(lines), overflow="ellipsis", no_wrap=True)
-        shown.highlight_regex(r"(?m)^! .*$", "yellow")
+        shown.highlight_regex(r"(?m)^(! |    ).*$", "yellow")
         shown.highlight_regex(r"\bactive\b", "green")
         return shown
 
+    def end(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        with Live(draw(), console=console, auto_refresh=False, screen=False) as live:
+        with Live(draw(), console=console, auto_refresh=False, screen=True, vertical_overflow="crop") as live:
             while True:
                 time.sleep(WATCH_S)
                 live.update(draw(), refresh=True)
     except KeyboardInterrupt:
         return
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _lost(entry: Down) -> str:
+    if isinstance(entry.error, NoAnswer):
+        return f"{entry.target.name} runs but {entry.error}"
+    if isinstance(entry.error, NotAllowed) or entry.target.config is None:
+        return f"{entry.target.name}: {entry.error}"
+    return f"{entry.target.name} does not run: {entry.seen.sentence()}"

@@ -20,9 +20,9 @@ _DISPENSABLE: Final = ("role", "up", "peers", "points", "batches")
 
 
 def screen(nodes: list[dict[str, Any]], width: int | None = None) -> list[str]:
-    """Lines for people, cut to no width but that of the table."""
+    """Lines for people, of ``width`` where they can be."""
     lines = _one(nodes[0]) if len(nodes) == 1 else table(nodes, width)
-    return [*lines, *_warnings(nodes)]
+    return [*lines, *_warnings(nodes, width)]
 
 
 def table(nodes: list[dict[str, Any]], width: int | None = None) -> list[str]:
@@ -35,9 +35,21 @@ def table(nodes: list[dict[str, Any]], width: int | None = None) -> list[str]:
     return [head, "", *align(_COLUMNS, rows, width, _DISPENSABLE)]
 
 
-def _warnings(nodes: list[dict[str, Any]]) -> list[str]:
+def _warnings(nodes: list[dict[str, Any]], width: int | None) -> list[str]:
+    """Whole, as their end says what to do; on several lines where they are longer than ``width``."""
     found = [f"! {node['name']}: {warning}" for node in nodes for warning in node.get("warnings", ())]
-    return ["", *found] if found else []
+    return ["", *(line for text in found for line in folded(text, width))] if found else []
+
+
+def folded(text: str, width: int | None) -> list[str]:
+    """Lines of at most ``width``, the further ones indented by four; broken within no word."""
+    if width is None or len(text) <= width:
+        return [text]
+    import textwrap  # not every screen needs it
+
+    return textwrap.wrap(
+        text, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _one(node: dict[str, Any]) -> list[str]:
@@ -50,7 +62,8 @@ def _one(node: dict[str, Any]) -> list[str]:
         ("points", _earned(node.get("points"))),
         ("peers", f"{node['peers']} connected"),
         ("run", _run(node)),
-        ("node", f"{node['peer_id']}, process {node['pid']}"),
+        ("node", node["peer_id"]),
+        ("agorad", f"{node.get('version', 'of an older version')}, process {node['pid']}"),
     ]
     for addr in node.get("addrs", ()):
         subjects.append(("" if subjects[-1][0] in ("at", "") else "at", str(addr).partition("/p2p/")[0]))

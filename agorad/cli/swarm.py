@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import click
 
-from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask
+from agorad.ask import CommandFailed, NoAnswer, Unreachable
 from agorad.cli.targets import Where, find, target_options
 from agorad.words import align, or_dash
 
@@ -27,7 +27,7 @@ def swarm(where: Where, as_json: bool) -> None:
     trouble: Exception | None = None
     for target in find(where):
         try:
-            found = ask(target.socket, "swarm", timeout=ANSWER_S)
+            found = target.ask("swarm", timeout=ANSWER_S)
         except (Unreachable, NoAnswer, CommandFailed) as error:
             trouble = trouble or error
             continue

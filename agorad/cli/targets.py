@@ -1,13 +1,15 @@
 """Which daemons a command talks to: options shared by all that open control sockets.
 
 ``--dir`` names a demo's folder (its ``swarm.json`` lists the nodes), ``--config`` a node's settings,
-``--socket`` the socket itself, ``--node`` picks by name among several. Without the first three: every node of
+``--socket`` the socket itself, ``--node`` picks by name among several. The first three may also come from
+the environment (``AGORA_DIR``, ``AGORA_CONFIG``, ``AGORA_SOCKET``). Without any of them: every node of
 this machine, which are those with settings where ``agorad`` and its services look for them, those that
 ``agoractl join`` made for the run joined last, and whoever else has a socket in a runtime folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -17,8 +19,9 @@ from typing import Any, Final, TypeVar, cast
 
 import attrs
 import click
+from click.core import ParameterSource
 
-from agorad.ask import Unreachable
+from agorad.ask import NotAllowed, Unreachable, ask
 from agorad.config import Config, default_path, load
 from agorad.join.answers import configs
 from agorad.usage import NamedPath
@@ -47,6 +50,21 @@ class Target:
             raise LocalError(f"the settings of the node on {self.socket} are not known; name it by --config")
         return load(self.config)
 
+    def ask(self, do: str, *, timeout: float = 5.0, **arguments: Any) -> Any:
+        """As ``agorad.ask.ask``; where nobody answers it also says how the node is started."""
+        with self.advised():
+            return ask(self.socket, do, timeout=timeout, **arguments)
+
+    @contextlib.contextmanager
+    def advised(self) -> Iterator[None]:
+        """Adds to ``Unreachable`` how this node is started."""
+        try:
+            yield
+        except NotAllowed:
+            raise
+        except Unreachable as error:
+            raise Unreachable(f"{error}; {how_to_start(self.config)}") from error
+
 
 @attrs.frozen(kw_only=True)
 class Where:
@@ -55,7 +73,8 @@ class Where:
     folder: Path | None = None
     config: Path | None = None
     socket: Path | None = None
-    node: str | None = None
+    nodes: tuple[str, ...] = ()
+    """Names; empty: all."""
 
 
 def target_options(command: F) -> F:
@@ -63,17 +82,27 @@ def target_options(command: F) -> F:
 
     @functools.wraps(command)
     def run(
-        *, folder: Path | None, config: Path | None, socket: Path | None, node: str | None, **rest: Any
+        *, folder: Path | None, config: Path | None, socket: Path | None, node: tuple[str, ...], **rest: Any
     ) -> Any:
-        return command(where=Where(folder=folder, config=config, socket=socket, node=node), **rest)
+        named = {"folder": folder, "config": config, "socket": socket}
+        origin = click.get_current_context().get_parameter_source
+        typed = {key for key in named if origin(key) is ParameterSource.COMMANDLINE}
+        if typed:  # what the command line names counts, whatever the environment says
+            named = {key: path if key in typed else None for key, path in named.items()}
+        return command(where=Where(**named, nodes=node), **rest)
 
     path, wrapped = NamedPath(), cast(F, run)
     for option in (
-        click.option("--node", metavar="NAME", help="Only the node of this name.", shell_complete=names),
-        click.option("--socket", type=path, help="The control socket of one node."),
-        click.option("--config", type=path, help="The settings of one node."),
-        click.option("--dir", "folder", type=path, help="The folder of a demo: all its nodes."),
-    ):
+        click.option(
+            "--node", metavar="NAME", multiple=True, shell_complete=names,
+            help="Only the node of this name; can be repeated.",
+        ),
+        click.option("--socket", type=path, envvar="AGORA_SOCKET", help="The control socket of one node."),
+        click.option("--config", type=path, envvar="AGORA_CONFIG", help="The settings of one node."),
+        click.option(
+            "--dir", "folder", type=path, envvar="AGORA_DIR", help="The folder of a demo: all its nodes."
+        ),
+    ):  # fmt: skip
         wrapped = option(wrapped)
     return wrapped
 
@@ -81,13 +110,13 @@ def target_options(command: F) -> F:
 def find(where: Where) -> list[Target]:
     """The nodes that were named; ``Unreachable`` when none was and this machine has none."""
     found = _all(where)
-    if where.node is None:
+    if not where.nodes:
         return found
-    chosen = [target for target in found if target.name == where.node]
-    if not chosen:
-        known = ", ".join(target.name for target in found)
-        raise click.UsageError(f"no node is called {where.node!r}; there are {known}")
-    return chosen
+    known = [target.name for target in found]
+    for name in where.nodes:
+        if name not in known:
+            raise click.UsageError(f"no node is called {name!r}; there are {', '.join(known)}")
+    return [target for target in found if target.name in where.nodes]
 
 
 def one(where: Where) -> Target:
@@ -101,11 +130,16 @@ def one(where: Where) -> Target:
 
 def names(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     """Names of nodes, for the shell's completion; nothing where they cannot be found out."""
-    said = {key: ctx.params.get(key) for key in ("folder", "config", "socket")}
     try:
-        return [target.name for target in _all(Where(**said)) if target.name.startswith(incomplete)]
+        return [target.name for target in _all(typed_so_far(ctx)) if target.name.startswith(incomplete)]
     except (LocalError, Unreachable, click.ClickException, TypeError):
         return []
+
+
+def typed_so_far(ctx: click.Context) -> Where:
+    """What a line that a shell is to complete has named already."""
+    given = ctx.params.get
+    return Where(folder=given("folder"), config=given("config"), socket=given("socket"))
 
 
 def how_to_start(config: Path | None) -> str:

@@ -152,6 +152,14 @@ class Swarm:
             running.process.poll() is not None and not running.answers for running in self.of_role("trainer")
         )
 
+    def paused(self) -> bool:
+        """Whether somebody holds all trainers, or all workers of a stage: nothing is completed then."""
+        groups: dict[int | None, list[bool]] = {}
+        for running in (*self.of_role("trainer"), *self.of_role("worker")):
+            held = bool(running.answers and running.status.get("paused"))
+            groups.setdefault(running.node.stage, []).append(held)
+        return any(all(held) for held in groups.values())
+
     @property
     def completed(self) -> int:
         return sum(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import os
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from agorad.doctor.patient import Patient
 from agorad.join.findings import Finding
+from agorad.ports import holder
 from p2p.errors import P2PError
 from p2p.multiaddr import Multiaddr
 from p2p.reach import kind
@@ -70,29 +69,6 @@ def _port(patient: Patient, addr: Multiaddr) -> Finding:
                 remedy="set node.listen to an address of this machine: /ip4/0.0.0.0/tcp/49200 means all",
             )  # fmt: skip
     return Finding(name="port", verdict="ok", found=f"TCP {port} is free")
-
-
-def holder(port: int, proc: Path = Path("/proc")) -> str:
-    """Which program listens on a TCP port, as far as this user may know."""
-    inodes = set()
-    for table in ("tcp", "tcp6"):
-        try:
-            rows = (proc / "net" / table).read_text().splitlines()[1:]
-        except OSError:
-            continue
-        for row in rows:
-            cells = row.split()
-            if cells[3] == "0A" and int(cells[1].rpartition(":")[2], 16) == port:
-                inodes.add(f"socket:[{cells[9]}]")
-    for process in proc.iterdir():
-        if not process.name.isdigit():
-            continue
-        try:
-            if any(str(link.readlink()) in inodes for link in (process / "fd").iterdir()):
-                return f"{(process / 'comm').read_text().strip()} (process {process.name})"
-        except OSError:
-            continue
-    return "another user's program" if os.geteuid() else "another program"
 
 
 def _kind(addr: Multiaddr) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from agorad.doctor import address, daemon, files, machine, network
@@ -11,15 +12,23 @@ from agorad.join.findings import Finding
 _ORDER: Final = {"fail": 0, "warn": 1, "ok": 2}
 
 
-def diagnose(patient: Patient, *, over_the_net: bool = True, measure: bool = True) -> list[Finding]:
-    """What was found; without ``over_the_net`` nothing leaves the machine."""
-    found = [
-        *daemon.look(patient),
-        *files.look(patient),
-        *machine.look(patient),
-        *address.look(patient),
-        *(network.look(patient, measure=measure) if over_the_net else ()),
-    ]
+PARTS: Final = ("daemon", "files", "machine", "network")
+
+
+def diagnose(
+    patient: Patient, *, over_the_net: bool = True, measure: bool = True, only: str | None = None
+) -> list[Finding]:
+    """What was found; without ``over_the_net`` nothing leaves the machine, ``only`` is one of ``PARTS``."""
+    looks: dict[str, Callable[[], Iterable[Finding]]] = {
+        "daemon": lambda: daemon.look(patient),
+        "files": lambda: files.look(patient),
+        "machine": lambda: machine.look(patient),
+        "network": lambda: (
+            *address.look(patient),
+            *(network.look(patient, measure=measure) if over_the_net else ()),
+        ),
+    }
+    found = [finding for part in PARTS if only in (None, part) for finding in looks[part]()]
     return sorted(found, key=lambda finding: _ORDER[finding.verdict])
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -171,6 +174,12 @@ def test_a_seed_and_an_authority_without_a_swarm(tmp_path: Path) -> None:
         _json("doctor", *where, "--no-measure")
         for line in agoractl("events", *where, "--json").stdout.splitlines():
             fits(json.loads(line), "events")
+        _json("config", *where)
+        stacks = json.loads(agoractl("debug", "stacks", *where, "--json").stdout)
+        fits(stacks, "debug stacks")
+        assert any("p2p/transport.py" in " ".join(task["frames"]) for task in stacks["tasks"])
+        _watch(where)
+        _reload(folder / "seed" / "agorad.toml", where)
         agoractl("pause", *where, code=1)
         agoractl("restart", *where, timeout=60)
         (after,) = _json("status", *where)["nodes"]
@@ -180,6 +189,37 @@ def test_a_seed_and_an_authority_without_a_swarm(tmp_path: Path) -> None:
         _json("status", *where, code=3)
         told = agoractl("status", *where, code=3)
         assert "seed does not run: it ended cleanly" in told.stderr
+
+
+def _reload(config: Path, where: tuple[str, ...]) -> None:
+    agoractl("reload", *where)
+    before = config.read_text()
+    config.write_text(before + "\n[limits]\nupload_mbps = 0.5\n")
+    assert "limits.upload_mbps = 0.5 must be" in agoractl("reload", *where, code=2).stderr
+    config.write_text(before.replace("[node]", "[node]\nthreads = 2"))
+    assert "node.threads changes only with a restart" in agoractl("reload", *where, code=1).stderr
+    config.write_text(before)
+
+
+def _watch(where: tuple[str, ...]) -> None:
+    """On a terminal of its own, which it leaves as it was."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "agorad.cli", "status", "--watch", *where])
+    shown, until, asked = b"", time.monotonic() + 30, False
+    while time.monotonic() < until and select.select([terminal], [], [], 20)[0]:
+        try:
+            shown += os.read(terminal, 4096)
+        except OSError:  # its other end is closed
+            break
+        if not asked and shown.count(b"seed is") >= 2:
+            asked = True
+            os.kill(child, signal.SIGINT)
+    if not asked:
+        os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, shown
+    os.close(terminal)
+    assert shown.endswith(b"\x1b[?25h\x1b[?1049l")  # the cursor is back, and what was there before
 
 
 @pytest.mark.long

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import jsonschema
@@ -112,6 +113,14 @@ def test_commands_options_and_nodes_are_completed(tmp_path: Path) -> None:
     assert completed("agoractl ping a", 2) == ["authority"]
 
 
+def configs_of(*options: str) -> list[dict[str, Any]]:
+    done = CliRunner().invoke(agoractl, ["config", "--json", *options])
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.output)
+    jsonschema.Draft202012Validator(SCHEMAS["config"]).validate(document)
+    return document["nodes"]
+
+
 def test_nodes_are_found_where_services_and_joins_leave_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +139,14 @@ def test_nodes_are_found_where_services_and_joins_leave_them(
     (tmp_path / "user" / "agora" / "other.sock").touch()
     found = find(Where())
     assert [one.name for one in found] == ["config-agora", "services-0", "services-1", "other"]
-    assert isinstance(find(Where(node="services-1"))[0], Target)
+    assert isinstance(find(Where(nodes=("services-1",)))[0], Target)
+    both = ["--node", "services-1", "--node", "services-0"]
+    assert [one["node"] for one in configs_of(*both)] == ["services-0", "services-1"]
+    monkeypatch.setenv("AGORA_CONFIG", str(tmp_path / "services" / "0" / "agorad.toml"))
+    (only,) = configs_of()
+    origins = {one["name"]: one["origin"] for one in only["settings"]}
+    assert (only["node"], origins["node.name"], origins["limits.hours"]) == ("services-0", "file", "default")
+    (typed,) = configs_of("--config", str(tmp_path / "services" / "1" / "agorad.toml"))
+    assert typed["node"] == "services-1"  # the command line counts
     with pytest.raises(click.UsageError, match="there are config-agora"):
-        find(Where(node="nobody"))
+        find(Where(nodes=("nobody",)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agorad import control, control_server
-from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask, follow
+from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask, ask_all, follow
 from agorad.exitcodes import DaemonExit
 from p2p.errors import LocalError, Refused
 
@@ -77,7 +78,7 @@ def test_answers_refusals_and_streams(tmp_path: Path) -> None:
         for do, code, words in (
             ("refuse", "too_late", "it is over"),
             ("wrong", "failed", "that cannot be"),
-            ("nope", "bad_request", "this node knows count, echo"),
+            ("nope", "bad_request", "knows count, echo"),
         ):
             with pytest.raises(CommandFailed, match=words) as failed:
                 ask(path, do)
@@ -145,6 +146,25 @@ def test_more_clients_than_places_wait_their_turn(tmp_path: Path) -> None:
             with pytest.raises(NoAnswer):
                 ask(path, "echo", timeout=0.2)
         assert ask(path, "echo") == {}
+
+    with_server(path, client)
+
+
+def test_one_that_hangs_costs_its_own_time_alone(tmp_path: Path) -> None:
+    path, nobody = tmp_path / "c.sock", tmp_path / "none.sock"
+
+    def client() -> None:
+        began = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            frozen = [tmp_path / f"frozen-{at}.sock" for at in range(8)]
+            for name in frozen:
+                one = stack.enter_context(socket.socket(socket.AF_UNIX))
+                one.bind(str(name))
+                one.listen(1)  # takes what is asked and never answers
+            found = ask_all([*frozen, path, nobody], "echo", timeout=0.5)
+        assert [type(one) for one in found] == [*[NoAnswer] * 8, dict, Unreachable]
+        assert "within 0.5 s" in str(found[7])
+        assert time.monotonic() - began < 8 * 0.5 - 0.1
 
     with_server(path, client)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from agorad import journal, logfile
+from agorad.cli import logs
 from agorad.console import WIDTH, columns, fit, friendly
 from agorad.events import Bus, Stopped, Stopping
 from agorad.log import Log
@@ -113,6 +114,17 @@ def test_a_clock_set_back_ends_a_window_too() -> None:
     assert list(repeats.over(1010.0)) == []
     assert list(repeats.over(10.0)) == [("x", MOST)]
     assert repeats.admits("x", 10.0)
+
+
+@pytest.mark.parametrize("size", [10, logs.CHUNK - 1, logs.CHUNK + 9, 2 * logs.CHUNK + 77])
+def test_the_last_lines_of_a_log_are_read_whole_and_once(tmp_path: Path, size: int) -> None:
+    lines = [b"%07d" % number for number in range(size // 8 + 1)]
+    path = tmp_path / "log"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with path.open("rb") as file:
+        assert logs._last(file, 10**6) == lines
+        assert logs._last(file, 1) == lines[-1:]
+        assert logs._last(file, 0) == []
 
 
 def test_the_file_is_bounded_and_its_past_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
