@@ -206,9 +206,15 @@ def runtime_of(state: Path) -> Path:
 
 
 def secret_of(state: Path) -> Path | None:
-    """Where a service is handed its account's secret: a file in memory; None for other nodes."""
+    """Where a service is handed its account's secret: a file in memory; None for other nodes.
+
+    A user's service has its folder in memory from systemd (``RuntimeDirectory=``).
+    """
     folder = runtime_of(state)
-    return None if folder == state else folder / "secret"
+    if folder != state:
+        return folder / "secret"
+    named = os.environ.get("RUNTIME_DIRECTORY", "")
+    return Path(named) / "secret" if named.startswith("/") else None
 
 
 def default_path() -> Path:

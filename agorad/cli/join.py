@@ -1,8 +1,8 @@
 """``agoractl join``: from one command to nodes at work.
 
 Looks at the machine, asks what it cannot know (never with ``--skip-input``), keeps the answers for the next
-time, writes one node's folder a GPU and starts the nodes: as services where systemd runs and this is root,
-else in the foreground until Ctrl-C.
+time, writes one node's folder a GPU and starts the nodes: as services where systemd runs (root: the
+system's, else the user's), else in the foreground until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -218,13 +218,16 @@ def _as_services(nodes: list[Planned], given: Secret | None, told: str, warm_ste
         click.echo(change.lines()[0], err=True)
     for step in done.steps:
         click.echo(f"* {step}", err=True)
+    for hint in done.hints:
+        if hint.partition(" ")[0] != "systemctl":  # it is started here
+            click.echo(_wrapped(f"next: {hint}", 0, sys.stderr), err=True)
     names = " ".join(unit.unit(node).removesuffix(".service") for node in nodes)
-    told += f"{names} starts with the machine from now on; `systemctl stop {names}` leaves the run cleanly"
+    told += f"{names} starts by itself from now on; `{unit.systemctl()} stop {names}` leaves the run cleanly"
     click.echo(_wrapped(told, 0, sys.stderr), err=True)
     if not sys.stdout.isatty():
         for node in nodes:
             unit.launch(node, given)
-            click.echo(f"{unit.unit(node)} started: agoractl status, journalctl -u agorad@{node.gpu} -f")
+            click.echo(f"{unit.unit(node)} started: agoractl status, {unit.journal(node)} -f")
         return 0
     click.echo("Ctrl-C ends this display, not the node", err=True)
     return Live(_say, warm_steps=warm_steps, launch=unit.launch, attached=True).run(nodes, given)

@@ -12,7 +12,7 @@ import click
 
 from agorad.config import SYSTEM_STATE
 from agorad.service import install as steps
-from agorad.service import manager, program
+from agorad.service import manager, program, user
 from agorad.service.changes import apply
 from agorad.service.install import Done
 from agorad.service.running import is_running
@@ -74,8 +74,15 @@ def install(instances: tuple[str, ...], now: bool, no_windows: bool, dry_run: bo
 def uninstall(purge: bool, yes: bool, no_windows: bool, dry_run: bool, as_json: bool) -> None:
     """Stop and remove the service; the state folder stays.
 
+    Without root it is the caller's own, which `agoractl join` made.
+
     Example: sudo agoractl service uninstall
     """
+    if os.geteuid() != 0 and not purge and user.place().exists():
+        done = user.uninstall(dry_run=dry_run)
+        done.hints.append("state and keys stay in ~/.local/state/agora")
+        _show(done, dry_run, as_json, nothing="not installed: nothing to remove")
+        return
     _require(dry_run)
     if purge and not yes and not dry_run:
         if not sys.stdin.isatty():

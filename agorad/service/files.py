@@ -35,9 +35,14 @@ def uninstall(root: Path = Path("/")) -> list[Change]:
     return [change for change in changes if change is not None]
 
 
+def for_version(text: str, version: int) -> str:
+    """Without what is for a newer systemd."""
+    return NEWER.sub(lambda match: match.group() if version >= int(match.group(1)) else "", text)
+
+
 def render(text: str, program: Program, version: int) -> str:
     """A file of ours for this program and this systemd (0: a version that is not known, so an old one)."""
-    text = NEWER.sub(lambda match: match.group() if version >= int(match.group(1)) else "", text)
+    text = for_version(text, version)
     text = text.replace("ExecStart=/usr/bin/agorad ", f"ExecStart={program.command} ")
     if not program.bound or "ProtectHome=" not in text:
         return text

@@ -28,10 +28,15 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 class Manager:
-    """systemctl and its relatives; ``runner`` is replaced in tests."""
+    """systemctl and its relatives; ``runner`` is replaced in tests. ``user``: the systemd of who calls."""
 
-    def __init__(self, runner: Run = run) -> None:
-        self._run = runner
+    def __init__(self, runner: Run = run, *, user: bool = False) -> None:
+        self._runner = runner
+        self._user = user
+
+    def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        of_user = self._user and command[0] == "systemctl"
+        return self._runner([command[0], "--user", *command[1:]] if of_user else command)
 
     def do(self, *command: str) -> str:
         """Its output; ``LocalError`` with its last words if it fails."""
@@ -46,6 +51,10 @@ class Manager:
     def says(self, *command: str) -> str:
         """Its output, however it ended."""
         return self._run(list(command)).stdout
+
+    def succeeds(self, *command: str) -> bool:
+        """Whether it did what it was asked for."""
+        return self._run(list(command)).returncode == 0
 
     def version(self) -> int:
         """Of systemd; 0 if it does not say."""

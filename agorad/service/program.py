@@ -33,8 +33,6 @@ class Program:
 
 def find() -> Program:
     """The agorad that belongs to this interpreter; ``LocalError`` if a service could not start it."""
-    script = Path(sysconfig.get_path("scripts")) / "agorad"
-    command = quoted(script) if script.exists() else f"{quoted(Path(sys.executable))} -m agorad.main"
     needed = {
         Path(sys.prefix),
         Path(sys.base_prefix),
@@ -44,7 +42,13 @@ def find() -> Program:
     folders = outermost(place.absolute() for place in needed)
     for place in folders:
         require_readable(place)
-    return Program(command, tuple(place for place in folders if _is_hidden(place)))
+    return Program(command(), tuple(place for place in folders if _is_hidden(place)))
+
+
+def command() -> str:
+    """How ExecStart begins for the agorad that belongs to this interpreter."""
+    script = Path(sysconfig.get_path("scripts")) / "agorad"
+    return quoted(script) if script.exists() else f"{quoted(Path(sys.executable))} -m agorad.main"
 
 
 def quoted(path: Path) -> str:

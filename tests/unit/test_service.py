@@ -13,7 +13,7 @@ import pytest
 from agorad.exitcodes import RETRYABLE, ExitCode
 from agorad.journal import encode
 from agorad.notify import summary
-from agorad.service import changes, files, install, program
+from agorad.service import changes, files, install, program, user
 from agorad.service.changes import Change
 from agorad.service.files import UNITS, render
 from agorad.service.manager import Manager
@@ -43,6 +43,35 @@ def test_units_restart_after_the_codes_that_say_so_and_no_other() -> None:
     assert forced == set(RETRYABLE)
     assert forced | prevented | {0} == set(map(int, ExitCode))
     assert service["Restart"] == "on-abnormal"
+
+
+def test_a_user_s_unit_starts_again_and_waits_like_the_system_s() -> None:
+    system, mine = (unit((UNITS / name).read_text())["Service"] for name in ("agorad@.service", user.UNIT))
+    for name, value in system.items():
+        if name.startswith(("Restart", "Timeout", "Watchdog", "Kill", "Type", "UMask", "LimitCORE")):
+            assert mine.get(name) == value, name
+
+
+def test_a_user_s_unit_has_program_and_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (change,) = user.wanted("/opt/agorad/bin/agorad", Path("/home/a b/100%/agora"), 254)
+    assert change.path == tmp_path / ".config/systemd/user/agorad@.service"
+    made = change.after or ""
+    assert 'ExecStart=/opt/agorad/bin/agorad --config "/home/a b/100%%/agora/%i/agorad.toml"\n' in made
+    assert "RestartSteps=6" in made
+    assert "User=" not in made
+
+
+def test_without_a_session_there_is_no_service_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    assert "XDG_RUNTIME_DIR is not set" in user.why_not()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert f"no systemd of yours answers in {tmp_path}" in user.why_not()
+    (tmp_path / "systemd").mkdir()
+    (tmp_path / "systemd" / "private").touch()
+    assert user.why_not() == ""
 
 
 def test_lines_for_a_newer_systemd_are_left_out_of_an_older_one() -> None:
