@@ -54,8 +54,27 @@ def spoken(page: Path) -> list[str]:
 def words(command: str) -> list[str]:
     """A command of ours as its words, its program first and without a path; empty for another program."""
     parts = shlex.split(re.split(r"\s*[>|]", command)[0])
+    if parts[:2] == ["make", "demo"]:
+        asked = next((part.partition("=")[2] for part in parts if part.startswith("ARGS=")), "")
+        return ["agoractl", "demo", *shlex.split(asked)]
     while parts and (parts[0] == "sudo" or re.match(r"[A-Z_]+=", parts[0])):
         parts = parts[1:]
     if not parts or Path(parts[0]).name not in PROGRAMS:
         return []
     return [Path(parts[0]).name, *parts[1:]]
+
+
+NOT_HERE = {
+    r"make ": "these are what runs the tests; tests/system/test_demo.py trains with other shapes",
+    r"sudo ": "root's systemd: tests/system/test_systemd.py does it in one of its own",
+    r"systemctl --user|agoractl service uninstall": "a user's systemd: tests/system/test_systemd_user.py",
+    r"docker |.* --use-docker$": "needs a Docker engine: tests/unit/test_docker.py",
+    r"apt |ufw |firewall-cmd |nft ": "changes the machine",
+    r"agoractl run plan .* --measure 1": "takes minutes: tests/unit/test_plan.py measures smaller stages",
+}
+"""Commands that tests/system/test_docs_run.py does not type, and why."""
+
+
+def not_here(command: str) -> str:
+    """Why it is not typed; empty if it is."""
+    return next((why for begins, why in NOT_HERE.items() if re.match(begins, command)), "")

@@ -92,6 +92,7 @@ def holds(root: Path, text: str) -> set[str]:
     return {p.name for p in root.rglob("*") if p.is_file() and text.encode() in p.read_bytes()}
 
 
+@pytest.mark.timeout(300)  # eight processes, four of them with torch, on a machine that may be busy
 def test_the_readme_from_nothing_to_points(tmp_path: Path) -> None:
     init, seed, authority, trainer, join, status, points, account, invited = commands()
     operator, alice, mallory = (tmp_path / name for name in ("operator", "alice", "mallory"))
