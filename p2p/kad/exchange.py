@@ -94,16 +94,21 @@ class Exchange:
             answer, rows = await self._ask(contact, question)
             if page == 0:
                 nodes = answer.nodes
-            for wire, remaining in rows:
-                record = self._open(contact.peer, wire, remaining)
-                if record is not None and record.key == key:
-                    found.append(record)
-            last = found[-1].subkey if found else None
-            if not answer.more or last is None or (after is not None and last <= after):
-                break  # an honest node's pages go forward
-            if len(found) > MAX_SUBKEYS:
-                raise RemoteError(f"more than {MAX_SUBKEYS} records of one key")
-            after = last
+            try:
+                for wire, remaining in rows:
+                    record = self._open(contact.peer, key, wire)
+                    if after is not None and record.subkey <= after:
+                        raise RemoteError(f"records of {key!r} that are not in order of subkey")
+                    after = record.subkey
+                    if (timed := self._timed(contact.peer, record, remaining)) is not None:
+                        found.append(timed)
+                if len(found) > MAX_SUBKEYS:
+                    raise RemoteError(f"more than {MAX_SUBKEYS} records of one key")
+            except RemoteError:
+                self._table.failed(contact.peer)
+                raise
+            if not answer.more or not rows:
+                break
         return nodes, found
 
     async def store(self, contact: Contact, record: Record) -> None:
@@ -169,15 +174,29 @@ class Exchange:
         if known != contact:
             self._host.learn(peer, _dialable(addrs))
 
-    def _open(self, peer: PeerId, wire: bytes, remaining: float) -> Record | None:
-        """A record that ``peer`` handed us, or None (with an event) if it is not to be believed."""
+    def _open(self, peer: PeerId, key: str, wire: bytes) -> Record:
+        """A record of ``key`` that ``peer`` showed us.
+
+        A forged one, or one of another key, is a RemoteError: no honest node keeps such a thing, so what
+        else this one says counts for nothing either.
+        """
         try:
-            return relayed(self.verifier.open(wire), self._clock(), remaining)
-        except Refused as error:
-            if error.code != "expired":
-                self._emit(RecordRefused(peer=peer, key="", code=error.code))
+            record = self.verifier.open(wire)
         except RemoteError:
-            self._emit(RecordRefused(peer=peer, key="", code="bad_record"))
+            self._emit(RecordRefused(peer=peer, key=key, code="bad_record"))
+            raise
+        if record.key != key:
+            self._emit(RecordRefused(peer=peer, key=key, code="other_key"))
+            raise RemoteError(f"a record of {record.key!r} in an answer about {key!r}")
+        return record
+
+    def _timed(self, peer: PeerId, record: Record, remaining: float) -> Record | None:
+        """The record with the end that ``peer`` claims, or None if that cannot be."""
+        try:
+            return relayed(record, self._clock(), remaining)
+        except Refused as error:
+            if error.code != "expired":  # it may have ended on its way here
+                self._emit(RecordRefused(peer=peer, key=record.key, code=error.code))
         return None
 
     # Serving

@@ -34,8 +34,8 @@ from p2p.kad.events import DhtIsolated, DhtJoined, RecordRefused
 from p2p.kad.exchange import Exchange, remember
 from p2p.kad.ids import key_id, random_in_bucket
 from p2p.kad.lookup import Lookup
+from p2p.kad.merge import Merge
 from p2p.kad.record import Record, seal
-from p2p.kad.store import newest
 from p2p.kad.table import MAX_ADDRS, Contact, Table
 from p2p.multiaddr import Multiaddr
 
@@ -165,7 +165,7 @@ class Dht:
         now = self._clock()
         if not fresh and (known := self._recent.get(key)) is not None and now < known[0] + RECENT_S:
             return {subkey: record for subkey, record in known[1].items() if record.expires > now}
-        found = self.records.get(key, now)
+        merge = Merge(self.records.get(key, now).values())
         # Where this node is one of the key's keepers, its own answer counts: a call less a read.
         need = max(1, self._limits.quorum - self._keeps(key_id(key)))
         lookup = self._lookup(key_id(key), need=need)
@@ -173,7 +173,7 @@ class Dht:
 
         async def ask(contact: Contact) -> Sequence[Contact]:
             nodes, records = await self._exchange.find_value(contact, key)
-            newest(found, records)
+            merge.heard(contact.peer, records)
             heard.append(len(records))
             if not any(heard) and len(heard) >= need:
                 lookup.widen(WIDE)
@@ -189,7 +189,7 @@ class Dht:
         if not heard and (lookup.queries or self._seeds):
             raise PeerGone(f"no node of the hash table answered ({lookup.queries} were asked)")
         now = self._clock()
-        found = {subkey: record for subkey, record in found.items() if record.expires > now}
+        found = merge.alive(now)
         remember(self._recent, key, (now, found), MAX_ROUTES)
         return dict(found)
 

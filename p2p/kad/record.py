@@ -11,9 +11,10 @@ owner's peer id is one of the parts of the key (split at ``/``). So nobody can o
 somebody else's place. ``seq`` is the owner's clock in microseconds (and grows by at least one a
 record); the highest seq of an owner wins.
 
-Clocks. ``issued`` and ``expires`` are the owner's unix time. Who stores a record knows the sender's
-clock and turns ``expires`` into its own time; readers are told the seconds that remain. So a clock
-that is off by up to ``MAX_SKEW_S`` costs nobody its records, and none outlives its own end by more.
+Clocks. ``issued`` and ``expires`` are the owner's unix time. Who is sent a record by its owner knows
+the owner's clock and turns ``expires`` into its own time; readers are told the seconds that remain, and
+believe two keepers, or the owner, that an end is later than it reads (``p2p.kad.merge``). So a clock that
+is off by up to ``MAX_SKEW_S`` costs nobody its records, and no keeper alone can stretch a life.
 
 Limits: value 4 KiB, key 128 characters, life 3600 s. Verifying costs 92 µs (Ed25519), so
 ``Verifier`` remembers what it has verified, up to 8 MiB of records.
@@ -61,8 +62,9 @@ class Record:
     """Decoded msgpack: plain lists, maps, strings, bytes and numbers. Not judged here."""
     wire: bytes = attrs.field(repr=False)
     """The signed bytes, to hand on."""
+    issued: float = attrs.field(repr=False)
     owner_expires: float = attrs.field(repr=False)
-    """``expires`` as the owner's clock has it, as signed."""
+    """``issued`` and ``expires`` as the owner's clock has them, as signed."""
 
 
 def may_write(owner: PeerId, key: str, subkey: str) -> bool:
@@ -98,6 +100,7 @@ def seal(
         expires=expires,
         value=decoded,
         wire=wire,
+        issued=issued,
         owner_expires=expires,
     )
 
@@ -156,6 +159,8 @@ def received(record: Record, now: float, skew: float) -> Record:
     expires = record.owner_expires - skew
     if expires <= now:
         raise Refused("expired", f"the record ended {now - expires:.1f} s ago")
+    if record.issued - skew > now + SAME_CLOCK_S:
+        raise Refused("future", f"the record begins in {record.issued - skew - now:.0f} s")
     if expires > now + MAX_TTL_S + MAX_SKEW_S:
         raise Refused("too_long", f"the record would live {expires - now:.0f} s; at most {MAX_TTL_S:.0f}")
     return attrs.evolve(record, expires=expires)
@@ -164,12 +169,20 @@ def received(record: Record, now: float, skew: float) -> Record:
 def relayed(record: Record, now: float, remaining: float) -> Record:
     """A record as a node that keeps it told us, with the seconds it says remain.
 
-    That word implies how far the owner's clock is off. It is believed within the tolerated skew, so
-    that a keeper can stretch a life by no more than that.
+    That word implies how far the owner's clock is off, and is refused beyond the tolerated skew or the
+    record's whole life. What lies within is the keeper's claim: ``p2p.kad.merge`` weighs several.
     """
     if remaining <= 0:
         raise Refused("expired", "the record ended at the node that kept it")
     return received(record, now, record.owner_expires - now - remaining)
+
+
+def handed(record: Record, now: float, remaining: float) -> Record:
+    """A record for us to keep from a node that kept it: one word alone, so it stretches no life."""
+    claimed = relayed(record, now, remaining)
+    if claimed.owner_expires <= now:
+        raise Refused("expired", f"the record ended {now - claimed.owner_expires:.1f} s ago")
+    return attrs.evolve(claimed, expires=min(claimed.expires, claimed.owner_expires))
 
 
 def _parse(wire: bytes) -> tuple[Record, bytes, bytes]:
@@ -209,6 +222,7 @@ def _parse(wire: bytes) -> tuple[Record, bytes, bytes]:
         expires=expires,
         value=_unpack(packed),
         wire=wire,
+        issued=issued,
         owner_expires=expires,
     )
     return record, _pack(row[:-1]), signature

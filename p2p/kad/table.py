@@ -13,7 +13,6 @@ lookups to try. Source: Kademlia (2002), sections 2.2 and 4.1.
 
 from __future__ import annotations
 
-import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import final
@@ -123,7 +122,23 @@ class Table:
 
     def nearest(self, target: int, count: int) -> list[Contact]:
         """The ``count`` known contacts nearest to ``target``, nearest first."""
-        return heapq.nsmallest(count, self, key=lambda contact: contact.id ^ target)
+        here = bucket_index(self.own_id, target)
+        deeper = [index for index in self._buckets if index > here]
+        found: list[Contact] = []
+        # Whoever shares more leading bits with the target is nearer: its own bucket, all deeper ones
+        # together, then those before it one by one.
+        for group in ([here], deeper, *([index] for index in range(min(here, BITS) - 1, -1, -1))):
+            if len(found) >= count:
+                break
+            contacts = [
+                contact
+                for index in group
+                if (bucket := self._buckets.get(index)) is not None
+                for contact in bucket.contacts.values()
+            ]
+            contacts.sort(key=lambda contact: contact.id ^ target)
+            found += contacts
+        return found[:count]
 
     def stale(self, before: float) -> list[int]:
         """Buckets that exist or lie between us and our nearest contact, unheard since ``before``."""

@@ -1,7 +1,8 @@
-"""Swarms of hash table nodes in virtual time, over a network made of memory channels.
+"""Swarms of hash table nodes in virtual time, over a network that is one sleep there and one back.
 
-The network here has latency, silent deaths and guests, and no bytes; what the real one adds is tested
-with it. Every run is a function of its seed.
+The network here has latency, silent deaths, partitions and guests; what the real one adds is tested with
+it. An answer is made in the asker's task, so that a thousand nodes cost minutes. Every run is a function of
+its seed.
 """
 
 from __future__ import annotations
@@ -35,30 +36,61 @@ class FakeMessage:
     payload: memoryview
 
 
-class FakeCall:
-    """One side of a stream, as much of ``p2p.rpc.Call`` as the hash table uses."""
+class Question:
+    """The answering side of a stream, as much of ``p2p.rpc.Call`` as the hash table uses."""
 
-    def __init__(
-        self, peer: PeerId, member: object, out: Any, into: Any, latency: Callable[[], float]
-    ) -> None:
+    def __init__(self, peer: PeerId, member: object, message: FakeMessage) -> None:
         self.peer, self.member, self.protocol, self.connection = peer, member, PROTOCOL, self
-        self._out, self._into, self._latency = out, into, latency
-
-    async def send(self, header: dict[str, Any], payload: Any = b"") -> None:
-        await self._out.send((trio.current_time() + self._latency(), msgpack.packb(header), bytes(payload)))
+        self._message = message
+        self.answer: FakeMessage | None = None
 
     async def receive(self, *, max_payload: int = 0) -> FakeMessage:
-        try:
-            at, header, payload = await self._into.receive()
-        except trio.EndOfChannel:
-            raise PeerGone("reset") from None
-        await trio.sleep_until(at)
-        if len(payload) > max_payload or len(header) > 64 << 10:
+        if len(self._message.payload) > max_payload:
             raise RemoteError("over the limit")
-        decoded = msgpack.unpackb(header, raw=False)
-        if decoded.get("t") == "refused":
-            raise Refused(decoded["code"], decoded["why"])
-        return FakeMessage(decoded, memoryview(payload))
+        return self._message
+
+    async def send(self, header: dict[str, Any], payload: Any = b"") -> None:
+        self.answer = message(header, payload)
+
+
+class FakeCall:
+    """The asking side: ``receive`` carries the question there, has it answered, and comes back."""
+
+    def __init__(self, net: FakeNet, caller: FakeHost, there: FakeHost) -> None:
+        self.peer, self.member, self.protocol, self.connection = there.peer_id, there.member, PROTOCOL, self
+        self._net, self._caller, self._there = net, caller, there
+        self._message: FakeMessage | None = None
+
+    async def send(self, header: dict[str, Any], payload: Any = b"") -> None:
+        self._message = message(header, payload)
+
+    async def receive(self, *, max_payload: int = 0) -> FakeMessage:
+        await self._net.way(self._caller, self._there)
+        assert self._message is not None
+        assert self._there.handler is not None
+        asked = Question(self._caller.peer_id, self._caller.member or None, self._message)
+        refusal: Refused | None = None
+        try:
+            await self._there.handler(asked)
+        except Refused as error:
+            refusal = error
+        except RemoteError:
+            pass
+        await self._net.way(self._there, self._caller)
+        if refusal is not None:
+            raise Refused(refusal.code, refusal.why)
+        if asked.answer is None:
+            raise PeerGone("reset")
+        if len(asked.answer.payload) > max_payload:
+            raise RemoteError("over the limit")
+        return asked.answer
+
+
+def message(header: dict[str, Any], payload: Any) -> FakeMessage:
+    """As it comes out of the wire's bytes at the other side."""
+    packed = msgpack.packb(header)
+    assert len(packed) <= 64 << 10
+    return FakeMessage(msgpack.unpackb(packed, raw=False), memoryview(bytes(payload)))
 
 
 class FakeHost:
@@ -74,7 +106,7 @@ class FakeHost:
         assert (protocol, open_to_all) == (PROTOCOL, True)
         self.handler = handler
 
-    def gate(self, connection: FakeCall, _protocol: str) -> None:
+    def gate(self, connection: FakeCall | Question, _protocol: str) -> None:
         if connection.member is None:
             raise Refused("no_certificate", "guests do not store")
 
@@ -87,44 +119,28 @@ class FakeHost:
 
 
 class FakeNet:
-    def __init__(self, nursery: trio.Nursery, rng: Random) -> None:
-        self.nursery, self.rng = nursery, rng
+    def __init__(self, rng: Random) -> None:
+        self.rng = rng
         self.hosts: dict[PeerId, FakeHost] = {}
         self.silent = True
         """Whether the dead swallow calls (a lost machine) or refuse them (a lost process)."""
         self.sides: dict[PeerId, int] = {}
         """While it is not empty the net is cut between those of different sides."""
 
-    def latency(self) -> float:
-        return self.rng.uniform(0.005, 0.04)
+    async def way(self, one: FakeHost, other: FakeHost) -> None:
+        """From one to the other; nothing arrives where there is no way."""
+        await trio.sleep(self.rng.uniform(0.01, 0.06))
+        cut = self.sides and self.sides[one.peer_id] != self.sides[other.peer_id]
+        if cut or not (one.alive and other.alive):
+            if self.silent:
+                await trio.sleep_forever()
+            raise DialError("connection refused")
 
     @asynccontextmanager
     async def open(self, caller: FakeHost, peer: PeerId, addrs: Any) -> AsyncIterator[FakeCall]:
         there = self.hosts[peer]
-        await trio.sleep(self.latency())
-        cut = self.sides and self.sides[peer] != self.sides[caller.peer_id]
-        if cut or not (there.alive and caller.alive):
-            if self.silent:
-                await trio.sleep_forever()
-            raise DialError("connection refused")
         assert [addr.port for addr in addrs or there.addrs] == [there.addrs[0].port]
-        to_server, from_client = trio.open_memory_channel[Any](4)
-        to_client, from_server = trio.open_memory_channel[Any](4)
-        theirs = FakeCall(caller.peer_id, caller.member or None, to_client, from_client, self.latency)
-
-        async def serve() -> None:
-            assert there.handler is not None
-            with to_client:
-                try:
-                    await there.handler(theirs)
-                except Refused as error:
-                    await theirs.send({"t": "refused", "code": error.code, "why": error.why})
-                except RemoteError:
-                    pass
-
-        self.nursery.start_soon(serve)
-        with to_server:
-            yield FakeCall(peer, there.member or None, to_server, from_server, self.latency)
+        yield FakeCall(self, caller, there)
 
 
 class Swarm:
@@ -132,7 +148,7 @@ class Swarm:
 
     def __init__(self, nursery: trio.Nursery, seed: int, limits: KadLimits = KadLimits()) -> None:
         self.nursery, self.rng, self.limits = nursery, Random(seed), limits
-        self.net = FakeNet(nursery, self.rng)
+        self.net = FakeNet(self.rng)
         self.nodes: list[Dht] = []
         self.hosts: list[FakeHost] = []
         self.events: list[list[Event]] = []

@@ -18,6 +18,7 @@ from p2p.kad.record import (
     VALUE_LIMIT,
     Record,
     Verifier,
+    handed,
     received,
     relayed,
     seal,
@@ -167,9 +168,39 @@ def test_a_clock_that_is_off_costs_nobody_its_record_up_to_a_minute() -> None:
     assert refusal.value.code == "clock_skew"
 
 
-def test_nobody_can_stretch_a_life_by_more_than_the_tolerated_skew() -> None:
-    record = made(ttl=10)
-    assert relayed(record, NOW, remaining=70.0).expires == NOW + 70
-    for now, remaining in [(NOW, 71.0), (NOW, 1e9), (NOW + 71, 1.0), (NOW + 5, 0.0), (NOW + 5, -30.0)]:
-        with pytest.raises(Refused):
+def test_nobody_can_claim_more_than_the_tolerated_skew_or_the_whole_life() -> None:
+    short, long = made(ttl=10), made(ttl=100)
+    assert relayed(long, NOW + 50, remaining=100.0).expires == NOW + 150
+    assert relayed(short, NOW + 9, remaining=10.0).expires == pytest.approx(NOW + 19)
+    for record, now, remaining, code in [
+        (long, NOW + 70, 100.0, "clock_skew"),
+        (long, NOW, 161.0, "clock_skew"),
+        (long, NOW, 1e9, "clock_skew"),
+        (long, NOW + 30, 104.0, "future"),
+        (short, NOW, 70.0, "future"),
+        (short, NOW + 71, 1.0, "clock_skew"),
+        (short, NOW + 5, 0.0, "expired"),
+        (short, NOW + 5, -30.0, "expired"),
+    ]:
+        with pytest.raises(Refused) as refusal:
             relayed(record, now, remaining)
+        assert refusal.value.code == code
+
+
+@pytest.mark.parametrize("skew", [0.0, 2.0, -50.0, 50.0])
+def test_what_begins_later_is_refused_whatever_the_senders_clock(skew: float) -> None:
+    later = seal(ALICE, "k", ALICE.peer_id, 1, seq=1, issued=NOW + skew + 8.0, ttl=10.0)
+    with pytest.raises(Refused) as refusal:
+        received(later, NOW, skew)
+    assert refusal.value.code == "future"
+    received(seal(ALICE, "k", ALICE.peer_id, 1, seq=1, issued=NOW + skew, ttl=10.0), NOW, skew)
+
+
+def test_a_hand_over_stretches_no_life_and_may_shorten_one() -> None:
+    record = made(ttl=60)
+    assert handed(record, NOW + 20, remaining=40.0).expires == NOW + 60
+    assert handed(record, NOW + 20, remaining=60.0).expires == NOW + 60
+    assert handed(record, NOW + 20, remaining=15.0).expires == NOW + 35
+    with pytest.raises(Refused) as refusal:
+        handed(record, NOW + 61, remaining=30.0)
+    assert refusal.value.code == "expired"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from p2p.errors import Refused
 from p2p.identity import Identity
 from p2p.kad.record import Record, seal
-from p2p.kad.store import OVERHEAD, Store, newest
+from p2p.kad.store import OVERHEAD, Store
 
 IDENTITIES = [Identity.generate(bytes([number]) * 32) for number in range(1, 7)]
 ALICE, BOB = IDENTITIES[:2]
@@ -106,10 +107,29 @@ def test_a_record_stored_a_thousand_times_leaves_no_heap_behind() -> None:
     assert store.get("k", 1000.0) == {}
 
 
-def test_merging_takes_the_highest_seq() -> None:
-    found: dict[str, Record] = {}
-    newest(found, [made(seq=2), made(seq=1), made(who=BOB, seq=1)])
-    assert {record.seq for record in found.values()} == {1, 2}
+def test_what_was_replaced_by_something_shorter_does_not_come_back() -> None:
+    store = Store(max_per_owner=1)
+    long, short = made(seq=1, ttl=100), made(seq=2, ttl=5)
+    store.put(long, 0.0)
+    store.put(short, 0.0)
+    assert store.get("k", 5.0) == {}
+    assert (len(store), store.bytes) == (0, OVERHEAD)
+    assert code_of(store, long, 5.0) == "old"
+    assert code_of(store, made("other"), 5.0) == "owner_full"
+    assert store.put(made(seq=3, at=6.0, ttl=10), 6.0)
+    assert [record.seq for record in store.get("k", 6.0).values()] == [3]
+    store.expire(100.0)
+    assert (len(store), store.bytes) == (0, 0)
+
+
+def test_an_owner_whose_clock_is_fast_is_not_replayed_until_its_own_clock_says_so_too() -> None:
+    store = Store()
+    record = attrs.evolve(made(ttl=50), expires=10.0)  # its clock is 40 s ahead of ours
+    store.put(record, 0.0)
+    assert store.get("k", 10.0) == {}
+    assert code_of(store, made(ttl=50), 10.0) == "old"
+    store.expire(50.0)
+    assert store.bytes == 0
 
 
 puts = st.lists(
@@ -123,15 +143,20 @@ puts = st.lists(
 def test_it_is_a_map_of_the_newest_that_has_not_ended(steps: list[tuple[str, Identity, int, int]]) -> None:
     store = Store()
     model: dict[tuple[str, str], Record] = {}
+    elders: dict[tuple[str, str], float] = {}
     for now, (key, who, seq, ttl) in enumerate(steps):
         record = made(key, who, seq=seq, at=float(now), ttl=float(ttl))
-        model = {place: kept for place, kept in model.items() if kept.expires > now}
-        before = model.get((key, who.peer_id))
+        place = key, who.peer_id
+        model = {place: kept for place, kept in model.items() if elders[place] > now}
+        before = model.get(place)
         if before is None or seq > before.seq:
             store.put(record, now)
-            model[key, who.peer_id] = record
+            elders[place] = max(record.expires, elders[place] if before else 0.0)
+            model[place] = record
         else:
             assert code_of(store, record, now) == "old"
-        assert {(k, s) for k in "xyz" for s in store.get(k, now)} == set(model)
-        assert len(store) == len(model)
-        assert store.bytes == sum(len(kept.wire) + OVERHEAD for kept in model.values())
+        alive = {place for place, kept in model.items() if kept.expires > now}
+        assert {(k, s) for k in "xyz" for s in store.get(k, now)} == alive
+        assert len(store) == len(alive)
+        sizes = [len(kept.wire) if place in alive else 0 for place, kept in model.items()]
+        assert store.bytes == sum(size + OVERHEAD for size in sizes)
