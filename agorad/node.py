@@ -427,6 +427,7 @@ async def _live(
                 await nursery.start(dht.run, _bootstrap(manifest, settings.node.role, identity.peer_id))
                 await _drain(node, role)
                 node.stop("the role's work is done")
+                node.farewells.append(dht.leave)
                 with trio.move_on_after(FAREWELL_S):
                     for farewell in () if node.again else node.farewells:
                         await farewell()

@@ -1,9 +1,10 @@
 """Both ends of one question: asking a node over the ``Host``, and answering.
 
-Answering. ``find_node`` and ``find_value`` are open to guests, ``store`` only to members, and a
-member stores only records that it owns. Asking: every question has a deadline; whoever misses it, or
-breaks the protocol, leaves the routing table at once; whoever is passed over as slow twice in a row
-does too (a lookup that ends early would otherwise never learn that a peer is dead).
+Answering. ``find_node`` and ``find_value`` are open to guests, ``store`` and ``hand_over`` only to
+members. A member stores only records that it owns; it hands over what others signed, which is taken by who
+is one of the nearest to the key, for no longer than was signed. Asking: every question has a deadline;
+whoever misses it, or breaks the protocol, leaves the routing table at once; whoever is passed over as slow
+twice in a row does too (a lookup that ends early would otherwise never learn that a peer is dead).
 
 Only members that listen somewhere enter the routing table, with the addresses that they state
 themselves in a message of their own; what others tell about third parties is tried, never believed.
@@ -26,8 +27,8 @@ from p2p.identity import PeerId
 from p2p.kad import messages
 from p2p.kad.events import ClockSkewed, RecordRefused
 from p2p.kad.ids import key_id
-from p2p.kad.messages import PROTOCOL, Answer, FindNode, FindValue, Question, StoreRecords
-from p2p.kad.record import SAME_CLOCK_S, Record, Verifier, received, relayed
+from p2p.kad.messages import PROTOCOL, Answer, FindNode, FindValue, HandOver, Question, StoreRecords
+from p2p.kad.record import SAME_CLOCK_S, Record, Verifier, handed, received, relayed
 from p2p.kad.store import MAX_SUBKEYS, Store
 from p2p.kad.table import MAX_ADDRS, Contact, Table
 from p2p.multiaddr import Multiaddr
@@ -46,7 +47,10 @@ QUESTION_S: Final = 10.0
 
 @final
 class Exchange:
-    """See the file's opening. ``newcomer`` is called with each contact that is new to the table."""
+    """See the file's opening. ``newcomer`` is called with each contact that is new to the table.
+
+    ``keeps`` says whether this node is one of those that should keep what lies at a place.
+    """
 
     def __init__(
         self,
@@ -58,7 +62,10 @@ class Exchange:
         hop_s: float,
         patience_s: float,
         newcomer: Callable[[Contact], None],
+        keeps: Callable[[int], bool],
     ) -> None:
+        self.leaving = False
+        """Set by who goes: from then on it names no address, and nobody takes it for a node of the table."""
         self.records = Store()
         self.verifier = Verifier()
         self._host = host
@@ -68,6 +75,7 @@ class Exchange:
         self._hop_s = hop_s
         self._patience_s = patience_s
         self._newcomer = newcomer
+        self._keeps = keeps
         self._skewed: OrderedDict[PeerId, None] = OrderedDict()
         self._strikes: OrderedDict[PeerId, int] = OrderedDict()
         self._own_addrs: tuple[str, ...] = ()
@@ -119,6 +127,14 @@ class Exchange:
             raise RemoteError("a store answered with another number of results than records")
         if answer.results[0] != "ok":
             raise Refused(answer.results[0], "the node does not keep this record")
+
+    async def hand_over(self, contact: Contact, records: Sequence[Record]) -> None:
+        """Give records that we keep to a node that should; what it makes of them is for it to say."""
+        now = self._clock()
+        rows = [(record.wire, record.expires - now) for record in records]
+        await self._ask(
+            contact, HandOver(leaving=self.leaving, now=now, addrs=self._addrs()), messages.pack_page(rows)
+        )
 
     async def _ask(
         self, contact: Contact, question: Question, payload: bytes = b"", *, hop_s: float | None = None
@@ -222,19 +238,43 @@ class Exchange:
                 batch = messages.read_batch(message.payload)
                 results = tuple(self._keep(call.peer, wire, skew) for wire in batch)
                 await call.send(self._answer(results=results))
+            case HandOver():
+                self._host.gate(call.connection, PROTOCOL)
+                if question.leaving:
+                    self._table.failed(call.peer)
+                rows = messages.read_page(message.payload, messages.MAX_BATCH)
+                results = tuple(self._take(call.peer, wire, remaining) for wire, remaining in rows)
+                await call.send(self._answer(results=results))
 
     def _keep(self, peer: PeerId, wire: bytes, skew: float) -> str:
-        """Store one record that a member sent; ``ok`` or the code of the refusal."""
+        """Store one record that a member sent as its own; ``ok`` or the code of the refusal."""
+
+        def judged(record: Record, now: float) -> Record:
+            if record.owner != peer:
+                raise Refused("not_owner", "records are stored by their owners")
+            return received(record, now, skew)
+
+        return self._judge(peer, wire, judged)
+
+    def _take(self, peer: PeerId, wire: bytes, remaining: float) -> str:
+        """Store one record that a member kept until now."""
+
+        def judged(record: Record, now: float) -> Record:
+            if not self._keeps(key_id(record.key)):
+                raise Refused("not_near", "others are nearer to this key")
+            return handed(record, now, remaining)
+
+        return self._judge(peer, wire, judged)
+
+    def _judge(self, peer: PeerId, wire: bytes, judged: Callable[[Record, float], Record]) -> str:
         try:
             record = self.verifier.open(wire)
         except RemoteError:
             self._emit(RecordRefused(peer=peer, key="", code="bad_record"))
             raise
         try:
-            if record.owner != peer:
-                raise Refused("not_owner", "records are stored by their owners")
             now = self._clock()
-            self.records.put(received(record, now, skew), now)
+            self.records.put(judged(record, now), now)
         except Refused as error:
             self._emit(RecordRefused(peer=peer, key=record.key, code=error.code))
             return error.code
@@ -250,6 +290,8 @@ class Exchange:
         return tuple(known[: messages.MAX_NODES])
 
     def _addrs(self) -> tuple[str, ...]:
+        if self.leaving:
+            return ()
         now = trio.current_time()
         if now >= self._own_addrs_until:  # they hardly ever change, and every message carries them
             self._own_addrs = tuple(str(addr.bare()) for addr in self._host.addrs)[:MAX_ADDRS]

@@ -7,27 +7,38 @@ nearest candidates that have not failed have all answered: nobody nearer is left
 nodes, ``need`` is k; looking for records it is the quorum, because the writer put its record on the
 k nearest and a few of them agree with the rest.
 
+Disjoint paths. An answer can be a lie: ids that the liar ground to lie near the target would be all
+that is asked from then on. So the lookup runs as ``PATHS`` searches (no more than ``need``). Each starts
+from all that we know ourselves, goes on only to those that its own answers named, asks nobody that another
+one asked, and has a share of ``need`` to hear itself before the lookup is over; one liar captures one
+path, and the others still end at honest nodes. A path that knows nobody further may go on to anybody. What
+all paths know together is searched with the room they leave, so that nothing is lost where nobody lies.
+``spread`` takes no more than half of a result from one path.
+
 Two clocks keep a dead peer cheap. After ``patience`` seconds a silent peer no longer counts against
 ``alpha`` nor holds up the end, so the lookup goes on around it; its answer still counts if it comes.
 The caller gives every question a deadline of its own (a second) and reports ``failed`` then.
 
 Limits: ``max_candidates`` in the shortlist (the farthest unasked go first) and ``max_queries``
 questions in all, whatever the answers claim. An answer can therefore waste our time, never our
-memory. Source: Kademlia (2002), section 2.3; need = quorum as in S/Kademlia and hivemind's traversal.
+memory. Sources: Kademlia (2002), section 2.3; Baumgart and Mies, *S/Kademlia* (2007), section 4.4.
 """
 
 from __future__ import annotations
 
 import enum
-from bisect import insort
-from collections.abc import Iterable
-from typing import final
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator
+from typing import Final, final
 
 import attrs
 
 from p2p.errors import LocalError
 from p2p.identity import PeerId
 from p2p.kad.table import Contact
+
+PATHS: Final = 3
+"""As many as questions at a time and as answers that make a quorum: independence costs no question more."""
 
 
 class _State(enum.Enum):
@@ -44,6 +55,16 @@ class _Candidate:
     asked_at: float = 0.0
     depth: int = 1
     """Questions between us and it: 1 for who was known from the start."""
+    path: _Path | None = None
+    """The path that asked it or, before that, named it; None: known at the start, or to several."""
+
+
+@attrs.define(eq=False)
+class _Path:
+    share: int
+    """How many answers this path is to hear by itself."""
+    order: list[tuple[int, PeerId]] = attrs.field(factory=list)
+    """Whom it knows, nearest first."""
 
 
 @final
@@ -75,7 +96,9 @@ class Lookup:
         self._candidates: dict[PeerId, _Candidate] = {}
         self._order: list[tuple[int, PeerId]] = []
         self._asked: dict[PeerId, _Candidate] = {}
-        self._hear(start, 1)
+        self._paths = [_Path(0) for _ in range(min(PATHS, need))]
+        self._share()
+        self._hear(start, 1, None)
 
     @property
     def hops(self) -> int:
@@ -89,19 +112,40 @@ class Lookup:
         """Whom to ask now; they count as asked from here on."""
         asked: list[Contact] = []
         room = self._alpha - sum(1 for waiting in self._asked.values() if not self._slow(waiting, now))
-        if room <= 0:
-            return asked
-        for candidate in self._frontier(now):
-            if room <= 0 or self.queries >= self._max_queries:
+        room = min(room, self._max_queries - self.queries)
+        for path in self._turns():
+            if len(asked) >= room:
                 break
-            if candidate.state is _State.HEARD:
-                candidate.state = _State.ASKED
-                candidate.asked_at = now
-                self._asked[candidate.contact.peer] = candidate
-                self.queries += 1
-                room -= 1
-                asked.append(candidate.contact)
+            frontier = self._frontier(now, path)
+            found = next((known for known in frontier if known.state is _State.HEARD), None)
+            if found is None:
+                continue
+            found.state = _State.ASKED
+            found.asked_at = now
+            found.path = path or found.path or self._paths[0]
+            self._asked[found.contact.peer] = found
+            self.queries += 1
+            asked.append(found.contact)
         return asked
+
+    def _turns(self) -> Iterator[_Path | None]:
+        """Who may ask next: each path in turn while one has a question, those with fewest open first.
+
+        Then everybody together (None).
+        """
+        while True:
+            before = self.queries
+            yield from sorted(self._paths, key=self._open_questions)
+            if self.queries == before:
+                break
+        while True:
+            before = self.queries
+            yield None
+            if self.queries == before:
+                return
+
+    def _open_questions(self, path: _Path) -> int:
+        return sum(1 for waiting in self._asked.values() if waiting.path is path)
 
     def answered(self, peer: PeerId, closer: Iterable[Contact]) -> None:
         """The peer replied and named others. A reply that nobody waits for is ignored."""
@@ -109,7 +153,7 @@ class Lookup:
         if candidate is None:
             return
         candidate.state = _State.ANSWERED
-        self._hear(closer, candidate.depth + 1)
+        self._hear(closer, candidate.depth + 1, candidate.path)
 
     def failed(self, peer: PeerId) -> None:
         """The peer refused, broke, or let its deadline pass."""
@@ -120,6 +164,7 @@ class Lookup:
     def widen(self, need: int) -> None:
         """Ask for more answers than first wanted, for instance because all so far were empty."""
         self.need = max(self.need, need)
+        self._share()
 
     def done(self, now: float) -> bool:
         """Whether asking further could change nothing.
@@ -127,12 +172,17 @@ class Lookup:
         A slow peer is passed over while somebody else may still be asked; once nobody is left, the
         slow ones are waited for too, unless ``need`` others have answered by then.
         """
-        frontier = self._frontier(now)
-        if any(candidate.state is _State.HEARD for candidate in frontier):
-            return self.queries >= self._max_queries and not self._asked
-        if any(candidate.state is _State.ASKED for candidate in frontier):
+        if all(self._finished(now, path) for path in (*self._paths, None)):
+            return True
+        return self.queries >= self._max_queries and not self._asked
+
+    def _finished(self, now: float, path: _Path | None) -> bool:
+        frontier = self._frontier(now, path)
+        if any(candidate.state is not _State.ANSWERED for candidate in frontier):
             return False
-        return len(frontier) >= self.need or not self._asked
+        if len(frontier) >= (self.need if path is None else path.share):
+            return True
+        return not (self._asked if path is None else self._open_questions(path))
 
     def timer(self, now: float) -> float | None:
         """When ``due`` or ``done`` may change without an answer: the next peer turning slow."""
@@ -154,38 +204,80 @@ class Lookup:
                     break
         return found
 
+    def spread(self) -> list[Contact]:
+        """As ``result``, but no more than half from one path where the others found enough."""
+        most = self.need if len(self._paths) == 1 else -(-self.need // 2)
+        taken: list[_Candidate] = []
+        passed: list[_Candidate] = []
+        for _, peer in self._order:
+            candidate = self._candidates[peer]
+            if candidate.state is _State.ANSWERED:
+                full = sum(1 for one in taken if one.path is candidate.path) >= most
+                (passed if full else taken).append(candidate)
+        found = [*taken[: self.need], *passed[: max(0, self.need - len(taken))]]
+        return sorted((one.contact for one in found), key=lambda contact: contact.id ^ self.target)
+
     def _slow(self, candidate: _Candidate, now: float) -> bool:
         return now >= candidate.asked_at + self._patience
 
-    def _frontier(self, now: float) -> list[_Candidate]:
-        """The ``need`` nearest candidates that are neither failed nor slow."""
-        frontier: list[_Candidate] = []
-        for _, peer in self._order:
-            candidate = self._candidates[peer]
-            if candidate.state is _State.FAILED:
-                continue
-            if candidate.state is _State.ASKED and self._slow(candidate, now):
-                continue
-            frontier.append(candidate)
-            if len(frontier) == self.need:
-                break
+    def _share(self) -> None:
+        for number, path in enumerate(self._paths):
+            path.share = (self.need + len(self._paths) - 1 - number) // len(self._paths)
+
+    def _frontier(self, now: float, path: _Path | None) -> list[_Candidate]:
+        """The nearest candidates that are neither failed nor slow: a path's share of its own, or ``need``."""
+        if path is None:
+            return self._nearest(self._order, self.need, now, None)
+        frontier = self._nearest(path.order, path.share, now, path)
+        if len(frontier) < path.share:  # it knows nobody further: then whoever is known at all
+            frontier = self._nearest(self._order, path.share, now, path)
         return frontier
 
-    def _hear(self, contacts: Iterable[Contact], depth: int) -> None:
+    def _nearest(
+        self, order: list[tuple[int, PeerId]], count: int, now: float, path: _Path | None
+    ) -> list[_Candidate]:
+        found: list[_Candidate] = []
+        for _, peer in order:
+            candidate = self._candidates[peer]
+            state = candidate.state
+            if state is not _State.HEARD:
+                if state is _State.FAILED or (path is not None and candidate.path is not path):
+                    continue
+                if state is _State.ASKED and self._slow(candidate, now):
+                    continue
+            found.append(candidate)
+            if len(found) == count:
+                break
+        return found
+
+    def _hear(self, contacts: Iterable[Contact], depth: int, path: _Path | None) -> None:
         for contact in contacts:
-            if contact.peer == self._own or contact.peer in self._candidates:
+            if contact.peer == self._own:
                 continue
-            self._candidates[contact.peer] = _Candidate(contact, depth=depth)
-            insort(self._order, (contact.id ^ self.target, contact.peer))
+            entry = contact.id ^ self.target, contact.peer
+            known = self._candidates.get(contact.peer)
+            if known is None:
+                self._candidates[contact.peer] = _Candidate(contact, depth=depth, path=path)
+                insort(self._order, entry)
+            elif known.state is _State.HEARD and known.path is not path:
+                known.path = None
+            for knows in self._paths if path is None else (path,):
+                at = bisect_left(knows.order, entry)
+                if at == len(knows.order) or knows.order[at] != entry:
+                    knows.order.insert(at, entry)
         if len(self._order) > self._max_candidates:
             self._forget_farthest()
 
     def _forget_farthest(self) -> None:
-        kept: list[tuple[int, PeerId]] = []
-        for entry in self._order:
-            unasked = self._candidates[entry[1]].state is _State.HEARD
-            if unasked and len(kept) >= self._max_candidates:
-                del self._candidates[entry[1]]
-            else:
-                kept.append(entry)
-        self._order = kept
+        """Drop the farthest of those not asked, of each path so many that none crowds out another."""
+        common = [peer for _, peer in self._order if self._candidates[peer].path is None]
+        kept = set(common[: self._max_candidates])
+        room = self._max_candidates // len(self._paths)
+        for path in self._paths:
+            own = [peer for _, peer in path.order if self._candidates[peer].path is path]
+            unasked = [peer for peer in own if self._candidates[peer].state is _State.HEARD]
+            kept.update(own)
+            kept.difference_update(unasked[max(0, room - (len(own) - len(unasked))) :])
+        self._candidates = {peer: known for peer, known in self._candidates.items() if peer in kept}
+        for order in (self._order, *(path.order for path in self._paths)):
+            order[:] = [entry for entry in order if entry[1] in self._candidates]

@@ -1,15 +1,17 @@
 """The words of ``/agora/kad/1``: one question and one answer a stream. Pure: values in, values out.
 
 Question (frame header): ``op`` is ``find_node`` {target: 32 bytes}, ``find_value`` {key, after: subkey
-or nil} or ``store`` (payload: msgpack list of records). Every question carries ``now`` (the sender's
-unix time, to notice clocks that are off) and ``addrs`` (where the sender listens; empty for none).
+or nil}, ``store`` (payload: msgpack list of records) or ``hand_over`` {leaving: bool} (payload:
+[[record, seconds that remain]…], what the sender keeps and the receiver should). Every question carries
+``now`` (the sender's unix time, to notice clocks that are off) and ``addrs`` (where the sender listens;
+empty for none).
 
 Answer: ``now`` and ``addrs`` likewise; ``nodes`` [[peer id, [multiaddr]]…], the nearest known; for
 ``find_value`` also ``more`` and a payload [[record, seconds that remain]…] in order of subkey; for
-``store`` instead ``results``, one word a record: ``ok`` or a refusal's code.
+``store`` and ``hand_over`` instead ``results``, one word a record: ``ok`` or a refusal's code.
 
 Limits: ``MAX_NODES`` contacts an answer, ``MAX_ADDRS`` of ``MAX_ADDR_CHARS`` each, ``PAGE`` bytes of
-records a payload, ``MAX_BATCH`` records a store.
+records a payload, ``MAX_BATCH`` records a store or hand-over.
 """
 
 from __future__ import annotations
@@ -57,7 +59,15 @@ class StoreRecords:
     addrs: tuple[str, ...]
 
 
-Question = FindNode | FindValue | StoreRecords
+@attrs.frozen(kw_only=True)
+class HandOver:
+    leaving: bool
+    """Whether the sender goes: it is no longer to be counted on."""
+    now: float
+    addrs: tuple[str, ...]
+
+
+Question = FindNode | FindValue | StoreRecords | HandOver
 
 
 @attrs.frozen(kw_only=True)
@@ -80,6 +90,8 @@ def question_header(question: Question) -> dict[str, Any]:
             return {"op": "find_value", "key": question.key, "after": question.after, **header}
         case StoreRecords():
             return {"op": "store", **header}
+        case HandOver():
+            return {"op": "hand_over", "leaving": question.leaving, **header}
 
 
 def read_question(header: dict[str, Any]) -> Question:
@@ -94,6 +106,8 @@ def read_question(header: dict[str, Any]) -> Question:
             return FindValue(key=key, after=after, now=now, addrs=addrs)
         case {"op": "store"}:
             return StoreRecords(now=now, addrs=addrs)
+        case {"op": "hand_over", "leaving": bool(leaving)}:
+            return HandOver(leaving=leaving, now=now, addrs=addrs)
     raise RemoteError(f"a hash table question that is none: {str(header.get('op'))[:40]!r}")
 
 
@@ -145,10 +159,10 @@ def pack_page(rows: Sequence[tuple[bytes, float]]) -> bytes:
     return packed
 
 
-def read_page(payload: memoryview) -> list[tuple[bytes, float]]:
-    """Encoded records of a find_value, each with the seconds that it has left."""
+def read_page(payload: memoryview, limit: int = PAGE // 64) -> list[tuple[bytes, float]]:
+    """Encoded records of a find_value or a hand_over, each with the seconds that it has left."""
     page = []
-    for row in _list(payload, PAGE // 64) if payload else []:
+    for row in _list(payload, limit) if payload else []:
         match row:
             case [bytes(wire), float(remaining)] if math.isfinite(remaining):
                 page.append((wire, remaining))

@@ -8,7 +8,8 @@ nearest nodes that can be heard, and asks up to ``WIDE`` when all of them came b
 ``run`` joins (seeds, and contacts lost earlier; jittered back-off, for ever), refreshes stale buckets,
 asks a missing seed now and then so that two halves of a swarm find each other again, and at half the
 life of a long-lived record of ours that was not replaced sends the *same* record to the nodes that are
-nearest by then. Its end never moves: a record that its owner stops storing is over at its ttl.
+nearest by then. Its end never moves: a record that its owner stops storing is over at its ttl. What this node
+keeps of others it hands to newcomers nearer to it, and to its heirs when it leaves (``handover``).
 
 Limits: ``MAX_OWN`` own records, ``MAX_ROUTES`` remembered routes and as many answers, and those of the
 parts. Times of records are the clock's that was given; waiting uses trio's. Sources: Kademlia (2002);
@@ -32,6 +33,7 @@ from p2p.event import Emit, ignore
 from p2p.identity import Identity, PeerId
 from p2p.kad.events import DhtIsolated, DhtJoined, RecordRefused
 from p2p.kad.exchange import Exchange, remember
+from p2p.kad.handover import Handover
 from p2p.kad.ids import key_id, random_in_bucket
 from p2p.kad.lookup import Lookup
 from p2p.kad.merge import Merge
@@ -124,7 +126,9 @@ class Dht:
             hop_s=limits.hop_s,
             patience_s=limits.patience_s,
             newcomer=self._newcomer,
+            keeps=self._keeps,
         )
+        self._handover = Handover(self._exchange, self.table, clock=clock, replicas=limits.replicas)
         self.records = self._exchange.records
         """What this node keeps for the swarm."""
 
@@ -214,10 +218,10 @@ class Dht:
 
     async def nearest(self, target: int, *, deadline: float) -> list[Contact]:
         """The nodes nearest to a place that answered, nearest first, at most k."""
-        return (await self._nearest(target, deadline, self._limits.k))[0]
+        return (await self._nearest(target, deadline, self._limits.k))[0].result()
 
-    async def _nearest(self, target: int, deadline: float, need: int) -> tuple[list[Contact], bool]:
-        """The ``need`` nearest that answered, and whether the search came to its end."""
+    async def _nearest(self, target: int, deadline: float, need: int) -> tuple[Lookup, bool]:
+        """A search for the ``need`` nearest that answer, and whether it came to its end."""
         lookup = self._lookup(target, need=need)
 
         async def ask(contact: Contact) -> Sequence[Contact]:
@@ -225,7 +229,7 @@ class Dht:
 
         with trio.move_on_after(deadline) as scope:
             await self._drive(lookup, ask)
-        return lookup.result(), not scope.cancelled_caught
+        return lookup, not scope.cancelled_caught
 
     # Keeping up
 
@@ -241,7 +245,12 @@ class Dht:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._stay_joined)
             nursery.start_soon(self._renew)
+            nursery.start_soon(self._handover.run)
             task_status.started()
+
+    async def leave(self) -> None:
+        """Hand what we keep to those that come after us; call it before ``run`` ends, with a deadline."""
+        await self._handover.leave()
 
     async def _stay_joined(self, *, task_status: trio.TaskStatus[None]) -> None:
         retry_s = RETRY_FIRST_S
@@ -376,7 +385,8 @@ class Dht:
             # A swarm smaller than k is found whole, once; of a larger one no more than what is stored at.
             small = len(self.table) < self._limits.k
             need = self._limits.k if small else self._limits.replicas
-            nearest, complete = await self._nearest(target, deadline, need)
+            lookup, complete = await self._nearest(target, deadline, need)
+            nearest = lookup.spread()
             if complete and len(nearest) < need:
                 # The swarm is smaller than k, so these are all of it, whatever the key.
                 self._everybody = (now, list(nearest))
@@ -401,6 +411,7 @@ class Dht:
         """Routes that a contact new to the table would be part of are to be found again."""
         if self._alone:
             self._nudge.set()
+        self._handover.newcomer(contact)
         self._everybody = None
         for key, (_, route) in list(self._routes.items()):
             target = key_id(key)

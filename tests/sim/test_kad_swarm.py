@@ -22,6 +22,7 @@ from p2p.event import Event
 from p2p.identity import Identity, PeerId
 from p2p.kad import Dht, KadLimits
 from p2p.kad.events import ClockSkewed, DhtIsolated, DhtJoined, RecordRefused
+from p2p.kad.ids import key_id
 from p2p.kad.messages import PROTOCOL, StoreRecords, pack_batch, question_header
 from p2p.kad.record import Record, seal
 from p2p.multiaddr import Multiaddr
@@ -379,6 +380,42 @@ def test_nobody_stores_for_others() -> None:
         assert len(swarm.nodes[0].records) == 0
 
     simulate(9, scenario)
+
+
+def test_who_comes_is_handed_what_it_is_now_near_to() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.grow(10)
+        for index in range(1, 5):
+            await put(swarm.nodes[index], f"key/{index}", index)
+        await swarm.grow(10)
+        await trio.sleep(10.0)  # their owners do not store again
+        for index in range(1, 5):
+            key = f"key/{index}"
+            nearest = sorted(swarm.nodes, key=lambda node: node.table.own_id ^ key_id(key))[:6]
+            assert any(node in swarm.nodes[10:] for node in nearest)
+            for node in nearest:
+                assert set(values(node.records.get(key, swarm.now())).values()) == {index}
+
+    simulate(16, scenario)
+
+
+def test_who_leaves_hands_on_what_it_kept() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.grow(14)
+        writer = swarm.nodes[1]
+        await put(writer, "k", 1)
+        end = next(iter(writer.records.get("k", swarm.now()).values())).expires
+        swarm.net.silent = False
+        for _ in range(5):
+            keepers = [index for index in swarm.alive() if len(swarm.nodes[index].records) and index > 1]
+            await swarm.nodes[keepers[0]].leave()
+            swarm.kill(keepers[0])
+        alive = [swarm.nodes[index] for index in swarm.alive()]
+        for node in sorted(alive, key=lambda node: node.table.own_id ^ key_id("k"))[:8]:
+            (kept,) = node.records.get("k", swarm.now()).values()
+            assert kept.expires == end
+
+    simulate(17, scenario)
 
 
 def test_clocks_that_are_off_are_told_and_tolerated() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from random import Random
 
 import pytest
@@ -24,6 +25,23 @@ def contacts(count: int, seed: int = 0) -> list[Contact]:
     rng = Random(seed)
     made = [Contact(peer_id_of(rng.randbytes(32))) for _ in range(count)]
     return sorted(made, key=lambda contact: contact.id ^ TARGET)
+
+
+def near(known: list[Contact], to: Contact) -> list[Contact]:
+    """What an honest node answers that knows the thirty nearest to itself."""
+    knows = sorted(known, key=lambda contact: contact.id ^ to.id)[:30]
+    return sorted(knows, key=lambda contact: contact.id ^ TARGET)[:20]
+
+
+def ground(count: int) -> list[Contact]:
+    """Ids that somebody searched for near the target: all share its first ten bits."""
+    rng = Random("ground")
+    found: list[Contact] = []
+    while len(found) < count:
+        key = rng.randbytes(32)
+        if int.from_bytes(hashlib.sha256(key).digest(), "big") >> 246 == TARGET >> 246:
+            found.append(Contact(peer_id_of(key)))
+    return sorted(found, key=lambda contact: contact.id ^ TARGET)
 
 
 def lookup(start: list[Contact], need: int, **more: int) -> Lookup:
@@ -54,11 +72,13 @@ def test_records_are_enough_once_the_quorum_of_the_nearest_answered() -> None:
     assert not search.done(0.0)
     assert search.due(0.0) == [known[2]]
     search.answered(known[2].peer, [])
+    assert not search.done(0.0)  # the third path heard nothing yet
+    search.answered(known[6].peer, [])
     assert search.done(0.0)
     assert search.result() == known[:3]
     search.widen(5)
     assert not search.done(0.0)
-    assert search.due(0.0) == [known[3]]
+    assert known[3] in search.due(0.0)
 
 
 def test_a_failed_peer_is_replaced_by_the_next_nearest() -> None:
@@ -139,6 +159,56 @@ def test_liars_run_into_the_limits() -> None:
 def test_nonsense_arguments() -> None:
     with pytest.raises(LocalError):
         lookup([], need=0)
+
+
+def test_a_liar_captures_one_path_and_the_others_end_where_they_would_without_it() -> None:
+    """It names ids next to the target, and they answer, name each other, and hide everybody else."""
+    honest, lies = contacts(60), ground(40)
+    liar = honest[30]
+    search = lookup([liar, *honest[40:50]], need=3)
+    while not search.done(0.0):
+        for contact in search.due(0.0):
+            crooked = contact == liar or contact in lies
+            search.answered(contact.peer, lies[:20] if crooked else near(honest, contact))
+    answered = {contact.peer for contact in search.result()}
+    assert answered <= {lie.peer for lie in lies}
+    heard = [known.contact for known in search._candidates.values() if known.state.name == "ANSWERED"]
+    assert len({contact.peer for contact in heard} & {contact.peer for contact in honest[:8]}) >= 2
+    assert search.queries < 30
+
+
+def test_a_place_to_store_at_is_taken_from_one_path_by_half_at_most() -> None:
+    honest, lies = contacts(60), ground(40)
+    search = lookup([honest[30], *honest[40:50]], need=8)
+    while not search.done(0.0):
+        for contact in search.due(0.0):
+            crooked = contact == honest[30] or contact in lies
+            search.answered(contact.peer, lies[:20] if crooked else near(honest, contact))
+    spread = search.spread()
+    assert len(spread) == 8
+    assert spread == sorted(spread, key=lambda contact: contact.id ^ TARGET)
+    assert sum(contact in honest[:8] for contact in spread) >= 4
+
+
+def test_where_nobody_lies_spread_is_the_nearest() -> None:
+    known = contacts(30)
+    search = lookup(known[10:], need=8)
+    while not search.done(0.0):
+        for contact in search.due(0.0):
+            search.answered(contact.peer, near(known, contact))
+    assert search.result() == known[:8]
+    assert len(set(search.spread()) & set(known[:8])) >= 7
+
+
+def test_a_flood_of_near_names_drives_out_nobody_whom_another_path_named() -> None:
+    known = contacts(40)
+    lies = ground(60)
+    search = Lookup(TARGET, known[37:], own=OWN, need=3, patience=PATIENCE, max_candidates=30)
+    first, second, _ = search.due(0.0)
+    search.answered(first.peer, known[:5])
+    search.answered(second.peer, lies)
+    assert {contact.peer for contact in known[:5]} <= set(search._candidates)
+    assert len(search._candidates) <= 30 + search.queries
 
 
 @settings(max_examples=60, deadline=None)

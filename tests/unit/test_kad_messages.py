@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from p2p.errors import RemoteError
 from p2p.identity import peer_id_of
 from p2p.kad import messages
-from p2p.kad.messages import Answer, FindNode, FindValue, Question, StoreRecords
+from p2p.kad.messages import Answer, FindNode, FindValue, HandOver, Question, StoreRecords
 from p2p.kad.table import Contact
 
 PEER = peer_id_of(b"\x01" * 32)
@@ -22,6 +22,7 @@ QUESTIONS: list[Question] = [
     FindValue(key="clock/run", after=None, now=1.5, addrs=()),
     FindValue(key="clock/run", after="x", now=1.5, addrs=()),
     StoreRecords(now=1.5, addrs=ADDRS),
+    HandOver(leaving=True, now=1.5, addrs=ADDRS),
 ]
 ANSWER = Answer(now=2.5, addrs=ADDRS, nodes=(Contact(PEER, ADDRS),), more=True, results=("ok", "old"))
 
