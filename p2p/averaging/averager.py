@@ -18,6 +18,7 @@ which must be monotonic; deadlines are seconds from now.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +27,7 @@ import trio
 
 from p2p.averaging import fields
 from p2p.averaging.butterfly import Exchange
+from p2p.averaging.deadline import REMEMBERED
 from p2p.averaging.line import HEARD, Outbox, carry, check_mate
 from p2p.averaging.lobby import Announcement, Lobby, RoundConfig
 from p2p.averaging.match import Match
@@ -102,6 +104,8 @@ class Averager:
         self._config = config
         self._lobby = Lobby()
         self._newest = -1
+        self._took: deque[float] = deque(maxlen=REMEMBERED)
+        """Seconds of the last exchanges that brought something."""
         self._matches: dict[int, Match] = {}
         self._sessions: dict[bytes, Session] = {}
         self._progress = trio.Event()
@@ -184,6 +188,7 @@ class Averager:
             rng=self._rng,
             config=self._config,
             nursery=nursery,
+            recent=tuple(self._took),
         )
         self._matches[number] = match
         for theirs, at in waiting:
@@ -216,6 +221,7 @@ class Averager:
         self._wake_links()
         try:
             outcome = await session.run()
+            self._took.append(session.ended_at - now)
         finally:
             del self._sessions[roster.group]
             for peer, why in exchange.drops:

@@ -8,6 +8,8 @@ parts; part p has one *reducer* and that one's *deputy*, the next member in the 
     ack(p)     deputy  -> reducer
     mean(p)    reducer -> everybody else
     ask(p)     a member whose reducer is lost -> deputy: mean(p), or gone(p), once the deputy knows
+    want(p)    deputy whose reducer is lost or late -> everybody: mean(p) from who has it, else raw(p); the
+               deputy reduces p, signs it and hands it to all
     gone(p)    reducer or deputy: nobody will get this part from me
     report     everybody -> everybody, when no part is pending; then ``verdict`` decides what counts
 
@@ -16,8 +18,10 @@ mean stands if two contributed (or all who have weight). A sender with numbers t
 dropped from all parts of that reducer, but stays in the round and receives.
 
 Races, and what settles them:
-- *Reducer dies before the deputy has its part*: nobody else can have it; the deputy sees the reducer lost,
-  marks the part missing and says ``gone`` to all who ask. Not averaged, for everyone.
+- *Reducer dies before the deputy has its part*: nobody else can have it; the deputy sees the reducer lost
+  and takes over. Averaged, for everyone, without the dead one's numbers.
+- *Reducer is slow*: the deputy takes over what it was not handed by ``TAKE_BY``, and acknowledges no other
+  version; a reducer that hears ``want`` gives the part up, and takes the deputy's in the place of its own.
 - *Reducer dies after*: whoever lacks the part asks the deputy, which holds it. Averaged, for everyone.
 - *A member asks while the deputy still hears from the reducer* (one broken link): the deputy keeps the
   question until the part arrives or its reducer is lost to it too.
@@ -59,15 +63,19 @@ from p2p.errors import LocalError, RemoteError
 if TYPE_CHECKING:
     from p2p.identity import PeerId
 
-RAW_BY: Final = 0.45
+RAW_BY: Final = 0.4
 """Fraction of the round after which silent senders are dropped from the parts they have not sent."""
-ACK_BY: Final = 0.55
+ACK_BY: Final = 0.48
 """After which a silent deputy is not waited for."""
-MEANS_BY: Final = 0.7
+TAKE_BY: Final = 0.5
+"""After which a deputy takes over what it was not handed."""
+TAKEN_BY: Final = 0.68
+"""After which silent senders are dropped from parts that were taken over."""
+MEANS_BY: Final = 0.76
 """After which parts that have not come are given up."""
-REPORT_BY: Final = 0.8
+REPORT_BY: Final = 0.82
 """After which the verdict is made from the reports at hand."""
-BALLOT_EVERY: Final = 0.04
+BALLOT_EVERY: Final = 0.035
 """Between the turns of successive ballot owners where nobody is known to be lost; the last is at the end."""
 
 _DOMAIN: Final = "round-part"
@@ -128,7 +136,8 @@ class Exchange:
         self._owners = roster.owners
         self._status = [Part.PENDING] * len(self._spans)
         self._digests = [NOTHING] * len(self._spans)
-        self._proofs: dict[int, tuple[int, bytes]] = {}  # part -> contributors, the reducer's signature
+        self._proofs: dict[int, tuple[int, int, bytes]] = {}
+        """Of held parts: who reduced it, contributors, its signature."""
         self._reducers: dict[int, Reducer] = {}
         self._added = {p: 0 for p, owner in enumerate(self._owners) if owner == self.me}
         self._pending = len(self._spans)
@@ -137,6 +146,10 @@ class Exchange:
         self._unacked: set[int] = set()
         self._askers: dict[int, set[int]] = {}
         self._asked: set[int] = set()
+        self._moved: set[int] = set()
+        """Parts that their deputy reduces, as far as this member was told."""
+        self._took_over = False
+        self._replaced = False
         self._passed = 0.0
         self._turn = REPORT_BY + self.me * BALLOT_EVERY
         self._verdict = Verdict(self.me, self._n, len(self._spans))
@@ -172,6 +185,8 @@ class Exchange:
             self._spread(part)
         elif kind == "ask":
             self._asked_by(sender, self._parts(header))
+        elif kind == "want":
+            self._wanted(sender, self._parts(header))
         elif kind == "gone":
             self._gone(sender, self._parts(header))
         else:
@@ -186,6 +201,8 @@ class Exchange:
         if len(self._lost) == self._n - 1:
             self.failed = EVERYBODY_LOST
             return
+        if self.roster.deputy(member) == self.me:
+            self._take_over()
         self._reduce_own()
         if member == self.roster.deputy(self.me):
             for part in sorted(self._unacked):
@@ -194,9 +211,11 @@ class Exchange:
         for part, status in enumerate(self._status):
             owner = self._owners[part]
             deputy = self.roster.deputy(owner)
-            if status is not Part.PENDING or owner not in self._lost:
+            if status is not Part.PENDING or not (owner in self._lost or part in self._moved):
                 continue
-            if deputy == self.me or deputy in self._lost:
+            if deputy == self.me:
+                continue  # taken over
+            if deputy in self._lost:
                 self._miss(part)
             elif part not in self._asked:
                 self._asked.add(part)
@@ -213,10 +232,13 @@ class Exchange:
         self._passed = max(self._passed, passed + _ROUNDING)
         if self._passed >= RAW_BY:
             for part in [p for p in self._added if self._status[p] is Part.PENDING]:
-                self._finish(part)
+                if self._owners[part] == self.me or self._passed >= TAKEN_BY:
+                    self._finish(part)
         if self._passed >= ACK_BY:
             for part in sorted(self._unacked):
                 self._spread(part)
+        if TAKE_BY <= self._passed < TAKEN_BY:
+            self._take_over()
         if self._passed >= MEANS_BY and self._pending:
             for part, status in enumerate(self._status):
                 if status is Part.PENDING:
@@ -228,7 +250,8 @@ class Exchange:
 
     def wake_at(self) -> float:
         """When ``tick`` is due next."""
-        due = [mark for mark in (RAW_BY, ACK_BY, MEANS_BY, REPORT_BY, self._turn) if mark > self._passed]
+        marks = (RAW_BY, ACK_BY, TAKE_BY, TAKEN_BY, MEANS_BY, REPORT_BY, self._turn)
+        due = [mark for mark in marks if mark > self._passed]
         return self._began + self._seconds * min([*due, 1.0])
 
     @property
@@ -244,7 +267,9 @@ class Exchange:
     # -- as reducer
 
     def _raw(self, sender: int, part: int, payload: memoryview) -> None:
-        if self._owners[part] != self.me:
+        if part not in self._added:
+            if part in self._moved:
+                return  # it was ours; they were on their way
             raise RemoteError("numbers for a part that is reduced elsewhere")
         if not self._everybody >> sender & 1:
             raise RemoteError("numbers from a member without weight")
@@ -295,9 +320,14 @@ class Exchange:
         mean = reducer.finish()
         if len(mean) != end - begin:
             raise LocalError("the reducer returned another length than it was given")
-        self._hold(part, mean, contributors, None)
-        self._unacked.add(part)
+        self._askers.pop(part, None)
+        self._hold(part, mean, self.me, contributors, None)
         deputy = self.roster.deputy(self.me)
+        if self._owners[part] != self.me:
+            for to in range(self._n):
+                self._hand(part, to)
+            return
+        self._unacked.add(part)
         if deputy in self._lost:
             self._spread(part)
         else:
@@ -310,35 +340,86 @@ class Exchange:
                 if to != self.roster.deputy(self.me):
                     self._hand(part, to)
 
+    def _take_over(self) -> None:
+        """As deputy: reduce what the reducer, lost or late, has not handed over."""
+        if self._took_over or self._passed >= TAKEN_BY:
+            return
+        self._took_over = True
+        principal = (self.me - 1) % self._n
+        parts = [
+            part
+            for part, owner in enumerate(self._owners)
+            if owner == principal and self._status[part] is Part.PENDING
+        ]
+        if parts:
+            self._added |= dict.fromkeys(parts, 0)
+            for to in range(self._n):
+                self._tell(to, {"t": "want", "p": parts})
+            self._reduce_own()
+
+    def _wanted(self, deputy: int, parts: Sequence[int]) -> None:
+        """The deputy reduces these parts now."""
+        for part in parts:
+            if self.roster.deputy(self._owners[part]) != deputy:
+                raise RemoteError("a deputy that wants another one's parts")
+            if part in self._moved:
+                raise RemoteError("a deputy that wants a part twice")
+            self._moved.add(part)
+            if self._status[part] is Part.HELD:
+                if part not in self._unacked:  # else it is on its way
+                    self._hand(part, deputy)
+                continue
+            self._added.pop(part, None)
+            self._reducers.pop(part, None)
+            if self._weights[self.me] > 0:
+                begin, end = self._spans[part]
+                self._tell(deputy, {"t": "raw", "p": part}, self._vector[begin:end])
+
     # -- as receiver and deputy
 
     def _mean(self, sender: int, part: int, header: Mapping[str, Any], payload: memoryview) -> None:
         owner = self._owners[part]
-        if sender not in (owner, self.roster.deputy(owner)) or owner == self.me:
+        deputy = self.roster.deputy(owner)
+        reducer = fields.integer(header, "rd", 0, self._n - 1)
+        asked_for = self._took_over and self.me == deputy
+        if (
+            reducer not in (owner, deputy)
+            or reducer == self.me
+            or not (sender in (owner, deputy) or asked_for)
+        ):
             raise RemoteError("a mean from one who did not reduce it")
         begin, end = self._spans[part]
         contributors = fields.integer(header, "by", 1, (1 << self._n) - 1)
         signature = fields.blob(header, "sig", 64, 64)
         if len(payload) != end - begin:
             raise RemoteError("a mean of the wrong length")
-        if self._status[part] is not Part.HELD:
-            self._hold(part, payload, contributors, signature)
-        if sender == owner and self.me == self.roster.deputy(owner):
+        if part in self._unacked:
+            self._unacked.discard(part)
+            if not self._replaced:  # messages not sent yet may point into the first one
+                self._replaced = True
+                self._result = bytearray(self._result)
+                self._view = memoryview(self._result)
+            self._hold(part, payload, reducer, contributors, signature)
+        elif self._status[part] is not Part.HELD:
+            self._hold(part, payload, reducer, contributors, signature)
+        if sender == owner and self.me == deputy and self._proofs[part][0] == owner:
             self._tell(owner, {"t": "ack", "p": part})
 
-    def _hold(self, part: int, mean: bytes | memoryview, contributors: int, signature: bytes | None) -> None:
+    def _hold(
+        self, part: int, mean: bytes | memoryview, reducer: int, contributors: int, signature: bytes | None
+    ) -> None:
         """Keep a mean: ``signature`` None where this member reduced it and signs now."""
         digest = blake3(mean).digest()
         said = b"%b%d/%d/%b" % (self.roster.group, part, contributors, digest)
-        owner = self.roster.peers[self._owners[part]]
         if signature is None:
             signature = self._sign(_DOMAIN, said)
-        elif not self._verify(owner, _DOMAIN, said, signature):
+        elif not self._verify(self.roster.peers[reducer], _DOMAIN, said, signature):
             raise RemoteError("a mean that its reducer did not sign")
         begin, end = self._spans[part]
         self._view[begin:end] = mean
         self._digests[part] = digest[:DIGEST]
-        self._proofs[part] = (contributors, signature)
+        self._proofs[part] = (reducer, contributors, signature)
+        self._reducers.pop(part, None)
         self._settle(part, Part.HELD)
 
     def _miss(self, part: int) -> None:
@@ -370,7 +451,8 @@ class Exchange:
     def _gone(self, sender: int, parts: Sequence[int]) -> None:
         for part in parts:
             owner = self._owners[part]
-            if sender != owner and not (sender == self.roster.deputy(owner) and part in self._asked):
+            told = part in self._asked or part in self._moved
+            if sender != owner and not (sender == self.roster.deputy(owner) and told):
                 raise RemoteError("gone, says one who was not asked")
             self._miss(part)
 
@@ -410,15 +492,15 @@ class Exchange:
         for i in range(self._n):
             if not value.mask >> i & 1:
                 drops.setdefault(i, "did not finish")
-        sources = {part: (self._proofs[part][0], self._digests[part]) for part in counted}
+        sources = {part: (self._proofs[part][1], self._digests[part]) for part in counted}
         self.outcome = Outcome.of(self.roster, result, sources, value.mask, drops)
 
     # -- helpers
 
     def _hand(self, part: int, to: int) -> None:
         begin, end = self._spans[part]
-        contributors, signature = self._proofs[part]
-        header = {"t": "mean", "p": part, "by": contributors, "sig": signature}
+        reducer, contributors, signature = self._proofs[part]
+        header = {"t": "mean", "p": part, "rd": reducer, "by": contributors, "sig": signature}
         self._tell(to, header, self._view[begin:end])
 
     def _tell(self, to: int, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:

@@ -7,7 +7,7 @@ Followers' streams belong to the protocol's server (``averager``); what they say
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -49,6 +49,7 @@ class Match:
         rng: random.Random,
         config: RoundConfig,
         nursery: trio.Nursery,
+        recent: Sequence[float] = (),
     ) -> None:
         self._host = host
         self._table = table
@@ -63,7 +64,14 @@ class Match:
         self._leaders: dict[PeerId, tuple[Outbox, trio.CancelScope]] = {}
         self._changed = trio.Event()
         self._maker = Matchmaker(
-            mine, expected, given_up_by=given_up_by, config=config, sign=sign, verify=verify, now=clock()
+            mine,
+            expected,
+            given_up_by=given_up_by,
+            config=config,
+            sign=sign,
+            verify=verify,
+            now=clock(),
+            recent=recent,
         )
 
     async def settle(self) -> Roster:

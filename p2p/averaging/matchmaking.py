@@ -31,10 +31,11 @@ Limits: 256 candidates and followers, groups of at most ``group_size``; all wait
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from p2p.averaging import fields, shares
+from p2p.averaging.deadline import exchange_seconds
 from p2p.averaging.lobby import (
     MAX_CANDIDATES,
     Action,
@@ -47,6 +48,7 @@ from p2p.averaging.lobby import (
     Tell,
 )
 from p2p.averaging.roster import MAX_ADDRS, NAME_LIMIT, ROSTER_LIMIT, Candidate, Roster, Sign, Verify, draft
+from p2p.averaging.shares import FLOAT_BYTES
 from p2p.errors import RemoteError
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class Matchmaker:
         sign: Sign,
         verify: Verify,
         now: float,
+        recent: Sequence[float] = (),
     ) -> None:
         self.out: list[Action] = []
         self.roster: Roster | None = None
@@ -81,6 +84,7 @@ class Matchmaker:
         self._config = config
         self._sign = sign
         self._verify = verify
+        self._recent = recent
         self._deadline = now + mine.seconds
         self._known: dict[PeerId, tuple[str, ...]] = {self._me: ()}
         self.alone = False
@@ -356,6 +360,8 @@ class Matchmaker:
         left = [
             theirs.seconds - (now - at) for theirs, at in (self._followers[p] for p in peers if p != self._me)
         ]
+        mbps = [candidate.bandwidth for candidate in candidates]
+        usual = exchange_seconds(self._recent, self._mine.floats * FLOAT_BYTES, len(candidates), mbps)
         return draft(
             self._key,
             self._me,
@@ -363,7 +369,7 @@ class Matchmaker:
             slice_index=self._mine.slice_index,
             floats=self._mine.floats,
             part_bytes=self._config.part_bytes,
-            seconds=max(0.0, min([self._deadline - now, *left])),
+            seconds=max(0.0, min([self._deadline - now, *left, usual])),
         )
 
     def _read_roster(self, peer: PeerId, header: Mapping[str, Any]) -> Roster:

@@ -44,6 +44,8 @@ class Session:
         self._outboxes = {peer: Outbox() for i, peer in enumerate(roster.peers) if i != exchange.me}
         self._linked = {peer: trio.Event() for peer in self._outboxes}
         self._carrying = 0
+        self.ended_at = 0.0
+        """When the exchange was over; last words may follow."""
         self._changed = trio.Event()
         self._max_payload = max(roster.part_bytes, len(roster.spans) * DIGEST)
 
@@ -66,6 +68,7 @@ class Session:
                 if not exchange.done and self._clock() >= due:
                     exchange.tick(self._clock())
                     self._pump()
+            self.ended_at = self._clock()
             for outbox in self._outboxes.values():
                 outbox.forget_payloads()
                 outbox.close()

@@ -3,7 +3,8 @@
 ``Swarm`` runs the state machines of all members over in-memory links that keep order within a pair, as
 TCP does, and deliver between pairs in an order drawn from a seed. Faults strike after a number of
 deliveries: a member dies (all its links end), a link is cut (both ends notice, later and apart), a member
-falls mute (connected, does nothing; only time resolves it).
+falls mute (connected, does nothing; only time resolves it), a member becomes slow (a few messages, to it or
+from it, pass while everybody else has nothing left to do but wait).
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Swarm:
         }
         self.dead: set[int] = set()
         self.mute: set[int] = set()
+        self.slow: set[int] = set()
         self.cut: set[tuple[int, int]] = set()
         self.delivered = 0
         self.now = 0.0
@@ -97,9 +99,10 @@ class Swarm:
         while True:
             while waiting and waiting[0].after <= self.delivered:
                 self._strike(waiting.pop(0))
-            ready = [
+            waiting_for = [
                 pair for pair, queue in self.links.items() if queue and pair[1] not in (self.mute | self.dead)
             ]
+            ready = [pair for pair in waiting_for if not self.slow & set(pair)]
             if ready:
                 self._deliver(self.rng.choice(ready))
                 continue
@@ -111,6 +114,10 @@ class Swarm:
             ]
             if not alive:
                 return
+            late = [pair for pair in waiting_for if self.rng.random() < 0.7]
+            if late and self.rng.random() < 0.7:
+                self._deliver(self.rng.choice(late))
+                continue
             self.now = min(self.exchanges[i].wake_at() for i in alive)
             assert self.now <= SECONDS + 1e-6
             for i in alive:
@@ -138,6 +145,8 @@ class Swarm:
         a, b = fault.who
         if fault.what == "mute":
             self.mute.add(a)
+        elif fault.what == "slow":
+            self.slow.add(a)
         elif fault.what == "kill":
             self.dead.add(a)
             for other in range(self.n):
@@ -217,13 +226,13 @@ def test_one_member_dies_at_any_moment_and_all_others_finish_alike(
     assert swarm.now == 0.0  # every loss is settled by the loss itself, nobody waits for a timer
     outcome = swarm.exchanges[swarm.finished[0]].outcome
     assert outcome is not None
-    assert outcome.fraction >= 1 - 1 / n - 0.2  # the victim's share at most, by whole parts
+    assert outcome.fraction == 1.0  # its deputy reduced what it had not
 
 
 FAULTS = st.lists(
     st.builds(
         Fault,
-        st.sampled_from(["kill", "cut", "cut", "mute"]),
+        st.sampled_from(["kill", "cut", "cut", "mute", "slow"]),
         st.tuples(st.integers(0, 5), st.integers(0, 5)),
         st.integers(0, 150),
     ),
@@ -241,6 +250,32 @@ def test_whatever_happens_those_who_finish_agree(
     swarm.run(usable)
     swarm.check()
     assert all(e.done for i, e in enumerate(swarm.exchanges) if i not in swarm.dead | swarm.mute)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_two_thousand_schedules_of_faults() -> None:
+    rng = random.Random(20261121)
+    finished = whole = 0
+    for _ in range(2000):
+        n = rng.randint(2, 9)
+        swarm = Swarm([rng.choice([0.0, 1.0, 3.0]) for _ in range(n - 1)] + [1.0], rng.randrange(1 << 30))
+        faults = [
+            Fault(
+                rng.choice(["kill", "kill", "cut", "mute", "slow"]),
+                (rng.randrange(n), rng.randrange(n)),
+                rng.randrange(40 * n),
+            )
+            for _ in range(rng.randint(0, 4))
+        ]
+        swarm.run(faults)
+        swarm.check()
+        assert all(e.done for i, e in enumerate(swarm.exchanges) if i not in swarm.dead | swarm.mute)
+        outcomes = [swarm.exchanges[i].outcome for i in swarm.finished]
+        finished += bool(outcomes)
+        whole += bool(outcomes and outcomes[0] and outcomes[0].fraction == 1.0)
+    assert finished > 1500  # pairs that lose one fail, and so do rounds that lose half
+    assert whole > 1300
 
 
 @pytest.mark.parametrize("culprit", [0, 1, 2])
@@ -268,6 +303,7 @@ def test_a_mute_sender_is_dropped_by_time_alone() -> None:
     outcome = swarm.exchanges[0].outcome
     assert outcome is not None
     assert [peer for peer, _ in outcome.drops] == [swarm.roster.peers[2]]
+    assert outcome.fraction == 1.0
 
 
 def test_nonsense_from_a_member_is_a_remote_error() -> None:
@@ -280,7 +316,7 @@ def test_nonsense_from_a_member_is_a_remote_error() -> None:
     mine, other = owners.index(me), owners.index(light)
     part = memoryview(bytes(1024))
     exchange.heard(heavy, {"t": "raw", "p": mine}, part)
-    signed = {"t": "mean", "p": other, "by": 5, "sig": bytes(64)}
+    signed = {"t": "mean", "p": other, "rd": light, "by": 5, "sig": bytes(64)}
     bad: list[tuple[int, dict[str, object], memoryview]] = [
         (heavy, {"t": "raw", "p": mine}, part),  # twice
         (heavy, {"t": "raw", "p": other}, part),  # reduced elsewhere

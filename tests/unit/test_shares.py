@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2p.averaging import shares
+from p2p.averaging.deadline import FLOOR_S, exchange_seconds
 from p2p.averaging.reducer import PlainReducer
 from p2p.averaging.roster import Candidate, Roster, RoundKey, draft
 from p2p.errors import RemoteError
@@ -105,3 +106,12 @@ def test_the_plain_reducer_means_and_refuses() -> None:
             reducer.add(bad, 1.0)
     reducer.add(memoryview(struct.pack("<2f", 4.0, 8.0)), 2.0)
     assert struct.unpack("<2f", reducer.finish()) == (3.0, 6.0)
+
+
+def test_an_exchange_is_given_three_medians_bounded_by_the_slowest_link() -> None:
+    assert exchange_seconds([], 10**9, 4, [0, 0]) == float("inf")
+    assert exchange_seconds([0.1, 0.1, 9.0], 10**6, 4, []) == FLOOR_S
+    assert exchange_seconds([4.0, 4.0, 60.0], 10**6, 4, []) == 12.0
+    # 40 MB of four members at 200 Mbit/s: 60 MB each way take 2.4 s.
+    assert exchange_seconds([], 40_000_000, 4, [0, 1000, 200]) == pytest.approx(2 * 2.4 + 2)
+    assert exchange_seconds([100.0], 40_000_000, 4, [200]) == pytest.approx(2 * 2.4 + 2)
