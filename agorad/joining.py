@@ -46,6 +46,7 @@ from agorad.exitcodes import RETRYABLE, DaemonExit, ExitCode
 from agorad.node import Node
 from agorad.preflight import read_secret
 from p2p.errors import LocalError, P2PError, PeerGone, Refused, RemoteError
+from p2p.files import read_small
 from p2p.groups import plain
 from p2p.identity import PeerId
 from p2p.membership import CERTIFICATE_LIMIT, Certificate
@@ -386,8 +387,7 @@ def _keep(node: Node, certificate: Certificate, why: str) -> None:
 def _read(node: Node) -> Certificate | None:
     """The certificate of an earlier life if it still is what this node would ask for."""
     try:
-        with _path(node).open("rb") as file:
-            certificate = Certificate.decode(file.read(CERTIFICATE_LIMIT + 1))
+        certificate = Certificate.decode(read_small(_path(node), CERTIFICATE_LIMIT + 1))
         node.trust.check(certificate, node.identity.peer_id, node.clock())
     except (OSError, RemoteError, Refused):
         return None

@@ -31,7 +31,6 @@ from agorad.usage import NamedPath, complain
 from p2p.errors import LocalError
 
 DESCRIPTORS = 8192
-SECRET_LIMIT = 4096
 
 
 class _Command(click.Command):
@@ -80,7 +79,7 @@ def _secret(descriptor: int) -> str:
     """All of a pipe that somebody filled and closed; nothing of it is kept on disk or in the environment."""
     try:
         with os.fdopen(descriptor, "rb") as pipe:
-            return pipe.read(SECRET_LIMIT).decode().strip()
+            return pipe.read(preflight.SECRET_LIMIT).decode().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise LocalError(f"cannot read the account's secret from descriptor {descriptor}") from error
 

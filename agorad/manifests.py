@@ -22,6 +22,7 @@ import attrs
 
 from agorad.run import Manifest, Signature, from_table
 from p2p.errors import LocalError, RemoteError
+from p2p.files import read_small
 from p2p.membership import KNOWN_LIMIT
 
 PAGE: Final = 3072
@@ -29,7 +30,7 @@ PAGE: Final = 3072
 PAGES: Final = 16
 CONTENT_LIMIT: Final = PAGE * PAGES
 FILE: Final = "manifest.json"
-_FILE_LIMIT: Final = 8 << 20
+FILE_LIMIT: Final = 8 << 20
 
 LIVE_TRAINING: Final = frozenset(
     {
@@ -223,8 +224,7 @@ def restore(state: Path, given: Manifest) -> tuple[Manifest, tuple[bytes, ...]]:
     that cannot be read counts as none.
     """
     try:
-        with (state / FILE).open("rb") as file:
-            document = json.loads(file.read(_FILE_LIMIT))
+        document = json.loads(read_small(state / FILE, FILE_LIMIT))
         kept = parse(document["content"].encode(), document["signature"])
         known = [bytes.fromhex(one) for one in document["known"]]
         if kept.run.id != given.run.id or kept.run.operator != given.run.operator:

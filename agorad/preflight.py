@@ -9,13 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Final
 
 from agorad import run
 from agorad.authority import accounts
 from agorad.config import Config
 from agorad.run import Manifest
 from p2p.errors import LocalError
+from p2p.files import read_small
 from p2p.identity import Identity
+
+SECRET_LIMIT: Final = 4096
 
 
 def check(settings: Config) -> Manifest:
@@ -51,11 +55,14 @@ def check(settings: Config) -> Manifest:
 def read_secret(path: Path) -> str:
     """An account's secret, without the space around it."""
     try:
-        return path.read_text().strip()
+        secret = read_small(path, SECRET_LIMIT + 1).decode().strip()
     except OSError as error:
         raise LocalError(f"cannot read the account's secret from {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise LocalError(f"the account's secret in {path} is not text; ask the run's operator") from error
+    if not 0 < len(secret) <= SECRET_LIMIT:
+        raise LocalError(f"the file {path} does not hold the account's secret; ask the run's operator")
+    return secret
 
 
 def _listed(

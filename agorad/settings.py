@@ -24,6 +24,7 @@ from typing import Any, Final, TypeVar
 import attrs
 
 from p2p.errors import LocalError
+from p2p.files import read_small
 
 T = TypeVar("T")
 
@@ -34,8 +35,7 @@ FILE_LIMIT: Final = 1 << 20
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """The table of a TOML file; ``LocalError`` names the file and the line that is wrong."""
     try:
-        with path.open("rb") as file:
-            data = file.read(FILE_LIMIT + 1)
+        data = read_small(path, FILE_LIMIT + 1)
     except OSError as error:
         raise LocalError(f"cannot read the {what} {path}: {error.strerror}; check the path") from error
     if len(data) > FILE_LIMIT:

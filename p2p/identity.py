@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from p2p import base58, protobuf
 from p2p.errors import LocalError, RemoteError
+from p2p.files import read_small
 
 PeerId = NewType("PeerId", str)
 
@@ -186,8 +187,7 @@ class Identity:
         """Identity from a key file; LocalError with one sentence when that cannot be."""
         path = Path(path)
         try:
-            with path.open("rb") as file:
-                data = file.read(KEY_FILE_LIMIT + 1)
+            data = read_small(path, KEY_FILE_LIMIT + 1)
         except OSError as error:
             raise LocalError(f"cannot read the key file {path}: {error.strerror or error}") from error
         try:

@@ -10,10 +10,10 @@ from typing import Final
 import click
 
 from agorad.ask import Unreachable
-from agorad.cli.targets import Target, Where, find, target_options
+from agorad.cli.targets import Target, Where, find, of_machine, target_options, unread
 from agorad.config import default_path
 from agorad.doctor.diagnose import PARTS, diagnose, verdict
-from agorad.doctor.patient import examine
+from agorad.doctor.patient import Patient, examine
 from agorad.join.findings import Finding
 from p2p.errors import LocalError
 
@@ -36,10 +36,12 @@ def doctor(
 
     Example: agoractl doctor --only network
     """
-    reports = []
-    for target in _targets(where):
-        found = diagnose(examine(target), over_the_net=not offline, measure=not no_measure, only=only)
-        reports.append((target, found))
+    patients = [(target, examine(target)) for target in _targets(where)]
+    beside = [*(patient for _target, patient in patients), *_beside([target for target, _ in patients])]
+    reports = [
+        (target, diagnose(patient, beside, over_the_net=not offline, measure=not no_measure, only=only))
+        for target, patient in patients
+    ]
     if as_json:
         nodes = [
             {"node": target.name, "verdict": verdict(found), "findings": [_plain(one) for one in found]}
@@ -60,12 +62,18 @@ def _targets(where: Where) -> list[Target]:
         try:
             return find(where)
         except LocalError:
-            return [Target(where.config.name, where.config.absolute().parent / "control.sock", where.config)]
+            return [unread(where.config)]
     try:
-        return find(where)
+        return find(where, unread)
     except Unreachable:
         path = default_path()
         return [Target("node", path.parent / "control.sock", path)]
+
+
+def _beside(known: list[Target]) -> list[Patient]:
+    """The machine's other nodes: this one must not share a port or a key with them."""
+    sockets = {target.socket for target in known}
+    return [examine(target) for target in of_machine(unread) if target.socket not in sockets]
 
 
 def _plain(finding: Finding) -> dict[str, str]:

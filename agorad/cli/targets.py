@@ -107,9 +107,17 @@ def target_options(command: F) -> F:
     return wrapped
 
 
-def find(where: Where) -> list[Target]:
-    """The nodes that were named; ``Unreachable`` when none was and this machine has none."""
-    found = _all(where)
+def unread(path: Path) -> Target:
+    """A node whose settings cannot be read, for who wants to say so."""
+    return Target(path.name, path.absolute().parent / "control.sock", path)
+
+
+def find(where: Where, broken: Callable[[Path], Target] | None = None) -> list[Target]:
+    """The nodes that were named; ``Unreachable`` when none was and this machine has none.
+
+    ``broken`` makes a target of the machine's settings that cannot be read; without it they are an error.
+    """
+    found = _all(where, broken)
     if not where.nodes:
         return found
     known = [target.name for target in found]
@@ -155,7 +163,7 @@ def how_to_start(config: Path | None) -> str:
     return f"start it: agorad --config {config}"
 
 
-def _all(where: Where) -> list[Target]:
+def _all(where: Where, broken: Callable[[Path], Target] | None = None) -> list[Target]:
     if sum(choice is not None for choice in (where.folder, where.config, where.socket)) > 1:
         raise click.UsageError("name nodes by one of --dir, --config and --socket")
     if where.folder is not None:
@@ -164,7 +172,7 @@ def _all(where: Where) -> list[Target]:
         return [Target(where.socket.name, where.socket)]
     if where.config is not None:
         return [_of_settings(where.config)]
-    found = list(of_machine())
+    found = list(of_machine(broken))
     if not found:
         raise Unreachable(
             f"this machine has no node: there is no {default_path()}; name one with --config or --dir"
@@ -172,13 +180,18 @@ def _all(where: Where) -> list[Target]:
     return found
 
 
-def of_machine() -> Iterator[Target]:
+def of_machine(broken: Callable[[Path], Target] | None = None) -> Iterator[Target]:
     """Every node that has its settings in a usual place, then sockets whose settings cannot be read."""
     seen: set[Path] = set()
     services = [path for path in _glob(SERVICES, "*/agorad.toml") if os.access(path, os.R_OK)]
     first = default_path()
     for path in dict.fromkeys([*([first] if first.exists() else ()), *services, *configs()]):
-        target = _of_settings(path)
+        try:
+            target = _of_settings(path)
+        except LocalError:
+            if broken is None:
+                raise
+            target = broken(path)
         if target.socket not in seen:
             seen.add(target.socket)
             yield target

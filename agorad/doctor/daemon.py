@@ -45,6 +45,8 @@ def _silent(patient: Patient) -> Iterator[Finding]:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         mode = 0
+    except NotADirectoryError:
+        mode = 0  # said of the state folder
     except OSError as error:
         yield Finding(
             name="control socket", verdict="fail", found=f"{path}: {error.strerror}",

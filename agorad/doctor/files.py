@@ -1,29 +1,33 @@
-"""Settings, manifest, key, certificate, secret, state folder and snapshots, as they lie on the disk."""
+"""Settings, manifest, secrets, state folder and snapshots, as they lie on the disk."""
 
 from __future__ import annotations
 
 import json
 import os
+import pwd
+import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from agorad import facts, manifests
-from agorad.authority import accounts
+from agorad import facts, manifests, preflight
+from agorad.config import SYSTEM_STATE
 from agorad.doctor.patient import Patient
 from agorad.join import answers
 from agorad.join.findings import Finding
-from agorad.words import duration, size
+from agorad.metrics.push import read_token
+from agorad.words import size
 from p2p.errors import LocalError, P2PError
-from p2p.membership import CERTIFICATE_LIMIT, Certificate
-from stage.state import CHUNK, SnapshotManifest
+from p2p.files import read_small
+from stage.state import CHUNK, SnapshotManifest, manifest_bytes
 
 LEAST_FREE: Final = 1 << 30
 """Bytes on the state's disk below which events and snapshots will soon not fit."""
 MOST_READ: Final = 4 << 30
 """Bytes of a snapshot that are read to verify it."""
+FULL: Final = 64 << 20
+"""Bytes below which that is so already."""
 LOG_MOST: Final = 1 << 30
 
 
@@ -39,10 +43,9 @@ def look(patient: Patient) -> Iterator[Finding]:
     yield Finding(name="settings", verdict="ok", found=f"{patient.path}, {patient.role}")
     yield from _open_to_others(patient)
     yield from _manifest(patient)
-    yield from _key(patient)
-    yield from _listed(patient)
-    yield from _certificate(patient)
+    yield from _push_token(patient)
     yield from _state(patient)
+    yield from _kept(patient)
     yield from _snapshots(patient)
     yield from _log(patient)
 
@@ -60,10 +63,10 @@ def _open_to_others(patient: Patient) -> Iterator[Finding]:
     if secret is None:
         return
     try:
-        secret.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        preflight.read_secret(secret)
+    except LocalError as error:
         yield Finding(
-            name="secret", verdict="fail", found=f"cannot read worker.secret_file {secret}: {error}",
+            name="secret", verdict="fail", found=f"worker.secret_file: {error}",
             remedy="put the account's secret there, readable by the node's user, or take the setting out",
         )  # fmt: skip
         return
@@ -71,6 +74,21 @@ def _open_to_others(patient: Patient) -> Iterator[Finding]:
         yield Finding(
             name="secret", verdict="warn", found=f"{secret} can be read by other users",
             remedy=f"chmod 600 {secret}",
+        )  # fmt: skip
+
+
+def _push_token(patient: Patient) -> Iterator[Finding]:
+    settings = patient.settings
+    assert settings is not None
+    path = settings.metrics.push_token_file
+    if not settings.metrics.push or path is None:
+        return
+    try:
+        read_token(path)
+    except LocalError as error:
+        yield Finding(
+            name="push token", verdict="warn", found=str(error),
+            remedy="put the gateway's token there, or take metrics.push_token_file out",
         )  # fmt: skip
 
 
@@ -90,6 +108,13 @@ def _manifest(patient: Patient) -> Iterator[Finding]:
     yield Finding(
         name="manifest", verdict="ok", found=f"run {info.id}, version {info.version}, signature holds"
     )
+    stage = settings.worker.stage
+    if patient.role == "worker" and stage is not None and stage >= manifest.model.stages:
+        yield Finding(
+            name="stage", verdict="fail", found=f"worker.stage = {stage}, and the run has stages 0 to "
+            f"{manifest.model.stages - 1}",
+            remedy="take worker.stage out: the authority chooses",
+        )  # fmt: skip
     for where, operator in _operators(settings.node.state, info.id):
         if operator != info.operator:
             yield Finding(
@@ -111,9 +136,9 @@ def _manifest(patient: Patient) -> Iterator[Finding]:
 def _operators(state: Path, run: str) -> Iterator[tuple[str, str]]:
     """Who signed the manifests of this run that were taken earlier."""
     try:
-        content = json.loads(json.loads((state / manifests.FILE).read_text())["content"])
-        if content["run"]["id"] == run:
-            yield "the one in force until now was", str(content["run"]["operator"])
+        kept = _kept_content(state)["run"]
+        if kept["id"] == run:
+            yield "the one in force until now was", str(kept["operator"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     remembered = answers.recall().get(run)
@@ -123,111 +148,13 @@ def _operators(state: Path, run: str) -> Iterator[tuple[str, str]]:
 
 def _kept_run(state: Path) -> str:
     try:
-        content = json.loads(json.loads((state / manifests.FILE).read_text())["content"])
-        return str(content["run"]["id"])
+        return str(_kept_content(state)["run"]["id"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
-def _key(patient: Patient) -> Iterator[Finding]:
-    settings = patient.settings
-    assert settings is not None
-    path = settings.identity
-    if patient.identity_fault:
-        yield Finding(
-            name="key", verdict="fail", found=patient.identity_fault,
-            remedy=f"give the node's user the right to read {path}, or put the key back from a copy; "
-            "without it the node is a new one to the run",
-        )  # fmt: skip
-        return
-    if patient.identity is None:
-        needed = patient.role in ("trainer", "authority")
-        yield Finding(
-            name="key", verdict="fail" if needed else "ok", found=f"there is none at {path} yet",
-            remedy=f"agoractl identity {path} --create, then have the operator list its peer id"
-            if needed
-            else "",
-        )  # fmt: skip
-        return
-    mode = path.stat().st_mode & 0o777
-    loose = bool(mode & 0o077)
-    yield Finding(
-        name="key", verdict="fail" if loose else "ok",
-        found=f"{path} has mode {mode:04o}: other users can use this node's identity"
-        if loose
-        else str(patient.identity.peer_id),
-        remedy=f"chmod 600 {path}; if others used this machine, make a new key" if loose else "",
-    )  # fmt: skip
-
-
-def _listed(patient: Patient) -> Iterator[Finding]:
-    manifest, identity, settings = patient.manifest, patient.identity, patient.settings
-    if manifest is None or settings is None:
-        return
-    listed = {"trainer": manifest.trainers, "authority": manifest.authorities}.get(patient.role)
-    if listed is not None and identity is not None and identity.peer_id not in [r.peer_id for r in listed]:
-        yield Finding(
-            name="listed", verdict="fail",
-            found=f"the manifest lists no {patient.role} with this key ({identity.peer_id})",
-            remedy="the operator adds it to run.toml and signs again, or the right key is put in its place",
-        )  # fmt: skip
-    if patient.role == "authority":
-        try:
-            accounts.load(settings.authority.accounts)
-        except LocalError as error:
-            yield Finding(
-                name="accounts", verdict="fail", found=str(error),
-                remedy="make the file with agoractl run account NAME, or correct authority.accounts",
-            )  # fmt: skip
-    if patient.role == "trainer" and settings.trainer.data is not None and not settings.trainer.data.exists():
-        yield Finding(
-            name="data", verdict="fail", found=f"there is no {settings.trainer.data}",
-            remedy="correct trainer.data, or mount the disk that it is on",
-        )  # fmt: skip
-
-
-def _certificate(patient: Patient) -> Iterator[Finding]:
-    settings, manifest = patient.settings, patient.manifest
-    assert settings is not None
-    path = settings.node.state / "certificate"
-    if patient.role != "worker" or not path.exists():
-        return
-    renews = "the next start asks an authority for a new one; the place may be gone by then"
-    try:
-        with path.open("rb") as file:
-            found = Certificate.decode(file.read(CERTIFICATE_LIMIT + 1))
-    except (OSError, P2PError) as error:
-        yield Finding(
-            name="certificate", verdict="warn", found=f"{path} cannot be read: {error}", remedy=renews
-        )
-        return
-    now = time.time()
-    if manifest is not None and found.run != manifest.run.id:
-        wrong = f"it is one of run {found.run}, not of {manifest.run.id}"
-    elif patient.identity is not None and found.peer_id != patient.identity.peer_id:
-        wrong = f"it belongs to another key, {found.peer_id}"
-    elif manifest is not None and found.authority not in [ref.peer_id for ref in manifest.authorities]:
-        wrong = "its authority is none of this run's any more"
-    elif now > found.expires:
-        ago, grace = duration(now - found.expires), found.grace_until - now
-        wrong = f"it expired {ago} ago" + (
-            f"; members believe it for another {duration(grace)}" if grace > 0 else " and its grace is over"
-        )
-    else:
-        left = duration(found.expires - now)
-        yield Finding(
-            name="certificate",
-            verdict="ok",
-            found=f"stage {found.stage}, runs for another {left}, renewed at half",
-        )
-        return
-    running = patient.status is not None
-    yield Finding(
-        name="certificate", verdict="fail" if running else "warn", found=wrong,
-        remedy="see whether the authority can be reached and the clock is right; then agoractl restart"
-        if running
-        else renews,
-    )  # fmt: skip
+def _kept_content(state: Path) -> Any:
+    return json.loads(json.loads(read_small(state / manifests.FILE, manifests.FILE_LIMIT))["content"])
 
 
 def _state(patient: Patient) -> Iterator[Finding]:
@@ -247,7 +174,7 @@ def _state(patient: Patient) -> Iterator[Finding]:
     free = facts.free_bytes(state)
     least = int((manifest.admission.min_disk_gib if manifest is not None else 0.0) * facts.GIB)
     asked = f"; the run asks for {size(least)} (admission.min_disk_gib)" if least else ""
-    short = free < least and patient.role == "worker"
+    short = free < FULL or (free < least and patient.role == "worker")
     yield Finding(
         name="disk", verdict="fail" if short else "warn" if free < LEAST_FREE else "ok",
         found=f"{size(free)} free where {state} lies{asked}",
@@ -261,6 +188,54 @@ def _state(patient: Patient) -> Iterator[Finding]:
             name="inodes", verdict="warn", found=f"{inodes} files more fit on the disk of {state}",
             remedy="remove small files there; df -i shows how many there are",
         )  # fmt: skip
+
+
+_KEPT: Final = {
+    "events.jsonl": stat.S_ISREG,
+    manifests.FILE: stat.S_ISREG,
+    "certificate": stat.S_ISREG,
+    "receipts": stat.S_ISDIR,
+    "journal.json": stat.S_ISREG,
+    "authority.sqlite": stat.S_ISREG,
+    "snapshots": stat.S_ISDIR,
+}
+"""What a node keeps in its state folder, and what it has to be."""
+
+
+def _kept(patient: Patient) -> Iterator[Finding]:
+    """Each of a kind that the node can use, and the folder's owner's, who it runs as."""
+    settings = patient.settings
+    assert settings is not None
+    state = settings.node.state
+    try:
+        owner = state.stat().st_uid
+    except OSError:
+        return
+    for name, is_kind in _KEPT.items():
+        path = state / name
+        try:
+            found = path.stat()
+        except OSError:
+            continue
+        if not is_kind(found.st_mode):
+            yield Finding(
+                name="state", verdict="fail",
+                found=f"{path} is no {'folder' if is_kind is stat.S_ISDIR else 'file'}, which the node needs",
+                remedy=f"move {path} elsewhere; the node makes a new one",
+            )  # fmt: skip
+        elif found.st_uid != owner and not state.is_relative_to(SYSTEM_STATE):
+            yield Finding(
+                name="state owner", verdict="warn",
+                found=f"{path} is {_user(found.st_uid)}'s, the folder {_user(owner)}'s: one cannot use both",
+                remedy=f"chown -R {_user(owner)} {state}, and start the node as that user only",
+            )  # fmt: skip
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
 
 
 def writable(folder: Path) -> str:
@@ -316,7 +291,7 @@ def damage(path: Path) -> str:
     """What is wrong with the snapshot of this manifest; empty if nothing is. Torch-free."""
     state = path.with_suffix(".state")
     try:
-        told = SnapshotManifest.decode(path.read_bytes())
+        told = SnapshotManifest.decode(read_small(path, manifest_bytes(MOST_READ // CHUNK * (CHUNK // 12))))
         if state.stat().st_size != told.size:
             return f"{state.name} has {size(state.stat().st_size)} instead of {size(told.size)}"
         with state.open("rb") as file:

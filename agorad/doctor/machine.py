@@ -6,7 +6,9 @@ import importlib.util
 import os
 import platform
 import resource
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal
@@ -16,15 +18,24 @@ from agorad.authority.admission import parts
 from agorad.doctor.patient import Patient
 from agorad.join.findings import DESCRIPTORS, OLDEST_PYTHON, Finding, torch_version
 from agorad.run import Manifest
+from agorad.words import duration
 from stage.memory import Mode, stage_memory
 
 GIB: Final = facts.GIB
 LEAST_AVAILABLE: Final = 1 << 30
+LOAD_S: Final = 20.0
+_LOAD: Final = """
+import importlib.util, sys
+importlib.util.module_from_spec(importlib.util.spec_from_file_location("agora_kernels", sys.argv[1]))
+"""
+SLACK_S: Final = 120.0
+"""Clocks that agree differ by less."""
 
 
 def look(patient: Patient) -> Iterator[Finding]:
     """All of it."""
     yield from _system()
+    yield from _time(patient)
     yield from _software(patient)
     if patient.role == "worker":
         yield from _computing(patient)
@@ -54,6 +65,20 @@ def _system() -> Iterator[Finding]:
     )  # fmt: skip
 
 
+def _time(patient: Patient) -> Iterator[Finding]:
+    """A clock that is behind what was written earlier needs nobody else to be found wrong."""
+    marks = {"the node's last event": patient.seen.at}
+    if patient.manifest is not None:
+        marks["the manifest"] = patient.manifest.run.created
+    for name, at in marks.items():
+        if at is not None and at > time.time() + SLACK_S:
+            yield Finding(
+                name="clock", verdict="fail",
+                found=f"{name} is from {duration(at - time.time())} later than now by this machine's clock",
+                remedy="set the clock: timedatectl set-ntp true; in WSL2 after sleep: sudo hwclock -s",
+            )  # fmt: skip
+
+
 def _software(patient: Patient) -> Iterator[Finding]:
     rules = patient.manifest.admission if patient.manifest is not None else None
     wanted = rules.min_version if rules is not None else ""
@@ -80,12 +105,32 @@ def _computing(patient: Patient) -> Iterator[Finding]:
         )  # fmt: skip
     else:
         yield Finding(name="torch", verdict="ok", found=version)
-    there = importlib.util.find_spec("agora_kernels") is not None
+    trouble = kernels_trouble()
     yield Finding(
-        name="kernels", verdict="ok" if there else "fail",
-        found="compiled" if there else "agora_kernels is not there",
-        remedy="" if there else "install agorad where a C++ compiler is: pip install -e . in its folder",
+        name="kernels", verdict="fail" if trouble else "ok", found=trouble or "compiled",
+        remedy="install agorad again, in its folder: pip install --force-reinstall --no-deps . (needs a C++ "
+        "compiler)"
+        if trouble
+        else "",
     )  # fmt: skip
+
+
+def kernels_trouble() -> str:
+    """They are loaded in a process of their own: those built for another processor would end this one."""
+    spec = importlib.util.find_spec("agora_kernels")
+    if spec is None or spec.origin is None:
+        return "agora_kernels is not there"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _LOAD, spec.origin],
+            capture_output=True, text=True, errors="replace", timeout=LOAD_S, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"agora_kernels could not be tried: {error}"
+    if not done.returncode:
+        return ""
+    said = done.stderr.strip().splitlines()[-1:] or [f"the process ended with {done.returncode}"]
+    return f"agora_kernels cannot be loaded: {said[0]}"
 
 
 def _gpu(patient: Patient) -> Iterator[Finding]:

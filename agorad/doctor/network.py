@@ -39,6 +39,7 @@ ALL_S: Final = 20.0
 PINGS: Final = 5
 MEASURE_BYTES: Final = 2_000_000
 DEFAULT_SKEW_S: Final = 30.0
+_NOT_LISTENING: Final = "nothing could listen at the node's port"
 
 
 @attrs.define(kw_only=True)
@@ -75,6 +76,12 @@ def look(patient: Patient, *, measure: bool = True) -> Iterator[Finding]:
     found = trio.run(_look, patient, manifest, measure)
     for seen in found.nodes:
         yield _node(seen)
+    if not found.nodes and patient.role == "worker":
+        yield Finding(
+            name="run", verdict="fail",
+            found="the manifest names no address of an authority, seed or trainer",
+            remedy="get run.toml again from the run's operator: nobody could be found with this one",
+        )  # fmt: skip
     yield from _clock(manifest, found.nodes)
     yield from _agreement(manifest, patient, found.nodes)
     yield from _distance(manifest, found)
@@ -120,9 +127,11 @@ async def _listenable(patient: Patient) -> list[Multiaddr]:
     for text in patient.settings.node.listen:
         try:
             addr = Multiaddr.parse(text)
-            with socket.socket(socket.AF_INET6 if ":" in (addr.host or "") else socket.AF_INET) as tried:
+            if addr.host is None or addr.port is None:
+                continue
+            with socket.socket(socket.AF_INET6 if ":" in addr.host else socket.AF_INET) as tried:
                 tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                tried.bind((addr.host or "", addr.port or 0))
+                tried.bind((addr.host, addr.port))
             usable.append(addr)
         except (P2PError, OSError):
             continue
@@ -154,7 +163,7 @@ async def _look_back(host: Host, patient: Patient, manifest: Manifest, found: Lo
     announced = list(patient.settings.node.announce)
     ports = [addr.port for addr in (bound.bare() for bound in host.addrs) if addr.port]
     if not ports and not announced:
-        found.back_fault = "nothing could listen at the node's port"
+        found.back_fault = _NOT_LISTENING
         return
     refs = [*manifest.authorities, *manifest.seeds, *manifest.trainers]
     refs = [ref for ref in refs if ref.addrs and ref.peer_id != host.peer_id]
@@ -204,12 +213,33 @@ def _node(seen: Seen) -> Finding:
     impostor = "was dialled but" in seen.why
     return Finding(
         name=name, verdict="fail" if seen.role == "authority" or impostor else "warn",
-        found=f"{', '.join(seen.ref.addrs)}: {seen.why}",
-        remedy="somebody else answers at its address: get the newest manifest from the operator"
-        if impostor
-        else "look at this line and its firewall (agoractl ping, ip route); if others answer, that node is "
-        "down: tell the run's operator",
+        found=f"{', '.join(seen.ref.addrs)}: {seen.why}", remedy=_remedy(seen.why),
     )  # fmt: skip
+
+
+def _remedy(why: str) -> str:
+    """Of a node that does not answer, by what the attempt came to."""
+    if "was dialled but" in why:
+        return "somebody else answers at its address: get the newest manifest from the operator"
+    if "multistream-select" in why or "noise" in why.lower():
+        return (
+            "what answers there is no agorad: a proxy or login page of this line, or another program; try "
+            "another line, and get the newest manifest from the operator"
+        )
+    if "not known" in why or "name resolution" in why or "associated with hostname" in why:
+        return (
+            "look at this machine's DNS (resolvectl query, /etc/resolv.conf); if others cannot resolve the "
+            "name either, tell the run's operator"
+        )
+    if "unreachable" in why or "No route" in why:
+        return (
+            "this machine has no way there, perhaps no IPv6: look at ip route and ip -6 route; the operator "
+            "can list an IPv4 address beside it"
+        )
+    return (
+        "look at this line and its firewall (agoractl ping, ip route); if others answer, that node is down: "
+        "tell the run's operator"
+    )
 
 
 def _clock(manifest: Manifest, nodes: Sequence[Seen]) -> Iterator[Finding]:
@@ -282,7 +312,9 @@ def _back(patient: Patient, manifest: Manifest, found: Look) -> Iterator[Finding
         if found.back_fault and any(seen.rtt_ms is not None for seen in found.nodes):
             yield Finding(
                 name="from outside", verdict="warn", found=f"nobody looked back: {found.back_fault}",
-                remedy="try again in a minute; seeds and authorities of newer versions can look",
+                remedy="correct what is said of the port first"
+                if found.back_fault == _NOT_LISTENING
+                else "try again in a minute; seeds and authorities of newer versions can look",
             )  # fmt: skip
         return
     back, by = found.back, f"…{found.by[-6:]}"

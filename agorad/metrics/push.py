@@ -21,6 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from agorad.events import PushFailed
 from p2p.errors import LocalError
+from p2p.files import read_small
 
 if TYPE_CHECKING:
     from agorad.node import Node
@@ -46,7 +47,7 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 def read_token(path: Path) -> str:
     """The token in a file. Raises LocalError, which says nothing of what is in it."""
     try:
-        token = path.read_text().strip()
+        token = read_small(path, TOKEN_LIMIT + 2).decode().strip()
     except OSError as error:
         raise LocalError(f"cannot read metrics.push_token_file {path}: {error.strerror}") from error
     except UnicodeDecodeError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.machinery
+import importlib.util
 import json
 import os
 import socket
@@ -17,7 +19,7 @@ import attrs
 import pytest
 import tomli_w
 
-from agorad import config, control, facts, run
+from agorad import config, control, facts, run, state_dirs
 from agorad.cli.targets import Target
 from agorad.doctor import machine, patient
 from agorad.doctor.diagnose import diagnose
@@ -74,6 +76,7 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    monkeypatch.setattr(machine, "kernels_trouble", str)  # a process each time
     for name in ("CONFIG", "STATE"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / name))
     operator, keys = Identity.generate(), {}
@@ -178,6 +181,64 @@ def _certificate(**changes: Any) -> Callable[[Place], None]:
     return plant
 
 
+def _forged(place: Place) -> None:
+    _certificate()(place)
+    path = place.node / "certificate"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+
+def _pipe(relative: str, **settings: Any) -> Callable[[Place], None]:
+    """A pipe in the place of a file: who opens it as one waits for ever."""
+
+    def plant(place: Place) -> None:
+        if settings:
+            place.set(**settings)
+        path = place.folder / relative
+        path.unlink(missing_ok=True)
+        os.mkfifo(path, 0o600)
+
+    return plant
+
+
+def _key_of_a_seed(place: Place) -> None:
+    (place.node / "identity.key").unlink()
+    place.keys["seed"].save(place.node / "identity.key")
+
+
+def _key_elsewhere(place: Place) -> None:
+    (place.node / "identity.key").unlink()
+    (place.node / "identity.key").symlink_to("/nowhere/identity.key")
+
+
+def _metrics_taken(place: Place) -> None:
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    place.opened.append(taken)
+    place.set(metrics={"listen": f"127.0.0.1:{taken.getsockname()[1]}"}, **PUBLIC)
+
+
+def _page_elsewhere(place: Place) -> None:
+    place.keys["authority"].save(place.node / "authority.key")
+    page = {"page_listen": "203.0.113.9:4180"}
+    _role("authority", identity="authority.key", authority=page, **PUBLIC)(place)
+
+
+def _state_of_another_user(place: Place) -> None:
+    (place.node / "events.jsonl").write_text("")
+    os.chown(place.node / "events.jsonl", 12345, -1)
+
+
+def _signed_tomorrow(place: Place) -> None:
+    place.write(attrs.evolve(place.manifest, run=attrs.evolve(place.manifest.run, created=time.time() + 1e5)))
+
+
+def _held_key(place: Place) -> None:
+    """As a daemon does whose socket is elsewhere."""
+    held = os.fdopen(state_dirs.claim(place.node / "identity.key"), "rb")
+    place.opened.append(held)
+
+
 def _snapshot(place: Place, data: bytes, written: bytes) -> None:
     floats = len(data) // 12
     told = SnapshotManifest(4, 4, "f", floats, (hashlib.sha256(data).digest(),))
@@ -195,6 +256,20 @@ def _loose_secret(place: Place) -> None:
 
 def _settings_for_all(place: Place) -> None:
     (place.node / "agorad.toml").chmod(0o666)
+
+
+def _empty_secret(place: Place) -> None:
+    (place.node / "secret").touch(0o600)
+    place.set(worker={"secret_file": "secret"})
+
+
+def _another_announced(place: Place) -> None:
+    place.set(announce=[f"/ip4/8.8.8.8/tcp/49200/p2p/{place.keys['seed'].peer_id}"])
+
+
+def _written_tomorrow(place: Place) -> None:
+    entry = {"id": 1, "at": time.time() + 1e5, "event": "started"}
+    (place.node / "events.jsonl").write_text(json.dumps(entry) + "\n")
 
 
 def _log_is_a_folder(place: Place) -> None:
@@ -258,8 +333,48 @@ FAULTS: dict[str, tuple[Callable[[Place], None], str, str, str]] = {
         lambda p: _certificate(peer_id=p.keys["seed"].peer_id)(p), "certificate", "warn", "another key",
     ),
     "certificate of another run": (_certificate(run="t-2"), "certificate", "warn", "run t-2"),
+    "certificate of tomorrow": (
+        _certificate(issued=lambda now: now + 86400), "certificate", "warn", "begins in",
+    ),
+    "certificate of another role": (_certificate(role="trainer"), "certificate", "warn", "for a trainer"),
+    "certificate of no stage": (_certificate(stage=7), "certificate", "warn", "the run has 2 stages"),
+    "forged certificate": (_forged, "certificate", "warn", "signature does not hold"),
     "certificate by a stranger": (_certificate(by="seed"), "certificate", "warn", "none of this run's"),
     "damaged certificate": (_text("node/certificate", "junk"), "certificate", "warn", "cannot be read"),
+    "key of a seed": (_key_of_a_seed, "key of another", "fail", "as the run's seed"),
+    "link to no key": (_key_elsewhere, "key", "fail", "points to /nowhere"),
+    "key in use": (_held_key, "key in use", "fail", f"process {os.getpid()} runs with"),
+    "pipe for a key": (_pipe("node/identity.key"), "key", "fail", "a pipe"),
+    "pipe for settings": (_pipe("node/agorad.toml"), "settings", "fail", "a pipe"),
+    "pipe for a manifest": (_pipe("run.toml"), "manifest", "fail", "a pipe"),
+    "pipe for a secret": (
+        _pipe("node/secret", worker={"secret_file": "secret"}),
+        "secret", "fail", "a pipe",
+    ),
+    "empty secret": (_empty_secret, "secret", "fail", "does not hold"),
+    "seed not listed": (_role("seed"), "listed", "warn", "lists no seed"),
+    "no such stage": (_settings(worker={"stage": 9}), "stage", "fail", "stages 0 to 1"),
+    "no place for a socket": (_settings(control="no/folder/c.sock"), "start", "fail", "node.control"),
+    "no token": (
+        _settings(metrics={"push": "https://x.example/", "push_token_file": "no"}),
+        "push token", "warn", "cannot read metrics.push_token_file",
+    ),
+    "folder for events": (lambda p: (p.node / "events.jsonl").mkdir(), "state", "fail", "is no file"),
+    "file for snapshots": (_text("node/snapshots", ""), "state", "fail", "is no folder"),
+    "signed tomorrow": (_signed_tomorrow, "clock", "fail", "the manifest is from 27h"),
+    "written tomorrow": (_written_tomorrow, "clock", "fail", "last event is from"),
+    "metrics taken": (_metrics_taken, "metrics", "warn", "the port is taken by"),
+    "metrics for all": (_settings(metrics={"listen": "0.0.0.0:0"}), "metrics", "warn", "others can read"),
+    "page elsewhere": (_page_elsewhere, "page", "fail", "Cannot assign"),
+    "no TCP": (_settings(listen=["/ip4/127.0.0.1/udp/4001"]), "port", "fail", "no TCP address"),
+    "port 0 announced": (_settings(announce=["/ip4/8.8.8.8/tcp/0"]), "announce", "fail", "with a port"),
+    "everywhere announced": (
+        _settings(announce=["/ip4/0.0.0.0/tcp/1"]), "address", "fail", "no address of one",
+    ),
+    "another announced": (_another_announced, "announce", "fail", "another peer's"),
+    "unknown name announced": (
+        _settings(announce=["/dns4/no-such-host.invalid/tcp/1"]), "announce", "fail", "cannot be resolved",
+    ),
     "no secret": (_settings(worker={"secret_file": "gone"}), "secret", "fail", "secret_file"),
     "loose secret": (_loose_secret, "secret", "warn", "other users"),
     "read-only state": (_settings(state="/sys/agora"), "state folder", "fail", "cannot write in /sys"),
@@ -316,7 +431,7 @@ def test_a_planted_fault_is_found_and_explained(
 def test_nothing_is_found_where_nothing_is_wrong(place: Place) -> None:
     bad = [one for one in place.look() if one.verdict != "ok"]
     assert [one.name for one in bad] == ["daemon"]
-    assert len(FAULTS) >= 40
+    assert len(FAULTS) >= 70
 
 
 def _answering(place: Place, status: dict[str, Any]) -> None:
@@ -363,7 +478,7 @@ def test_gpus_torch_and_kernels(place: Place, monkeypatch: pytest.MonkeyPatch) -
     found = {one.name: one for one in place.look()}
     for name, words in (
         ("GPU", "min_vram_gib"), ("GPU memory", "free"), ("torch", "cannot use a GPU"),
-        ("kernels", "agora_kernels"), ("open files", "256"), ("free memory", "not in use"),
+        ("open files", "256"), ("free memory", "not in use"),
     ):  # fmt: skip
         assert found[name].verdict in ("warn", "fail"), name
         assert words in found[name].found
@@ -384,3 +499,38 @@ def test_limits_of_control_groups_and_processes_are_read(tmp_path: Path) -> None
     assert 0 < used < most
     assert machine.open_files(0) == (0, 0)
     assert (machine.available_bytes() or 0) > 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away takes root")
+def test_a_file_of_another_user_in_the_state_is_found(place: Place) -> None:
+    _state_of_another_user(place)
+    (hit,) = [one for one in place.look() if one.name == "state owner"]
+    assert "12345's" in hit.found
+
+
+def test_kernels_that_cannot_be_loaded_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.kernels_trouble() == ""
+    cut = tmp_path / f"agora_kernels{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    cut.write_bytes(b"\x7fELF, cut short")
+    spec = importlib.util.spec_from_file_location("agora_kernels", cut)
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda _name: spec)
+    assert "cannot be loaded" in machine.kernels_trouble()
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda _name: None)
+    assert "is not there" in machine.kernels_trouble()
+
+
+def test_nodes_of_one_machine_that_share_what_they_must_not(place: Place) -> None:
+    ours, theirs = place.node, place.folder / "other"
+    theirs.mkdir(mode=0o700)
+    (theirs / "identity.key").write_bytes((ours / "identity.key").read_bytes())
+    shared = {"listen": ["/ip4/0.0.0.0/tcp/49377"], "metrics": {"listen": "127.0.0.1:49378"}}
+    place.set(**shared)
+    text = (ours / "agorad.toml").read_text()
+    (theirs / "agorad.toml").write_text(text)
+    other = examine(Target("other", theirs / "c.sock", theirs / "agorad.toml"))
+    patient_ = examine(Target("node", ours / "c.sock", ours / "agorad.toml"))
+    found = [one for one in diagnose(patient_, [patient_, other], over_the_net=False) if "twice" in one.name]
+    assert sorted(one.name for one in found) == ["key twice", "port twice", "port twice"]
+    (theirs / "agorad.toml").write_text(text.replace('state = "."', 'state = "../node"'))
+    other = examine(Target("other", theirs / "c.sock", theirs / "agorad.toml"))
+    assert "state twice" in [one.name for one in diagnose(patient_, [other], over_the_net=False)]
