@@ -78,3 +78,14 @@ NOT_HERE = {
 def not_here(command: str) -> str:
     """Why it is not typed; empty if it is."""
     return next((why for begins, why in NOT_HERE.items() if re.match(begins, command)), "")
+
+
+STORY = (
+    ("operator.md", "", "## 8. End it"),
+    *((name, "", "") for name in (
+        "join.md", "cli.md", "network.md", "points.md", "authority.md", "metrics.md", "plan.md",
+        "running.md", "assistant.md", "contributing.md",
+    )),
+    ("operator.md", "## 8. End it", ""),
+)  # fmt: skip
+"""The pages in the order in which tests/system/test_docs_run.py types them: from this heading to that one."""

@@ -19,7 +19,7 @@ from agorad.cli import agoractl
 from agorad.config import Config
 from agorad.main import main as agorad
 from agorad.run import Manifest
-from tests.documents import PAGES, ROOT, blocks, prose, spoken, words
+from tests.documents import NOT_HERE, PAGES, ROOT, STORY, blocks, prose, spoken, words
 
 LANGUAGES = {"sh", "toml", "json", "text", "python"}
 COMMAND = re.compile(r"\n\n {4}((?:sudo )?(?:agoractl|agorad|make|docker|pip|apt|cd|curl|systemctl)\b.*)")
@@ -84,6 +84,13 @@ def test_settings_and_files_that_are_named_exist(page: Path, tmp_path: Path) -> 
     assert {f"{a}.{b}" for a, b in settings if b not in sections[a] and b not in ("toml", "sqlite")} == set()
     files = re.findall(r"`((?:p2p|stage|agorad|csrc|tests|docker|deploy|bench|docs)/[\w./-]*)`", text)
     assert [name for name in files if not (ROOT / name).exists()] == []
+
+
+def test_what_is_typed_on_no_page_is_listed_with_its_reason() -> None:
+    with_commands = {page.name for page in PAGES if blocks(page, "sh")}
+    assert with_commands == {"README.md", *(name for name, _, _ in STORY)}
+    commands = [line for page in PAGES for block in blocks(page, "sh") for line in block.commands()]
+    assert [b for b in NOT_HERE if not any(re.match(b, line) for line in commands)] == [], "written nowhere"
 
 
 def test_anchors_lead_to_headings() -> None:
