@@ -70,7 +70,12 @@ def _from_option(option: str) -> str:
             "--token takes @FILE, or - for standard input: on a command line every user of this machine "
             "could read the token; HF_TOKEN works too. Make a new token if this one was real"
         )
-    return _from_file(Path(option[1:]))
+    try:
+        return _from_file(Path(option[1:]).expanduser())  # no shell does it behind an @
+    except RuntimeError as error:
+        raise LocalError(
+            f"cannot read the token from {option[1:]}: {error}; name it by its whole path"
+        ) from error
 
 
 def _from_file(file: Path) -> str:

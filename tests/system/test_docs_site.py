@@ -1,4 +1,4 @@
-"""The site of the documents in a real browser: nothing is cut off on desk or phone, or comes from elsewhere."""
+"""The documents' site in a real browser: nothing is cut off, on any width, and nothing is fetched."""
 
 from __future__ import annotations
 
