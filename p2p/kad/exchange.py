@@ -86,20 +86,21 @@ class Exchange:
 
     async def find_node(
         self, contact: Contact, target: int, *, hop_s: float | None = None
-    ) -> Sequence[Contact]:
-        """The contacts that a node knows nearest to a place."""
+    ) -> tuple[Sequence[Contact], bool]:
+        """The contacts that a node knows nearest to a place; whether it is a member."""
         question = FindNode(target=target, now=self._clock(), addrs=self._addrs())
-        answer, _ = await self._ask(contact, question, hop_s=hop_s)
-        return answer.nodes
+        answer, _, member = await self._ask(contact, question, hop_s=hop_s)
+        return answer.nodes, member
 
-    async def find_value(self, contact: Contact, key: str) -> tuple[Sequence[Contact], list[Record]]:
-        """Nearer contacts, and the records of a key that a node keeps, all pages of them."""
+    async def find_value(self, contact: Contact, key: str) -> tuple[Sequence[Contact], list[Record], bool]:
+        """Nearer contacts, the records of a key that a node keeps, all pages; whether it is a member."""
         nodes: Sequence[Contact] = ()
+        member = False
         found: list[Record] = []
         after: str | None = None
         for page in range(MAX_PAGES):
             question = FindValue(key=key, after=after, now=self._clock(), addrs=self._addrs())
-            answer, rows = await self._ask(contact, question)
+            answer, rows, member = await self._ask(contact, question)
             if page == 0:
                 nodes = answer.nodes
             try:
@@ -117,12 +118,12 @@ class Exchange:
                 raise
             if not answer.more or not rows:
                 break
-        return nodes, found
+        return nodes, found, member
 
     async def store(self, contact: Contact, record: Record) -> None:
         """Have a node keep a record of ours; Refused if it will not."""
         question = StoreRecords(now=self._clock(), addrs=self._addrs())
-        answer, _ = await self._ask(contact, question, messages.pack_batch([record.wire]))
+        answer, _, _ = await self._ask(contact, question, messages.pack_batch([record.wire]))
         if len(answer.results) != 1:
             raise RemoteError("a store answered with another number of results than records")
         if answer.results[0] != "ok":
@@ -138,8 +139,11 @@ class Exchange:
 
     async def _ask(
         self, contact: Contact, question: Question, payload: bytes = b"", *, hop_s: float | None = None
-    ) -> tuple[Answer, list[tuple[bytes, float]]]:
-        """One exchange. RemoteError and TooSlowError put the peer out of the table, Refused does not."""
+    ) -> tuple[Answer, list[tuple[bytes, float]], bool]:
+        """One exchange, and whether it was with a member.
+
+        RemoteError and TooSlowError put the peer out of the table, Refused does not.
+        """
         hop_s = hop_s or self._hop_s
         began = trio.current_time()
         try:
@@ -163,7 +167,7 @@ class Exchange:
         self._clock_seen(contact.peer, answer.now)
         if is_member:
             self._heard(contact.peer, answer.addrs)
-        return answer, rows
+        return answer, rows, is_member
 
     def _is_member(self, call: Call) -> bool:
         try:

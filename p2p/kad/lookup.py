@@ -35,7 +35,7 @@ import attrs
 
 from p2p.errors import LocalError
 from p2p.identity import PeerId
-from p2p.kad.table import Contact
+from p2p.kad.table import MAX_ADDRS, Contact
 
 PATHS: Final = 3
 """As many as questions at a time and as answers that make a quorum: independence costs no question more."""
@@ -147,12 +147,15 @@ class Lookup:
     def _open_questions(self, path: _Path) -> int:
         return sum(1 for waiting in self._asked.values() if waiting.path is path)
 
-    def answered(self, peer: PeerId, closer: Iterable[Contact]) -> None:
-        """The peer replied and named others. A reply that nobody waits for is ignored."""
+    def answered(self, peer: PeerId, closer: Iterable[Contact], *, counts: bool = True) -> None:
+        """The peer replied and named others. A reply that nobody waits for is ignored.
+
+        ``counts`` says whether it may be one of those that end the search: ids cost nothing, memberships do.
+        """
         candidate = self._asked.pop(peer, None)
         if candidate is None:
             return
-        candidate.state = _State.ANSWERED
+        candidate.state = _State.ANSWERED if counts else _State.FAILED
         self._hear(closer, candidate.depth + 1, candidate.path)
 
     def failed(self, peer: PeerId) -> None:
@@ -261,6 +264,9 @@ class Lookup:
                 insort(self._order, entry)
             elif known.state is _State.HEARD and known.path is not path:
                 known.path = None
+                if contact.addrs != known.contact.addrs:  # one of the two may not be true
+                    addrs = (*known.contact.addrs[: MAX_ADDRS // 2], *contact.addrs[: MAX_ADDRS // 2])
+                    known.contact = Contact(contact.peer, tuple(dict.fromkeys(addrs)))
             for knows in self._paths if path is None else (path,):
                 at = bisect_left(knows.order, entry)
                 if at == len(knows.order) or knows.order[at] != entry:

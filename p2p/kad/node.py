@@ -175,13 +175,13 @@ class Dht:
         lookup = self._lookup(key_id(key), need=need)
         heard: list[int] = []
 
-        async def ask(contact: Contact) -> Sequence[Contact]:
-            nodes, records = await self._exchange.find_value(contact, key)
+        async def ask(contact: Contact) -> tuple[Sequence[Contact], bool]:
+            nodes, records, member = await self._exchange.find_value(contact, key)
             merge.heard(contact.peer, records)
             heard.append(len(records))
             if not any(heard) and len(heard) >= need:
                 lookup.widen(WIDE)
-            return nodes
+            return nodes, member
 
         began = trio.current_time()
         try:
@@ -224,7 +224,7 @@ class Dht:
         """A search for the ``need`` nearest that answer, and whether it came to its end."""
         lookup = self._lookup(target, need=need)
 
-        async def ask(contact: Contact) -> Sequence[Contact]:
+        async def ask(contact: Contact) -> tuple[Sequence[Contact], bool]:
             return await self._exchange.find_node(contact, target)
 
         with trio.move_on_after(deadline) as scope:
@@ -285,7 +285,7 @@ class Dht:
         began = trio.current_time()
         lookup = self._lookup(self.table.own_id, need=self._limits.k, start=self._candidates())
 
-        async def ask(contact: Contact) -> Sequence[Contact]:
+        async def ask(contact: Contact) -> tuple[Sequence[Contact], bool]:
             # The first call of a life dials, and seeds are few: give them more time than a hop.
             hop_s = 5 * self._limits.hop_s
             return await self._exchange.find_node(contact, self.table.own_id, hop_s=hop_s)
@@ -436,13 +436,16 @@ class Dht:
             patience=self._limits.patience_s,
         )
 
-    async def _drive(self, lookup: Lookup, ask: Callable[[Contact], Awaitable[Sequence[Contact]]]) -> None:
+    async def _drive(
+        self, lookup: Lookup, ask: Callable[[Contact], Awaitable[tuple[Sequence[Contact], bool]]]
+    ) -> None:
         """Run a lookup to its end; questions still open then are given up."""
         changed = trio.Event()
 
         async def one(contact: Contact) -> None:
             try:
-                lookup.answered(contact.peer, await ask(contact))
+                nodes, member = await ask(contact)
+                lookup.answered(contact.peer, nodes, counts=member)
             except (P2PError, trio.TooSlowError):
                 lookup.failed(contact.peer)
             changed.set()

@@ -124,10 +124,11 @@ class Table:
         """The ``count`` known contacts nearest to ``target``, nearest first."""
         here = bucket_index(self.own_id, target)
         deeper = [index for index in self._buckets if index > here]
+        shallower = sorted((index for index in self._buckets if index < here), reverse=True)
         found: list[Contact] = []
         # Whoever shares more leading bits with the target is nearer: its own bucket, all deeper ones
         # together, then those before it one by one.
-        for group in ([here], deeper, *([index] for index in range(min(here, BITS) - 1, -1, -1))):
+        for group in ([here], deeper, *([index] for index in shallower)):
             if len(found) >= count:
                 break
             contacts = [
