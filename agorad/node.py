@@ -358,7 +358,7 @@ async def _check_free(listen: list[Multiaddr]) -> None:
             from agorad.ports import holder  # only where it is needed
 
             by = holder(addr.port) if addr.port and "in use" in str(error) else ""
-            taken = f" (by {by})" if by else ""
+            taken = f" by {by}" if by else ""
             raise LocalError(f"{error}{taken}; name another address in node.listen") from error
         await listener.aclose()
 

@@ -317,7 +317,10 @@ def test_a_port_in_use(node: NodePlace) -> None:
         taken.listen()
         addr = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
         node.settings("seed", more=f'listen = ["{addr}"]')
-        node.refuses(f"cannot listen on {addr}: Address already in use; name another address in node.listen")
+        node.refuses(
+            f"cannot listen on {addr}: Address already in use by python (process {os.getpid()}); "
+            "name another address in node.listen"
+        )
 
 
 @pytest.mark.catalogue(42)
