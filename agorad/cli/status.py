@@ -56,7 +56,7 @@ def status(where: Where, as_json: bool, watch: bool) -> None:
         if as_json:
             click.echo(json.dumps({"nodes": nodes, "down": [node.to_json() for node in down]}))
         elif nodes:
-            click.echo("\n".join(screen(nodes, _width())))
+            click.echo("\n".join(screen(nodes, _width(), down=len(down))))
         _tell(nodes, down, as_json)
         if not watch:
             if down and not nodes:
@@ -125,7 +125,7 @@ def _live(targets: list[Target]) -> None:
 
     def draw() -> Text:
         nodes, down = gather(targets)
-        lines = screen(nodes, console.width) if nodes else []
+        lines = screen(nodes, console.width, down=len(down)) if nodes else []
         lines += (
             ["", *(line for entry in down for line in folded(f"! {_lost(entry)}", console.width))]
             if down

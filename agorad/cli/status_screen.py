@@ -19,19 +19,21 @@ _DISPENSABLE: Final = ("role", "up", "peers", "points", "batches")
 """What a narrow terminal does without, in this order."""
 
 
-def screen(nodes: list[dict[str, Any]], width: int | None = None) -> list[str]:
-    """Lines for people, of ``width`` where they can be."""
-    lines = _one(nodes[0]) if len(nodes) == 1 else table(nodes, width)
+def screen(nodes: list[dict[str, Any]], width: int | None = None, *, down: int = 0) -> list[str]:
+    """Lines for people, of ``width`` where they can be; ``down`` further nodes do not answer."""
+    lines = _one(nodes[0]) if len(nodes) == 1 and not down else table(nodes, width, down=down)
     return [*lines, *_warnings(nodes, width)]
 
 
-def table(nodes: list[dict[str, Any]], width: int | None = None) -> list[str]:
+def table(nodes: list[dict[str, Any]], width: int | None = None, *, down: int = 0) -> list[str]:
     """The verdict and a row a node. Columns are left out where ``width`` is too small."""
     runs = sorted({str(node["run"]) for node in nodes})
     phases = Counter(str(node["phase"]) for node in nodes)
     said = ", ".join(f"{count} {phase}" for phase, count in phases.most_common())
+    said += f", {down} not answering" if down else ""
     rows = [_row(node) for node in nodes]
-    head = f"{len(nodes)} node{'s' * (len(nodes) != 1)} of {', '.join(runs)}: {said}"
+    count = len(nodes) + down
+    head = f"{count} node{'s' * (count != 1)} of {', '.join(runs)}: {said}"
     return [head, "", *align(_COLUMNS, rows, width, _DISPENSABLE)]
 
 

@@ -175,6 +175,11 @@ def test_the_table_shows_what_there_is_not_as_a_dash() -> None:
     ]
     assert " ".join(seed_row.split()) == "seed seed active - - - - - - - 4 1h02m"
     assert warning == "! worker-0-0: hot"
+    assert screen([seed], 80, down=2)[0] == "3 nodes of r: 1 active, 2 not answering"
+    long = screen([node, {**seed, "warnings": ["what is wrong, and " * 9 + "the remedy"]}], 60)
+    assert max(map(len, long[-3:])) <= 60
+    assert long[-1].startswith("    ")
+    assert long[-1].endswith("the remedy")
     wide, narrow = table([node, seed]), table([node, seed], 60)
     assert max(map(len, narrow)) <= 60 < max(map(len, wide))
     assert narrow[2].split()[:3] == ["node", "phase", "stage"]
