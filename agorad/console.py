@@ -101,6 +101,12 @@ def _ready(e: Mapping[str, Any]) -> str:
     return f"ready after {e['seconds']:.1f} s on {places}"
 
 
+def _reachability(e: Mapping[str, Any]) -> str:
+    if e["reachable"]:
+        return f"others can dial this node at {e['addr']}"
+    return f"others cannot dial this node: {e['why']}; it dials them"
+
+
 _LINES: Final[dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]]] = {
     "started": ("NODE", lambda e: f"{e['name']} ({e['role']}) of run {e['run']}, id …{short(e['peer_id'])}"),
     "ready": ("NODE", _ready),
@@ -111,6 +117,8 @@ _LINES: Final[dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]]] = {
     "reloaded": ("NODE", lambda e: "settings read again" if e["ok"] else f"settings kept: {e['why']}"),
     "certificate_granted": ("JOIN", _granted),
     "address_observed": ("NET", lambda e: f"{short(e['by'])} sees this machine at {e['address']}"),
+    "reachability": ("NET", _reachability),
+    "limit_reached": ("LIMIT", lambda e: f"{e['limit']} reached, {e['count']} turned away; last {e['who']}"),
     "operated": ("ADMIN", lambda e: f"{e['what']} {e['detail']}"),
     "join_checking": ("JOIN", lambda e: _CHECKING.get(e["what"], e["what"])),
     "join_queued": ("JOIN", _queued),

@@ -100,6 +100,18 @@ class AddressObserved(Event):
 
 
 @attrs.frozen(kw_only=True)
+class Reachability(Event):
+    """Whether others can dial this node, when it is first known and whenever it changes."""
+
+    reachable: bool
+    addr: str
+    """The address that answered."""
+    by: str
+    """The listed node that tried."""
+    why: str
+
+
+@attrs.frozen(kw_only=True)
 class ListUnreadable(Event):
     """What an authority published of revoked peers cannot be read; the list known before goes on to count."""
 

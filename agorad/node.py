@@ -39,6 +39,7 @@ from agorad import (
     points,
     preflight,
     probing,
+    reachability,
     standing,
     state_dirs,
 )
@@ -164,6 +165,7 @@ class Node:
         addrs = [str(addr) for addr in self.host.addrs]
         self.emit(Ready(seconds=round(self.clock() - self.started_at, 3), addrs=addrs))
         self.notifier.ready()
+        self.nursery.start_soon(reachability.watch, self)
 
     def socket_made_again(self, trouble: str) -> None:
         """The control socket was gone; ``trouble`` says why it cannot be made again, empty if it was."""

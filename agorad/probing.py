@@ -161,7 +161,9 @@ async def watch_presence(
 
     async def look(peer: PeerId, addrs: Sequence[str]) -> None:
         async with slots:
-            if await session_of(node, peer, addrs) is None:
+            connection = node.host.connections.get(peer)  # one that cannot be dialled came to us
+            here = connection is not None and connection.usable
+            if not here and await session_of(node, peer, addrs) is None:
                 return
         await on_seen(peer, node.clock())
 

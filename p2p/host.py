@@ -80,6 +80,8 @@ class Host:
         self.connections: dict[PeerId, Connection] = {}
         self.announce: Sequence[Multiaddr] = ()
         """Addresses to tell others instead of the bound ones."""
+        self.reachable: bool | None = None
+        """Whether others can dial this host, if somebody found out; told to it by who asked."""
         self.membership: hello.Admission | None = None
         """Who may speak; None (tests, benchmarks) lets everybody."""
         self.gate: Gate = self._member_gate
@@ -115,6 +117,11 @@ class Host:
     def addrs(self) -> list[Multiaddr]:
         """Where this host can be reached, each with its peer id."""
         return [addr.at(self.peer_id) for addr in self.announce or self._bound]
+
+    @property
+    def dialable_addrs(self) -> list[Multiaddr]:
+        """``addrs``, to tell those who would dial them: none if nobody can."""
+        return [] if self.reachable is False else self.addrs
 
     def learn(self, peer_id: PeerId, addrs: Sequence[Multiaddr]) -> None:
         """Remember addresses of a peer, newest first; the book forgets whom it heard of longest ago."""

@@ -61,7 +61,7 @@ class _Lines:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._least = len(encode(VERSION))  # the first message can be no other
+        self._least = len(_GREETING)  # the first message can be no other
 
     @property
     def missing(self) -> int:
@@ -80,6 +80,9 @@ class _Lines:
     def feed(self, data: bytes) -> str | None:
         """Add at most ``missing`` bytes; the message once it is whole."""
         self._buffer += data
+        if self._least == len(_GREETING) and not _GREETING.startswith(self._buffer):
+            # Not waited for what its first byte, taken for a length, would promise.
+            raise RemoteError(f"the stream starts with {bytes(self._buffer[:60])!r}, not with {VERSION}")
         if self.missing:
             return None
         _length, offset = protobuf.decode_varint(bytes(self._buffer[:2]))

@@ -48,6 +48,8 @@ class Line:
     jitter_ms: float = 0.0
     loss: float = 0.0
     """Chance that a packet is lost, 0 to 1."""
+    walled: bool = False
+    """Behind a firewall that lets nobody connect to it; it may connect to others."""
 
 
 @final
@@ -139,7 +141,7 @@ def _node(place: Place, line: Line) -> int:
 def _word(tun: int, place: Place, line: Line) -> str:
     return (
         f"{tun}:{place.addr}:{line.delay_ms * 1000:.0f}:{line.jitter_ms * 1000:.0f}"
-        f":{line.loss * 1e6:.0f}:{line.down_mbps * 1000:.0f}"
+        f":{line.loss * 1e6:.0f}:{line.down_mbps * 1000:.0f}:{line.walled:d}"
     )
 
 

@@ -1,11 +1,12 @@
 // What lies between the nodes of a lab: takes packets from one TUN device and gives them to another, later.
 //
-//   relay FD:ADDRESS:DELAY_US:JITTER_US:LOSS_PPM:DOWN_KBPS …
+//   relay FD:ADDRESS:DELAY_US:JITTER_US:LOSS_PPM:DOWN_KBPS:WALLED …
 //
 // One word a node; its TUN device is an inherited, non-blocking descriptor. A packet waits for both ends'
 // delays and up to both ends' jitter, never overtakes one before it on its way, and is lost with both ends'
 // chances. DOWN_KBPS (0: any) bounds what a node receives, with a queue of QUEUE_MS; upload is bounded in the
-// node's namespace. Ends when standard input does. Linux only.
+// node's namespace. To a WALLED node (1) nothing gets that would begin a TCP connection, as behind a home
+// router. Ends when standard input does. Linux only.
 #include <arpa/inet.h>
 #include <poll.h>
 #include <sys/timerfd.h>
@@ -34,6 +35,7 @@ struct Node {
   int64_t delay_ns, jitter_ns;
   uint32_t loss_ppm;
   double ns_a_byte;  // of the download; 0: any rate
+  bool walled;
   int64_t line_free = 0;
 };
 
@@ -49,6 +51,12 @@ struct Later {
     return a->due != b->due ? a->due > b->due : a->number > b->number;
   }
 };
+
+// Whether an IPv4 packet asks for a TCP connection: SYN without ACK.
+bool begins_connection(const uint8_t* packet, size_t size) {
+  const size_t header = 4 * (packet[0] & 15);
+  return packet[9] == IPPROTO_TCP && size >= header + 14 && (packet[header + 13] & 0x12) == 0x02;
+}
 
 int64_t now_ns() {
   timespec at;
@@ -72,16 +80,17 @@ int main(int count, char** words) {
     int fd;
     char address[64];
     long long delay_us, jitter_us, down_kbps;
-    unsigned loss_ppm;
+    unsigned loss_ppm, walled;
     in_addr parsed;
-    if (sscanf(words[i], "%d:%63[^:]:%lld:%lld:%u:%lld", &fd, address, &delay_us, &jitter_us, &loss_ppm,
-               &down_kbps) != 6 ||
+    if (sscanf(words[i], "%d:%63[^:]:%lld:%lld:%u:%lld:%u", &fd, address, &delay_us, &jitter_us, &loss_ppm,
+               &down_kbps, &walled) != 7 ||
         inet_pton(AF_INET, address, &parsed) != 1) {
-      fprintf(stderr, "relay: %s is no FD:ADDRESS:DELAY_US:JITTER_US:LOSS_PPM:DOWN_KBPS\n", words[i]);
+      fprintf(stderr, "relay: %s is no FD:ADDRESS:DELAY_US:JITTER_US:LOSS_PPM:DOWN_KBPS:WALLED\n", words[i]);
       return 2;
     }
     by_address[parsed.s_addr] = nodes.size();
-    nodes.push_back({fd, delay_us * 1000, jitter_us * 1000, loss_ppm, down_kbps ? 8e6 / down_kbps : 0.0});
+    nodes.push_back({fd, delay_us * 1000, jitter_us * 1000, loss_ppm, down_kbps ? 8e6 / down_kbps : 0.0,
+                     walled != 0});
   }
   const size_t n = nodes.size();
   const int timer = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK);
@@ -115,6 +124,7 @@ int main(int count, char** words) {
         if (found == by_address.end()) continue;
         const size_t to = found->second;
         Node &source = nodes[from], &target = nodes[to];
+        if (target.walled && begins_connection(buffer, size)) continue;
         if (random() % 1'000'000 < source.loss_ppm + target.loss_ppm) continue;
         if (waiting_bytes + size > kMaxWaiting) continue;
         const int64_t jitter = source.jitter_ns + target.jitter_ns;

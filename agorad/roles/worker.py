@@ -17,7 +17,7 @@ import attrs
 import torch
 import trio
 
-from agorad import points
+from agorad import neighbours, points
 from agorad.clockwatch import read_clock, watch_clock
 from agorad.events import Trouble
 from agorad.exitcodes import DaemonExit, ExitCode, hardware
@@ -272,6 +272,7 @@ class _Worker:
         async with trio.open_nursery() as nursery:
             await self.roster.refresh(self.mates)
             nursery.start_soon(self.roster.run)
+            nursery.start_soon(neighbours.keep, node, self.roster, self.stage)
             nursery.start_soon(watch_clock, node, self.clock, self.replica.clock_advanced)
             nursery.start_soon(self.replica.run)
             node.manifest_taken.append(lambda: self.replica.configure(node.manifest.training))
@@ -340,7 +341,7 @@ class _Worker:
         assert certificate is not None
         last = self.replica.last_round
         return StageRecord(
-            addrs=tuple(str(addr) for addr in self.node.host.addrs)[:8],
+            addrs=tuple(str(addr) for addr in self.node.host.dialable_addrs)[:8],
             phase="leaving" if self.node.stopping.is_set() else self.replica.phase,
             step=self.replica.step,
             slots=0 if self.server.shedding else max(0, self.server.slots_free),

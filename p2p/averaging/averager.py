@@ -136,7 +136,7 @@ class Averager:
         key = RoundKey(run=self._run, stage=self._stage, number=number)
         candidate = Candidate(
             peer=self._host.peer_id,
-            addrs=tuple(str(addr.bare()) for addr in self._host.addrs[:MAX_ADDRS]),
+            addrs=tuple(str(addr.bare()) for addr in self._host.dialable_addrs[:MAX_ADDRS]),
             bandwidth=0.0,  # not measured yet: shares are equal
             weight=float(weight),
         )

@@ -298,7 +298,7 @@ class Exchange:
             return ()
         now = trio.current_time()
         if now >= self._own_addrs_until:  # they hardly ever change, and every message carries them
-            self._own_addrs = tuple(str(addr.bare()) for addr in self._host.addrs)[:MAX_ADDRS]
+            self._own_addrs = tuple(str(addr.bare()) for addr in self._host.dialable_addrs)[:MAX_ADDRS]
             self._own_addrs_until = now + OWN_ADDRS_S
         return self._own_addrs
 
