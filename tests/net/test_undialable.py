@@ -36,7 +36,15 @@ WALLED = ("worker-0-1", "worker-1-1")  # places 3 and 4
 
 def moved(folder: Path, places: list[Place]) -> None:
     """A demo's files, with the addresses of these places, and no test of ports at the door."""
-    plan = layout.Plan(stages=2, workers=2, trainers=1, steps=4000, seconds=None, data=None, assignments=())
+    plan = layout.Plan(
+        stages=2,
+        workers=2,
+        trainers=1,
+        steps=4000,
+        seconds=None,
+        data=None,
+        assignments=("training.target_batch=8",),
+    )
     made = layout.prepare(plan, folder)
     addrs = {}
     for number, node in enumerate(made.nodes):
@@ -99,7 +107,7 @@ def done(folder: Path) -> dict[str, bool]:
         added = [e for e in events(folder, name, "microbatch_added") if e["at"] > since[0]]
         what[f"{name} trains"] = len(added) >= 20
         rounds = events(folder, name, "round_finished")
-        what[f"{name} averages"] = sum(len(e["members"]) == 2 and e["at"] > since[0] for e in rounds) >= 2
+        what[f"{name} averages"] = any(len(e["members"]) == 2 and e["at"] > since[0] for e in rounds)
         mates = events(folder, f"{name[:-1]}0", "round_finished")
         what[f"{name} is averaged with"] = any(peer in e["members"] and not e["drops"] for e in mates)
     for name in ("worker-0-0", "worker-1-0"):
@@ -108,13 +116,13 @@ def done(folder: Path) -> dict[str, bool]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_workers_that_nobody_can_dial_train_and_average(tmp_path: Path) -> None:
     try:
         with lab([Line(delay_ms=2, walled=number >= 3) for number in range(5)]) as places:
             moved(tmp_path, places)
             with running(tmp_path, places) as nodes:
-                until = time.monotonic() + 180
+                until = time.monotonic() + 240
                 while not all((seen := done(tmp_path)).values()):
                     assert all(node.poll() is None for node in nodes.values())
                     assert time.monotonic() < until, [what for what, true in seen.items() if not true]
