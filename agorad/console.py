@@ -13,6 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 WIDTH: Final = 100
+CHARACTERS: Final = 4 * WIDTH
+"""On a line: marks take no column, and a text may have any number of them."""
+_HEAD: Final = ("id", "at", "event")
 
 
 def friendly(entry: Mapping[str, Any], *, with_time: bool = True) -> str | None:
@@ -22,7 +25,12 @@ def friendly(entry: Mapping[str, Any], *, with_time: bool = True) -> str | None:
         return None
     tag, sentence = _LINES[kind]
     at = time.strftime("%H:%M:%S ", time.localtime(entry.get("at", 0.0))) if with_time else ""
-    return fit(f"{at}[{tag}] {sentence(entry)}")
+    try:
+        text = sentence(entry)
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError):
+        # Another version's, or with a number that is none (null in JSON): the facts as they are.
+        text = ", ".join(f"{name} {value}" for name, value in entry.items() if name not in _HEAD)
+    return fit(f"{at}[{tag}] {text}")
 
 
 def fit(text: str) -> str:
@@ -36,7 +44,9 @@ def fit(text: str) -> str:
             character = "·"
         width += columns(character)
         shown.append(character)
-    if width <= WIDTH:
+        if width > WIDTH or len(shown) > CHARACTERS:
+            break
+    else:
         return "".join(shown)
     while width > WIDTH - 1:
         width -= columns(shown.pop())

@@ -10,6 +10,8 @@ from typing import Any
 from agorad import __version__
 from agorad.ask import NoAnswer
 from agorad.cli.targets import how_to_start
+from agorad.doctor.machine import open_files, process_state
+from agorad.doctor.neighbours import lock_holder
 from agorad.doctor.patient import Patient
 from agorad.join.findings import Finding
 
@@ -36,9 +38,10 @@ def look(patient: Patient) -> Iterator[Finding]:
 def _silent(patient: Patient) -> Iterator[Finding]:
     path = patient.socket
     if isinstance(patient.silence, NoAnswer):
+        why, remedy = _why_silent(patient)
         yield Finding(
-            name="daemon", verdict="fail", found=f"it runs but does not answer: {patient.silence}",
-            remedy="it may be frozen or stopped (ps shows T): kill -CONT it, or restart its service",
+            name="daemon", verdict="fail", found=f"it runs but does not answer: {patient.silence}{why}",
+            remedy=remedy,
         )  # fmt: skip
         return
     try:
@@ -75,6 +78,23 @@ def _silent(patient: Patient) -> Iterator[Finding]:
         name="daemon", verdict="fail", found=f"it does not run: {seen.sentence()}",
         remedy=seen.remedy(how_to_start(patient.path)),
     )  # fmt: skip
+
+
+def _why_silent(patient: Patient) -> tuple[str, str]:
+    """What the system says of a process that does not, and what to do."""
+    state = patient.settings.node.state if patient.settings is not None else None
+    pid = lock_holder(state) if state is not None else None
+    if pid is None:
+        return "", "it may be stopped or frozen (ps shows T): kill -CONT it, or restart its service"
+    used, most = open_files(pid)
+    if most and used >= most:
+        return (
+            f"; process {pid} has all of its {most} files open",
+            f"restart it, or raise its limit (prlimit --nofile=16384 --pid {pid}; LimitNOFILE= of a service)",
+        )
+    if process_state(pid) == "T":
+        return f"; process {pid} is stopped", f"kill -CONT {pid}"
+    return f"; process {pid} hangs", f"restart its service, or kill -ABRT {pid}: its log then says where"
 
 
 def _words(status: dict[str, Any]) -> Iterator[Finding]:

@@ -261,3 +261,11 @@ def open_files(pid: int, proc: Path = Path("/proc")) -> tuple[int, int]:
     except (OSError, ValueError, IndexError):
         pass
     return 0, 0
+
+
+def process_state(pid: int, proc: Path = Path("/proc")) -> str:
+    """Its letter, as ps shows it: R, S, D, T, Z; empty if it is not there."""
+    try:
+        return (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""

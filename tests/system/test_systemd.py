@@ -135,6 +135,7 @@ SEED = {"node": {"role": "seed", "run": "/var/lib/agora/run.toml", "state": "/va
                  "listen": ["/ip4/127.0.0.1/tcp/49170"]}}  # fmt: skip
 
 
+@pytest.mark.timeout(300)
 def test_a_node_lives_as_a_service(tmp_path: Path) -> None:
     with host(make_run(tmp_path / "run")) as here:
         machine = here.machine
@@ -229,6 +230,7 @@ def test_a_node_lives_as_a_service(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(500)
 def test_two_workers_join_train_die_and_leave_as_services(tmp_path: Path) -> None:
     small = ("model.seq=32", "model.layers=[1]", "training.target_batch=2", "training.total_steps=100000")
     with host(make_run(tmp_path / "run", *small), watchdog_s=40) as here:

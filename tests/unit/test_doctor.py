@@ -8,7 +8,9 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ import tomli_w
 
 from agorad import config, control, facts, run, state_dirs
 from agorad.cli.targets import Target
-from agorad.doctor import machine, patient
+from agorad.doctor import daemon, machine, patient
 from agorad.doctor.diagnose import diagnose
 from agorad.doctor.patient import examine
 from agorad.join.findings import Finding
@@ -534,3 +536,26 @@ def test_nodes_of_one_machine_that_share_what_they_must_not(place: Place) -> Non
     (theirs / "agorad.toml").write_text(text.replace('state = "."', 'state = "../node"'))
     other = examine(Target("other", theirs / "c.sock", theirs / "agorad.toml"))
     assert "state twice" in [one.name for one in diagnose(patient_, [other], over_the_net=False)]
+
+
+def test_what_keeps_a_silent_daemon_silent(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patient, "ANSWER_S", 0.2)
+    _frozen(place)
+    holder = subprocess.Popen(
+        ["flock", str(place.node), "sh", "-c", "echo; exec sleep 60"], stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        silent = lambda: next(one for one in place.look() if one.name == "daemon")  # noqa: E731
+        assert f"process {holder.pid} hangs" in silent().found
+        os.kill(holder.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, holder.pid, os.WSTOPPED | os.WNOWAIT)
+        assert f"process {holder.pid} is stopped" in silent().found
+        assert silent().remedy == f"kill -CONT {holder.pid}"
+        monkeypatch.setattr(daemon, "open_files", lambda _pid: (64, 64))
+        assert "all of its 64 files open" in silent().found
+    finally:
+        subprocess.run(["pkill", "-KILL", "-P", str(holder.pid)], check=False)
+        holder.kill()
+        holder.communicate()

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import io
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
+import attrs
 import pytest
 
 from agorad import journal, logfile
 from agorad.cli import logs
-from agorad.console import WIDTH, columns, fit, friendly
-from agorad.events import Bus, Stopped, Stopping
+from agorad.console import CHARACTERS, WIDTH, columns, fit, friendly
+from agorad.events import Bus, Stopped, Stopping, encode_entry
 from agorad.log import Log
 from agorad.logfile import KEEP, LogFile, rotated
+from agorad.metrics.book import Book
 from agorad.repeats import MOST, WINDOW_S, Repeats
 from p2p.errors import LocalError
+from p2p.event import Event
 from p2p.host_events import PeerRefused
 from stage.events import Evaluated
 
+ROOT = Path(__file__).parents[2]
 NASTY = "a\x1b[2Jb\nc\rd\x00e\u202ef\udc80g\u2028h🙂漢字" + "e\u0301"
 """What a peer might call itself: terminal codes, line ends, half a character, wide ones."""
 
@@ -70,7 +78,65 @@ def test_friendly_lines_fit_whatever_is_in_them() -> None:
     assert fit("x" * WIDTH) == "x" * WIDTH
     assert fit("x" * (WIDTH + 1)) == "x" * (WIDTH - 1) + "…"
     assert fit("漢" * 50) == "漢" * 50
+    assert fit("e" + "\u0301" * 10**6) == "e" + "\u0301" * CHARACTERS + "…"
     assert fit("e\u0301" * 100) == "e\u0301" * 100
+
+
+def event_classes() -> Iterator[type[Event]]:
+    """Every event that the code defines."""
+    for file in (*ROOT.glob("p2p/**/*.py"), *ROOT.glob("stage/*.py"), *ROOT.glob("agorad/**/*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and "Event" in map(ast.unparse, node.bases):
+                module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+                yield getattr(importlib.import_module(module), node.name)
+
+
+WORST: dict[type, tuple[Any, ...]] = {
+    str: ("", NASTY * 30, "x" * 999, "{0} {} %s %d"),
+    bool: (False, True, False, True),
+    bytes: (b"", b"\xff" * 200, b"\0", b"\n"),
+    int: (0, 1 << 62, 1, 10**18),
+    float: (0.0, math.nan, math.inf, 1e300),
+}
+"""By type: nothing, hostile, very long, tricky."""
+
+
+def worst(kind: Any, at: int) -> Any:
+    """The value of a field of that type in the ``at``-th of four events."""
+    if get_origin(kind) in (list, tuple):
+        return get_origin(kind)([] if at == 0 else [worst(get_args(kind)[0], at)] * 9)
+    if isinstance(kind, UnionType):
+        return None if at == 0 else worst(get_args(kind)[0], at)
+    return WORST[kind][at]
+
+
+def test_every_event_with_the_worst_in_it_is_told_in_every_form() -> None:
+    """On a terminal, as JSON, in the journal, counted; and read back from JSON, as the demo's view does."""
+    book, classes = Book(), list(event_classes())
+    for cls in classes:
+        attrs.resolve_types(cls)
+        terminal, stream, bus = io.StringIO(), io.StringIO(), Bus()
+        terminal.isatty = lambda: True  # type: ignore[method-assign]
+        for subscriber in (Log(terminal, None), Log(stream, None), book.observe):
+            bus.subscribe(subscriber)
+        for at in range(4):
+            bus.emit(cls(**{field.alias: worst(field.type, at) for field in attrs.fields(cls)}))
+        assert len(bus.since()) == 4, bus.since()[-1]  # nobody raised
+        for line in terminal.getvalue().splitlines():
+            assert line.isprintable()
+            assert sum(map(columns, line)) <= WIDTH
+        for text in stream.getvalue().split("\n")[:-1]:
+            json.loads(text)
+        for entry in bus.since():
+            read = json.loads(encode_entry(entry))
+            assert (friendly(read) is None) == (friendly(entry) is None)
+            assert journal.encode("info", friendly(read) or "", entry)
+    assert len(classes) > 60
+
+
+def test_an_event_of_another_version_is_still_a_line() -> None:
+    line = friendly({"id": 1, "at": 0.0, "event": "phase", "was": "a", "is": "b"}, with_time=False)
+    assert line == "[PHASE] was a, is b"
 
 
 def test_a_terminal_of_another_alphabet_gets_escapes() -> None:
