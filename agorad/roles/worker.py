@@ -33,6 +33,7 @@ from agorad.supervision.rounds import Rounds
 from agorad.supervision.weights import Weights
 from p2p.averaging import Averager, RoundConfig
 from p2p.errors import LocalError, P2PError, Refused, RemoteError
+from p2p.event import Event
 from p2p.groups import plain
 from p2p.identity import PeerId
 from p2p.membership import Certificate
@@ -81,6 +82,12 @@ async def run(node: Node) -> None:
         manifest.training.target_batch,
     )
     settings = node.config
+    token = trio.lowlevel.current_trio_token()
+
+    def emit_from_device(event: Event) -> None:
+        """Steps are taken on the device's thread; the bus and who listens to it belong to this one."""
+        with contextlib.suppress(trio.RunFinishedError):
+            token.run_sync_soon(node.emit, event)
 
     def make() -> StageCompute:
         return StageCompute(
@@ -90,7 +97,7 @@ async def run(node: Node) -> None:
             settings=settings.compute,
             device=_device(settings.node.device),
             in_flight=settings.worker.slots,
-            emit=node.emit,
+            emit=emit_from_device,
         )
 
     compute = await trio.to_thread.run_sync(make)
