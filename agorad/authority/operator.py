@@ -75,17 +75,20 @@ class Operator:
         node = self._node
         if node.manifest.run.version == 1:
             return  # everybody began with it
-        for page, value in enumerate(manifests.pages(node.manifest)):
-            key = manifests.key(node.manifest.run.id, page)
-            await node.dht.store(key, node.identity.peer_id, value, ttl=LIST_TTL_S, deadline=STORE_S)
+        own, run = node.identity.peer_id, node.manifest.run.id
+        pages = enumerate(manifests.pages(node.manifest))
+        values: dict[tuple[str, str], Any] = {(manifests.key(run, page), own): value for page, value in pages}
+        await node.dht.store_many(values, ttl=LIST_TTL_S, deadline=STORE_S)
 
     async def _store_list(self) -> None:
         node, now = self._node, self._node.clock()
         peers = await self._desk.ask(self.revoked, now)
         node.trust.revocations.replace(node.identity.peer_id, now, peers)
-        for page, value in enumerate(revocation.pages(peers, now)):
-            key = revocation.key(node.manifest.run.id, page)
-            await node.dht.store(key, node.identity.peer_id, value, ttl=LIST_TTL_S, deadline=STORE_S)
+        own, run = node.identity.peer_id, node.manifest.run.id
+        values: dict[tuple[str, str], Any] = {
+            (revocation.key(run, page), own): value for page, value in enumerate(revocation.pages(peers, now))
+        }
+        await node.dht.store_many(values, ttl=LIST_TTL_S, deadline=STORE_S)
 
     def revoked(self, now: float) -> dict[PeerId, Revoked]:
         """Members whose certificates may still be believed although they, or their account, are banned."""

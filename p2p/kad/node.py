@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -159,6 +159,26 @@ class Dht:
             return 1 + await self._place(record, deadline)
         finally:
             self._asked("store", began)
+
+    async def store_many(
+        self, values: Mapping[tuple[str, str], Any], *, ttl: float, deadline: float
+    ) -> dict[tuple[str, str], int]:
+        """``store`` of several at once, by key and subkey; how many nodes keep each. Raises as it does."""
+        kept: dict[tuple[str, str], int] = {}
+        misused: list[LocalError] = []
+
+        async def one(key: str, subkey: str, value: Any) -> None:
+            try:
+                kept[key, subkey] = await self.store(key, subkey, value, ttl=ttl, deadline=deadline)
+            except LocalError as error:
+                misused.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for (key, subkey), value in values.items():
+                nursery.start_soon(one, key, subkey, value)
+        if misused:
+            raise misused[0]
+        return kept
 
     async def get(self, key: str, *, deadline: float, fresh: bool = True) -> dict[str, Record]:
         """The live records of a key, by subkey; empty if there are none.

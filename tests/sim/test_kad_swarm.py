@@ -17,7 +17,7 @@ import msgpack
 import pytest
 import trio
 
-from p2p.errors import DialError, P2PError, PeerGone, Refused, RemoteError
+from p2p.errors import DialError, LocalError, P2PError, PeerGone, Refused, RemoteError
 from p2p.event import Event
 from p2p.identity import Identity, PeerId
 from p2p.kad import Dht, KadLimits
@@ -473,6 +473,22 @@ def test_recent_answers_serve_who_does_not_insist() -> None:
         assert swarm.hosts[2].calls == calls
         both = await reader.get_many(["k", "none"], deadline=5.0)
         assert {key: len(found) for key, found in both.items()} == {"k": 1, "none": 0}
+
+    simulate(12, scenario)
+
+
+def test_several_records_are_stored_at_once() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.grow(5)
+        writer = swarm.nodes[1]
+        pages = {(f"page/{number}", writer.table.own): number for number in range(40)}
+        began = trio.current_time()
+        assert await writer.store_many(pages, ttl=60.0, deadline=5.0) == dict.fromkeys(pages, 5)
+        assert trio.current_time() - began < 1.0
+        with pytest.raises(LocalError, match="limit"):
+            await writer.store_many({("k", writer.table.own): bytes(5000)}, ttl=60.0, deadline=5.0)
+        found = await swarm.nodes[4].get_many([key for key, _ in pages], deadline=5.0)
+        assert [values(found[key]) for key, _ in pages] == [{writer.table.own: n} for n in range(40)]
 
     simulate(12, scenario)
 

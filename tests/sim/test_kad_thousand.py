@@ -1,10 +1,15 @@
-"""A thousand nodes in virtual time: they join, store, crash, are cut in two and find each other again."""
+"""A thousand nodes in virtual time: they join, store, crash, are cut in two and find each other again.
+
+On two cores that are otherwise idle the thousand take some minutes, the few hundred less than one.
+"""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import trio
@@ -17,6 +22,16 @@ WAVE = 50
 LIFE_S = 3600.0
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3000)]
+
+
+@pytest.fixture(autouse=True)
+def rare_collections() -> Iterator[None]:
+    """A thousand nodes are a million objects, and every look through all of them finds next to nothing."""
+    before = gc.get_threshold()
+    gc.set_threshold(200_000, 20, 100)
+    yield
+    gc.set_threshold(*before)
+    gc.collect()
 
 
 async def grown(swarm: Swarm, count: int) -> None:
@@ -63,39 +78,43 @@ def hops(swarm: Swarm) -> float:
     return sum(depth * count for depth, count in total.items()) / total.total()
 
 
-def test_a_thousand_nodes_lose_a_third_at_once_and_are_cut_in_two() -> None:
+@pytest.mark.parametrize(("count", "seed"), [(250, 1), (250, 2), (1000, 3)])
+def test_a_swarm_loses_a_third_at_once_and_is_cut_in_two(count: int, seed: int) -> None:
     async def scenario(swarm: Swarm) -> None:
-        await grown(swarm, 1000)
+        most_hops = math.log2(count) / 2 + 2
+        await grown(swarm, count)
         await everybody_writes(swarm)
-        whole, slowest = await found(swarm, list(range(1000)))
+        whole, slowest = await found(swarm, list(range(count)))
         assert whole == 1.0
         assert slowest <= DEADLINE_S
-        assert hops(swarm) <= math.log2(1000) / 2 + 2
-        for index in swarm.rng.sample(range(1, 1000), 300):
+        assert hops(swarm) <= most_hops
+        for index in swarm.rng.sample(range(1, count), 3 * count // 10):
             swarm.kill(index)
-        part, slowest = await found(swarm, swarm.alive())
+        alive = swarm.alive()
+        part, slowest = await found(swarm, alive)
         assert part >= 0.999
         assert slowest <= DEADLINE_S
-        assert hops(swarm) <= math.log2(1000) / 2 + 2
-        alive = swarm.alive()
+        assert hops(swarm) <= most_hops
         swarm.net.sides = {host.peer_id: index % 2 for index, host in enumerate(swarm.hosts)}
-        await found(swarm, alive[:100])  # those of the other side are taken for dead
-        await trio.sleep(120.0)
+        _, slowest = await found(swarm, alive[:100])  # those of the other side are taken for dead
+        assert slowest <= DEADLINE_S
+        await trio.sleep(90.0)
         swarm.net.sides = {}
-        await trio.sleep(300.0)
+        await trio.sleep(150.0)
         healed, slowest = await found(swarm, alive)
         assert healed >= 0.999
         assert slowest <= DEADLINE_S
+        assert hops(swarm) <= most_hops
 
-    simulate(1000, scenario)
+    simulate(seed, scenario)
 
 
 def test_the_same_seed_gives_the_same_events() -> None:
     def digest() -> str:
         async def scenario(swarm: Swarm) -> str:
-            await grown(swarm, 200)
+            await grown(swarm, 150)
             await everybody_writes(swarm)
-            for index in swarm.rng.sample(range(1, 200), 60):
+            for index in swarm.rng.sample(range(1, 150), 45):
                 swarm.kill(index)
             await found(swarm, swarm.alive())
             await trio.sleep(60.0)
