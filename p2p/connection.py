@@ -3,7 +3,8 @@
 Three tasks. The *reader* takes large reads, decrypts whole records into one buffer and feeds yamux.
 The *writer* sleeps until yamux has something, encrypts up to ``BATCH`` records and sends them in one
 call; batches stay small so that a ping waits behind little. The *keeper* pings: every 10 s normally
-(silent for 20 s is gone), every 0.5 s while somebody holds ``watched()`` (silent for 2 s is gone).
+(silent for 20 s is gone), every 0.5 s while somebody holds ``watched()`` (silent for 2 s is gone). A peer
+that lately took long to answer, on a machine with too much to do, has longer: ``p2p.patience``.
 
 Pings also renew the connection's lease, see ``p2p.lease``.
 """
@@ -25,6 +26,7 @@ from p2p.lease import Lease
 from p2p.limits import KIB, Limits
 from p2p.membership import Member
 from p2p.muxed import MuxedStream
+from p2p.patience import Patience
 from p2p.secure import Upgraded
 from p2p.shaper import Shaper
 from p2p.yamux import Changed, Credit, Opened, PingAnswered, Session, Stream
@@ -35,6 +37,8 @@ READ_SIZE = 256 * KIB
 RECORD = 2 + noise.MAX_RECORD
 SMALL = 8 * KIB
 OUTSTANDING_PINGS = 64
+COUNT_EVERY = 256 * KIB
+"""Bytes from a guest after which it is added up what waits."""
 STALL_S = 0.25
 """Waking up this much too late means that we were the ones who were silent."""
 
@@ -56,6 +60,14 @@ class Scratch:
 
 
 @final
+class Unread:
+    """Bytes that guests sent to a host and that no handler took yet."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+
+@final
 class Connection:
     """Streams to one peer. Made by ``Host``; ``run`` works until the connection ends."""
 
@@ -72,6 +84,7 @@ class Connection:
         upload: Shaper,
         download: Shaper,
         credit: Credit,
+        unread: Unread,
         addr: str,
     ) -> None:
         self.peer: PeerId = upgraded.secured.peer_id
@@ -122,6 +135,13 @@ class Connection:
         self._receiving = upgraded.secured.receiving
         self._tail = upgraded.ciphertext
         self._first = upgraded.plaintext
+        self._unread = unread
+        self._own_unread = 0
+        self._uncounted = 0
+        """Bytes received since ``_own_unread`` was added up."""
+        self._patience = Patience()
+        self._sending_since: float | None = None
+        """When the batch that is with the transport was given to it."""
         self._scratch = scratch
         self._serve = serve
         peer = self.peer
@@ -237,6 +257,8 @@ class Connection:
             self.why_closed = self.why_closed or "cancelled"
             self.closed.set()
             self._session.close()
+            self._unread.total -= self._own_unread
+            self._own_unread = 0
             for stream in list(self._streams.values()):
                 stream.lost(self.why_closed)
             for waiter in self._ping_waiters.values():
@@ -296,9 +318,23 @@ class Connection:
             self.bytes_in += len(data)
             self._heard = trio.current_time()
             self.last_heard = self._clock()
+            self._bound_unread(len(data))
             await self._download.passage(len(data))
             if rest:
                 data = rest + data
+
+    def _bound_unread(self, size: int) -> None:
+        """Windows bound what one stream holds; this, what all guests' streams do together."""
+        self._uncounted += size
+        if not (self.guest or self._own_unread) or self._uncounted < COUNT_EVERY:
+            return
+        self._uncounted = 0
+        now = sum(stream.available for stream in self._streams.values()) if self.guest else 0
+        self._unread.total += now - self._own_unread
+        self._own_unread = now
+        if self._unread.total > self.limits.unread and now > COUNT_EVERY:
+            self._counters.turned_away("unread", self.peer)
+            raise RemoteError("too much of what guests sent waits to be read")
 
     def _decrypt(self, data: bytes | bytearray) -> tuple[memoryview, bytes | bytearray]:
         """Plaintext of all whole records, and what is left of ``data``."""
@@ -373,7 +409,9 @@ class Connection:
         await self._upload.passage(len(data))
         self._counters.bytes_out += len(data)
         self.bytes_out += len(data)
+        self._sending_since = trio.current_time()
         await self._stream.send_all(data)
+        self._sending_since = None
 
     def _tell_drained(self) -> None:
         for drained in self._session.drained:
@@ -405,8 +443,13 @@ class Connection:
                 # or a host that stalls again and again would never notice a dead peer.
                 since = min(now, max(self._heard, since) + late)
             silence = now - max(self._heard, since)
-            if silence > (limits.watched_silence_s if watched else limits.silence_s):
+            self._patience.woke(late)
+            if silence > self._patience.with_peer(limits.watched_silence_s if watched else limits.silence_s):
                 raise PeerGone(f"the peer was silent for {silence:.1f} s")
+            if self._sending_since is not None:
+                stuck = now - max(self._sending_since, since)
+                if stuck > limits.stuck_s:
+                    raise PeerGone(f"the peer took nothing for {stuck:.1f} s")
 
     # streams and pings
 
@@ -432,6 +475,7 @@ class Connection:
         if asked is not None:
             self.lease.renew(asked)
             self.rtt = trio.current_time() - asked[0]
+            self._patience.answered(self.rtt)
         waiter = self._ping_waiters.pop(value, None)
         if waiter is not None:
             waiter.set()

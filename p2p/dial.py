@@ -2,15 +2,20 @@
 
 All addresses race, each starting ``dial_stagger_s`` after the one before it or as soon as that one
 failed (RFC 8305's idea); the first that proves the peer wins and the others are dropped. Callers that
-want the same peer meanwhile ``join`` the attempt instead of dialling again.
+want the same peer meanwhile ``join`` the attempt instead of dialling again. A peer that could not be reached
+is left alone for a moment, longer each time (``Limits.redial_s``, jittered): whoever wants it then hears why
+at once, so a dead peer costs few dials however many callers it has.
 """
 
 from __future__ import annotations
 
 import math
+import random
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import final
 
+import attrs
 import trio
 
 from p2p.errors import DialError, RemoteError
@@ -33,11 +38,23 @@ class Attempt:
         self.error: str | None = None
 
 
+@attrs.frozen
+class _Failure:
+    """A peer could not be reached: how often by now, where, why, and until when it is left alone."""
+
+    times: int
+    addrs: frozenset[Multiaddr]
+    why: str
+    until: float
+
+
 @final
 class Dialer:
     """The dials of one host."""
 
-    def __init__(self, transport: Transport, upgrade: Upgrade, limits: Limits) -> None:
+    def __init__(self, transport: Transport, upgrade: Upgrade, limits: Limits, rng: random.Random) -> None:
+        self._rng = rng
+        self._failures: OrderedDict[PeerId, _Failure] = OrderedDict()
         self._transport = transport
         self._upgrade = upgrade
         self._limits = limits
@@ -46,6 +63,27 @@ class Dialer:
     def join(self, peer_id: PeerId) -> Attempt | None:
         """The attempt under way, if there is one."""
         return self._attempts.get(peer_id)
+
+    def resting(self, peer_id: PeerId, addrs: Sequence[Multiaddr], now: float) -> str | None:
+        """Why the peer is not dialled just now, or None. ``now``: on a clock that nobody sets."""
+        failure = self._failures.get(peer_id)
+        if failure is None or now >= failure.until or not failure.addrs.issuperset(addrs):
+            return None
+        return f"{failure.why} (it is dialled again in {failure.until - now:.1f} s)"
+
+    def came(self, peer_id: PeerId) -> None:
+        """There is a connection to the peer, whoever made it."""
+        self._failures.pop(peer_id, None)
+
+    def failed(self, peer_id: PeerId, addrs: Sequence[Multiaddr], why: str, now: float) -> None:
+        """A dial of these addresses came to nothing."""
+        before = self._failures.pop(peer_id, None)
+        times = 1 if before is None else before.times + 1
+        rest = min(self._limits.redial_most_s, self._limits.redial_s * 2.0 ** min(times - 1, 16))
+        until = now + rest * self._rng.uniform(0.5, 1.0)
+        self._failures[peer_id] = _Failure(times, frozenset(addrs), why, until)
+        if len(self._failures) > self._limits.known_peers:
+            self._failures.popitem(last=False)
 
     def begin(self, peer_id: PeerId) -> Attempt:
         attempt = self._attempts[peer_id] = Attempt()

@@ -31,7 +31,7 @@ from typing import final
 import trio
 
 from p2p import hello, identify, multistream
-from p2p.connection import Connection, Scratch
+from p2p.connection import Connection, Scratch, Unread
 from p2p.counters import Counters
 from p2p.dial import Dialer
 from p2p.door import Arrivals, Door, crowding, source_of
@@ -97,13 +97,14 @@ class Host:
         self._bound: list[Multiaddr] = []
         self._scratch = Scratch()
         self._credit = Credit(limits.host_window_budget)
+        self._unread = Unread()
         self._nursery: trio.Nursery | None = None
         self._all: dict[Connection, None] = {}  # ordered, so that simulations replay
         self._door = Door(limits.handshakes)
         self._arrivals = Arrivals(limits.arrivals, limits.arrivals_per_s)
         self._asides = 0
         self._closing = False
-        self._dialer = Dialer(self._transport, self._upgrade, limits)
+        self._dialer = Dialer(self._transport, self._upgrade, limits, self._rng)
         self.handle(hello.PROTOCOL, self._answer_hello, open_to_all=True)
         identify.install(self)
 
@@ -271,6 +272,10 @@ class Host:
             raise LocalError("the host does not run")
         attempt = self._dialer.join(peer_id)
         if attempt is None:
+            why = self._dialer.resting(peer_id, addrs, trio.current_time())
+            if why is not None:
+                await trio.lowlevel.checkpoint()
+                raise DialError(why)
             attempt = self._dialer.begin(peer_id)
             self._nursery.start_soon(self._dial_task, peer_id, list(dict.fromkeys(addrs)))
         await attempt.done.wait()
@@ -289,6 +294,7 @@ class Host:
             error = None
         except P2PError as failure:
             error = str(failure)
+            self._dialer.failed(peer_id, addrs, error, trio.current_time())
         finally:
             self._dialer.end(peer_id, error)
 
@@ -388,6 +394,7 @@ class Host:
         if self.membership is None:
             connection.greeted.set()  # no run, nothing to say or to wait for
         self._settle(connection)
+        self._dialer.came(connection.peer)
         return connection
 
     def _connection(self, upgraded: Upgraded, addr: str, *, dialer: bool) -> Connection:
@@ -402,6 +409,7 @@ class Host:
             upload=self.upload,
             download=self.download,
             credit=self._credit,
+            unread=self._unread,
             addr=addr,
         )
 

@@ -57,7 +57,8 @@ def install(host: Host) -> None:
                 block = await stream.receive_exactly(BLOCK)
             except PeerGone:
                 return
-            await stream.send_all(block)
+            with trio.fail_after(host.limits.echo_s):
+                await stream.send_all(block)
 
     host.handle_stream(IDENTIFY, serve_identify)
     host.handle_stream(PING, serve_ping)

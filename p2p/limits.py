@@ -35,6 +35,10 @@ class Limits:
     """For one dial of all addresses of a peer, handshake included."""
     dial_stagger_s: float = 0.25
     """Head start of an address over the next one of the same peer."""
+    redial_s: float = 0.2
+    """How long a peer that could not be reached is left alone, jittered and doubled each time, up to"""
+    redial_most_s: float = 2.0
+    """so much; an address that was not tried, or a connection from it, ends that."""
     hello_s: float = 5.0
     asides: int = 16
     """Inbound connections aside at once; more are closed."""
@@ -44,6 +48,12 @@ class Limits:
 
     # streams
     inbound_streams: int = 256
+    raw_streams: int = 8
+    """Of one connection and protocol that is not ours (identify, ping)."""
+    echo_s: float = 20.0
+    """How long the echo of a ping may wait for a peer that does not read."""
+    unread: int = 256 * MIB
+    """Received from guests and not taken by handlers, of a host; the guest that adds to it goes."""
     outbound_streams: int = 768
     calls_per_protocol: int = 128
     """Handlers of one protocol running at once for one connection."""
@@ -70,6 +80,8 @@ class Limits:
     # liveness
     ping_s: float = 10.0
     silence_s: float = 20.0
+    stuck_s: float = 60.0
+    """A peer that takes none of a batch (256 KiB at most) for so long is gone."""
     watched_ping_s: float = 0.5
     watched_silence_s: float = 2.0
     lease_s: float = 1.5

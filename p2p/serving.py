@@ -75,9 +75,7 @@ class Server:
             if not protocol:
                 stream.reset()
             elif protocol in self._raw:
-                await stream.send_all(reply)
-                await self._raw[protocol](connection, stream)
-                await stream.aclose()
+                await self._serve_raw(connection, stream, protocol, reply)
             else:
                 await self._serve_call(connection, stream, protocol, reply)
         except (RemoteError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
@@ -92,6 +90,22 @@ class Server:
                 self._emit(HandlerFailed(peer=connection.peer, protocol=protocol, error=repr(failures)))
             if others is not None:
                 raise others from None
+
+    async def _serve_raw(
+        self, connection: Connection, stream: MuxedStream, protocol: str, reply: bytes
+    ) -> None:
+        running = connection.running.get(protocol, 0)
+        if running >= self._limits.raw_streams:
+            self._counters.turned_away("raw_streams", connection.peer)
+            stream.reset()
+            return
+        connection.running[protocol] = running + 1
+        try:
+            await stream.send_all(reply)
+            await self._raw[protocol](connection, stream)
+            await stream.aclose()
+        finally:
+            connection.running[protocol] -= 1
 
     def _speaks(self, wish: str, connection: Connection) -> bool:
         if not connection.aside:

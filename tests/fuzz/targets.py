@@ -6,30 +6,33 @@ must also be able to write again where it has an encoder: the bytes are then the
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from types import SimpleNamespace
+from typing import Any, Final, cast
 
 import msgpack
 
-from agorad.authority import leaderboard
+from agorad import manifests, outside
+from agorad.authority import leaderboard, revocation
 from agorad.authority import messages as authority
-from p2p import base58, multistream, noise, passes, protobuf, rpc
+from p2p import base58, identify, multistream, noise, passes, probe, protobuf, rpc
 from p2p.averaging.lobby import Announcement
 from p2p.averaging.roster import Candidate, Roster
 from p2p.errors import P2PError
 from p2p.hello import Hello
-from p2p.identity import Identity, decode_public_key, parse_peer_id
+from p2p.identity import Identity, decode_public_key, encode_public_key, parse_peer_id
 from p2p.kad import messages as kad
 from p2p.kad.record import Verifier, seal
 from p2p.limits import Limits
 from p2p.membership import Certificate, issue
 from p2p.multiaddr import Multiaddr
 from p2p.probe import Probed
-from p2p.records import StageRecord
+from p2p.records import CandidateRecord, ClockRecord, StageRecord
 from p2p.yamux import Session
 from stage.clock import readings_from_wire
-from stage.messages import Request
+from stage.messages import Request, reply_from_wire
 from stage.receipts import Receipt
 from stage.state import SnapshotManifest
 from stage.ticket import Ticket
@@ -102,6 +105,28 @@ def protobuf_fields(data: bytes) -> None:
     protobuf.last_fields(data)
 
 
+def proposed(data: bytes) -> None:
+    """What is read in one piece means the same as what is read byte by byte."""
+    quick = multistream.proposed(data)
+    if quick is None:
+        return
+    wish, size = quick
+    assert multistream.proposal(wish) == data[:size]
+    listener = multistream.Listener(lambda text: text == wish)
+    for byte in data[:size]:
+        assert listener.missing
+        listener.feed(bytes([byte]))
+    assert listener.protocol == wish
+
+
+def identified(data: bytes) -> None:
+    identify.decode(data, cast(Any, SimpleNamespace(peer=ALICE.peer_id)))
+
+
+def pages(data: bytes, read: Callable[[list[object]], object]) -> None:
+    a_value(data, lambda value: read(value) if isinstance(value, list) and value else None)
+
+
 def kad_record(data: bytes) -> None:
     Verifier().open(data)
 
@@ -156,30 +181,39 @@ TARGETS: Final[dict[str, Callable[[bytes], object]]] = {
     "authority request": lambda data: a_header(data, authority.read_request),
     "base58": base58_text,
     "candidate": lambda data: a_value(data, Candidate.decode),
+    "candidate record": lambda data: a_value(data, CandidateRecord.from_value),
     "certificate": certificate,
+    "clock record": lambda data: a_value(data, ClockRecord.from_value),
     "clock readings": lambda data: a_value(data, readings_from_wire),
     "credited": lambda data: a_header(data, leaderboard.Credited.from_header),
     "header": lambda data: a_header(data, lambda header: header),
     "hello": lambda data: a_header(data, Hello.from_wire),
+    "identify": identified,
     "kad answer": lambda data: a_header(data, kad.read_answer),
     "kad batch": lambda data: kad.read_batch(memoryview(data)),
     "kad page": lambda data: kad.read_page(memoryview(data)),
     "kad question": lambda data: a_header(data, kad.read_question),
     "kad record": kad_record,
     "leaderboard": lambda data: a_header(data, leaderboard.Leaderboard.from_header),
+    "manifest pages": lambda data: pages(data, manifests.read),
+    "microbatch answer": lambda data: a_header(data, reply_from_wire),
     "microbatch request": lambda data: a_header(data, Request.from_wire),
     "multiaddr": multiaddr,
     "multiaddr text": multiaddr_text,
     "multistream dialer": multistream_dialer,
     "multistream listener": multistream_listener,
+    "multistream proposal": proposed,
     "noise dialer": noise_dialer,
     "noise listener": noise_listener,
+    "outside request": lambda data: a_header(data, outside._request),
     "pass": guest_pass,
     "peer id": peer_id,
+    "probe request": lambda data: a_header(data, probe._request),
     "probed": lambda data: a_header(data, Probed.from_header),
     "protobuf": protobuf_fields,
     "public key": decode_public_key,
     "receipt": receipt,
+    "revoked": lambda data: pages(data, revocation.read),
     "roster": roster,
     "snapshot manifest": snapshot,
     "stage record": lambda data: a_value(data, StageRecord.from_value),
@@ -226,6 +260,13 @@ def seeds(name: str) -> list[bytes]:
         "multiaddr": [Multiaddr.parse(addr).encode()],
         "multiaddr text": [addr.encode(), b"/dns4/example.org/tcp/443/wss"],
         "multistream listener": [multistream.proposal("/noise")],
+        "multistream proposal": [multistream.proposal("/noise") + b"more"],
+        "identify": [
+            protobuf.field(1, encode_public_key(ALICE.public_key))
+            + protobuf.field(2, Multiaddr.parse(addr).encode())
+            + protobuf.field(3, b"/noise")
+            + protobuf.field(6, b"agorad")
+        ],
         "multistream dialer": [multistream.proposal("/noise")],
         "pass": [
             passes.Pass(run="r", peer_id=BOB.peer_id, stage=1, expires=now, authority=ALICE.peer_id)
@@ -260,7 +301,28 @@ def _values() -> dict[str, Any]:
             "me": me,
         },
         "candidate": me,
+        "candidate record": {"addrs": me[1], "bandwidth": 1.0, "weight": 1.0, "certificate": b"c"},
         "clock readings": [reading],
+        "clock record": {
+            "samples": 7,
+            "at": 1.0,
+            "signature": bytes(64),
+            "loss": 2.0,
+            "evaluated": [3, 2.5],
+        },
+        "manifest pages": [
+            {
+                "version": 2,
+                "pages": 1,
+                "hash": hashlib.sha256(b"{}").digest(),
+                "signature": bytes(64),
+                "part": b"{}",
+            }
+        ],
+        "microbatch answer": {"t": "accepted", "slots": 3},
+        "outside request": {"t": "look", "addrs": me[1], "bytes": 0},
+        "probe request": {"t": "probe", "peer": ALICE.peer_id, "addrs": me[1], "bytes": 0},
+        "revoked": [{"at": 1.0, "pages": 1, "peers": [[ALICE.peer_id, 5.0, "why"]]}],
         "credited": {"t": "credited", "new": 1, "known": 0, "refused": [["a", "b"]]},
         "microbatch request": {
             "t": "microbatch",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz import targets
 
-SECONDS = float(os.environ.get("AGORA_FUZZ_SECONDS", "30"))
+SECONDS = float(os.environ.get("AGORA_FUZZ_SECONDS", "20"))
 """For each parser, in the long test."""
 MOST_MB = 1024
 

@@ -2,13 +2,16 @@
 
 Prints its address as a line of JSON, then answers requests on standard input, a line of JSON each: {"dial":
 multiaddr} dials, pings, and asks who is there; {"text": multiaddr} and {"key": hex of a protobuf PublicKey}
-say its forms of them. Ends with its standard input.
+say its forms of them; {"bulk": multiaddr, "bytes": count} sends so many to another of its kind and says the
+seconds from the first byte to the word that all has arrived. Ends with its standard input.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 
 import trio
 from cid import make_cid
@@ -23,6 +26,9 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import info_from_p2p_addr
 from libp2p.utils.varint import read_length_prefixed_protobuf
 from multiaddr import Multiaddr
+
+BULK = TProtocol("/bulk/1")
+CHUNK = 1 << 20
 
 
 def say(**facts: object) -> None:
@@ -55,13 +61,44 @@ async def dial(host, text: str) -> dict[str, object]:
     }
 
 
+async def sink(stream) -> None:
+    """Takes what is announced, and says a byte before and after."""
+    left = int(await stream.read(16))
+    await stream.write(b".")
+    while left > 0:
+        left -= len(await stream.read(CHUNK))
+    await stream.write(b".")
+    await stream.close()
+
+
+async def bulk(host, text: str, size: int) -> dict[str, object]:
+    info = info_from_p2p_addr(Multiaddr(text))
+    await host.connect(info)
+    stream = await host.new_stream(info.peer_id, [BULK])
+    chunk = os.urandom(CHUNK)
+    await stream.write(b"%16d" % (size // CHUNK * CHUNK))
+    await stream.read(1)
+    began = time.perf_counter()
+    for _ in range(size // CHUNK):
+        await stream.write(chunk)
+    await stream.read(1)
+    seconds = time.perf_counter() - began
+    await stream.close()
+    return {"seconds": seconds, "bytes": size // CHUNK * CHUNK}
+
+
 async def main() -> None:
     host = new_host(key_pair=create_new_key_pair(), muxer_preference="YAMUX")
+    host.set_stream_handler(BULK, sink)
     async with host.run(listen_addrs=[Multiaddr("/ip4/127.0.0.1/tcp/0")]):
         say(addr=str(host.get_addrs()[0]), peer=str(host.get_id()))
         while line := (await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)).strip():
             try:
                 request = json.loads(line)
+                if "bulk" in request:
+                    with trio.fail_after(50):
+                        say(**await bulk(host, request["bulk"], int(request["bytes"])))
+                    continue
                 if "dial" not in request:
                     say(**forms(request))
                     continue
