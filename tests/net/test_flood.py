@@ -91,8 +91,9 @@ def test_the_last_connections_are_for_members() -> None:
                 await guest.connect(server.peer_id, addrs=server.addrs, deadline=10)
             while len(server.connections) > 4:  # noqa: ASYNC110
                 await trio.sleep(0.02)
-            assert server.counters.dropped["reserved"] == 3
-            assert sum(isinstance(event, Disconnected) for event in events) == 3
+            turned_away = server.counters.dropped["reserved"]
+            assert turned_away >= 3  # one that was closed before its hello was answered comes again
+            assert sum(isinstance(event, Disconnected) for event in events) == turned_away
             for _ in range(2):
                 member = await stack.enter_async_context(host(member=True).run())
                 connection = await member.connect(server.peer_id, addrs=server.addrs, deadline=10)
