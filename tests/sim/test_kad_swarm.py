@@ -98,7 +98,7 @@ def message(header: dict[str, Any], payload: Any) -> FakeMessage:
 class FakeHost:
     def __init__(self, net: FakeNet, identity: Identity, port: int, *, member: bool = True) -> None:
         self.net, self.peer_id, self.member = net, identity.peer_id, member
-        self.addrs = [Multiaddr.tcp("10.0.0.1", port).at(identity.peer_id)]
+        self.addrs = self.dialable_addrs = [Multiaddr.tcp("10.0.0.1", port).at(identity.peer_id)]
         self.alive = True
         self.calls = 0
         self.learnt: dict[PeerId, Sequence[Multiaddr]] = {}
