@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from stage import boundary, genesis, kernels
 from stage.config import ModelConfig, TrainingConfig
 from stage.events import Computing
 from stage.memory import Memory
+from stage.merging import Merger, PackedSlice
 from stage.messages import MAX_LOSS, Request
 from stage.microbatch import Shape
 from stage.model import Stage, TailLoss, document_index
@@ -95,21 +95,6 @@ class HeldMicrobatch:
         self._released.append(self)
 
 
-@attrs.frozen
-class PackedSlice:
-    """A slice as it was when its round began."""
-
-    index: int
-    key: int
-    values: Tensor
-    """fp32, 1-D, on the CPU."""
-    generation: int
-
-    def buffer(self) -> memoryview:
-        """The slice as little-endian fp32."""
-        return self.values.numpy().data.cast("B")
-
-
 class StageCompute:
     """See the module's docstring."""
 
@@ -140,6 +125,7 @@ class StageCompute:
             self.weights, training, stage=stage, stages=model.stages,
             kind=settings.optimizer, basis=self.stage.U, emit=emit,
         )  # fmt: skip
+        self._merger = Merger(training, self.weights)
         self.retain = 0 if settings.graph == "recompute" else in_flight
         """Graphs that may wait for their gradient at a time; the rest is computed again."""
         if compiles(settings.compile, self.device):
@@ -308,6 +294,7 @@ class StageCompute:
         """Take up settings of a newer manifest, between two steps; what slices and wire follow from stays."""
         self.training = training
         self.optimizer.configure(training)
+        self._merger.configure(training)
 
     def step(self, step: int) -> int:
         """The clock reached ``step``: how many samples the update used."""
@@ -331,7 +318,7 @@ class StageCompute:
         cycle, index = divmod(number, slices)
         key = kernels.slice_key(self.training.seed, self.index, cycle)
         values = kernels.slice_pack(self.weights.flat, index, slices, key).cpu()
-        return PackedSlice(index, key, values, self._generation)
+        return PackedSlice(number, index, key, values, self._generation)
 
     def merge(self, packed: PackedSlice, outcome: Outcome) -> float:
         """Merge what was averaged; relative distance of our slice to the average.
@@ -343,16 +330,7 @@ class StageCompute:
         self._make_writable()
         average = torch.frombuffer(outcome.vector, dtype=torch.float32)
         distance = _distance(packed.values, average, outcome.averaged)
-        mode = self.training.merge
-        assert mode != "ema"  # refused by the manifest
-        flat, compute = self.weights.writable(), self.weights.compute
-        together = compute is not None and compute.device == flat.device and compute.dtype != flat.dtype
-        kernels.slice_merge(
-            flat, packed.values.to(flat.device), average.to(flat.device), packed.index, self.training.slices,
-            packed.key, mode, outcome.averaged, compute=compute if together else None,
-        )  # fmt: skip
-        if not together:
-            self.weights.refresh()
+        self._merger.merge(packed, average, outcome.averaged)
         self.optimizer.constrain()
         return distance
 
@@ -399,6 +377,8 @@ class StageCompute:
         }
         on_host = self.settings.optimizer == "host"
         masters = {"weights": weights.flat.nbytes, "optimizer": optimizer.moments.nbytes}
+        if self._merger.drift is not None:
+            masters["drift"] = self._merger.drift.nbytes
         if on_host and optimizer.staging is not None:
             return Memory(device, {**masters, "staging": optimizer.staging.nbytes})
         return Memory({**masters, **device}, {})
@@ -480,6 +460,7 @@ class StageCompute:
             held.drop_graph()
         self.optimizer.load(state.vectors, state.updates, state.fingerprint)
         self.forget()
+        self._merger.forget()
         self._generation += 1
 
 

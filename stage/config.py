@@ -54,7 +54,6 @@ _TRAINING_BOUNDS: Final = {
 MAX_STAGES: Final = 256
 _MAX_LAYERS: Final = 4096
 _LATER: Final = {
-    ("merge", "ema"): "delta",
     ("averaging", "powersgd"): "sparta",
     ("robust", "clip"): "none",
     ("robust", "trimmed"): "none",
@@ -133,6 +132,7 @@ class TrainingConfig:
     slice_fraction: float = 0.05
     """Share of a stage's weights that one round averages."""
     merge: Literal["delta", "ema", "overwrite"] = "delta"
+    """How an average comes into weights that have moved on meanwhile; see ``stage.merging``."""
     max_stale_steps: int = 5
     """A replica further behind the step clock than this goes back to SYNCING."""
     warm_steps: int = 2

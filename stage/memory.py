@@ -8,6 +8,7 @@ the time, and what one microbatch makes on its way. The vectors follow from the 
     compute      2 in bf16, 4 in fp32    device: what passes read; none where they read the masters themselves
     gradients    4                       device
     optimizer    8 / 2 + 8/256 / 8       device / device (8-bit codes, a scale a 256 weights) / host
+    drift        4 with ``merge = ema``  where the masters are
 
 *Activations* are what autograd keeps of a microbatch between its forward and its backward pass: the sum of
 what the functions of ``stage.functions`` and the products save, times the graphs that wait at a time. With
@@ -121,7 +122,10 @@ def stage_memory(
         "activations": activations,
         "workspace": workspace,
     }
+    drift = 4 * floats if training.merge == "ema" else 0
+    on_device["drift"] = 0 if on_host else drift
     in_host = {
+        "drift": drift if on_host else 0,
         "process": CPU_BASE if device == "cpu" else CUDA_HOST_BASE,
         "slices": SLICE_COPIES * slice_bytes,
         "weights": 4 * floats if on_host else 0,

@@ -17,10 +17,10 @@ from p2p.event import Event
 from p2p.identity import Identity, PeerId
 from p2p.records import StageRecord
 from stage.clock import Reading, StepClock
-from stage.compute import PackedSlice
 from stage.config import TrainingConfig
 from stage.device import Device
 from stage.events import Phase, RoundAbandoned, SaveFailed, SettingsTaken, Step
+from stage.merging import PackedSlice
 from stage.replica import PROMOTE_S, ROUND_S, Replica
 from stage.roster import Entry, StageView
 
@@ -330,7 +330,7 @@ def test_rounds_that_fail_or_hang_are_abandoned_and_training_goes_on() -> None:
 
     class Packing(Weights):
         def pack(self, number: int) -> Any:
-            return PackedSlice(0, 0, torch.zeros(8), 0)
+            return PackedSlice(number, 0, 0, torch.zeros(8), 0)
 
     bench.replica._averager = cast(Averager, Stuck())
     bench.replica._compute = Packing()

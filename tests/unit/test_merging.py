@@ -1,0 +1,117 @@
+"""Merging an average into weights that have moved on, against the rules written out by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import attrs
+import pytest
+import torch
+from torch import Tensor
+
+from stage import genesis, kernels
+from stage.config import ModelConfig, TrainingConfig
+from stage.merging import Merger, PackedSlice, smoothing
+from stage.parameters import BLOCK
+from stage.weights import Weights
+
+MODEL = ModelConfig(d=16, k=4, heads=2, kv_heads=1, head_dim=8, ffn=24, seq=12, layers=(1,), vocab=32)
+TRAINING = TrainingConfig(seed=3, slice_fraction=0.25, average_every=2, total_steps=100, warmup_steps=0)
+SLICES = TRAINING.slices
+
+
+@pytest.fixture
+def weights() -> Weights:
+    made = genesis.genesis(MODEL, 0, 3)
+    assert made.layout.size // BLOCK > 2 * SLICES  # a slice has several blocks
+    return made
+
+
+def pack(weights: Weights, number: int) -> PackedSlice:
+    cycle, index = divmod(number, SLICES)
+    key = kernels.slice_key(TRAINING.seed, 0, cycle)
+    return PackedSlice(number, index, key, kernels.slice_pack(weights.flat, index, SLICES, key), 0)
+
+
+def places(weights: Weights, packed: PackedSlice) -> Tensor:
+    """Where the numbers of a slice lie in the flat weights."""
+    blocks = kernels.slice_blocks(weights.layout.size // BLOCK, packed.index, SLICES, packed.key)
+    return (blocks[:, None] * BLOCK + torch.arange(BLOCK)).view(-1)
+
+
+def noise() -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    size = genesis.genesis(MODEL, 0, 3).layout.size
+    while True:
+        yield torch.randn(size, generator=generator) * 0.01
+
+
+@pytest.mark.parametrize("merge", ["delta", "overwrite", "ema"])
+@pytest.mark.parametrize("partly", [False, True])
+def test_rules(weights: Weights, merge: Literal["delta", "overwrite", "ema"], partly: bool) -> None:
+    """Three cycles, each with a permutation of its own; with ``partly`` some ranges were not averaged."""
+    training = attrs.evolve(TRAINING, merge=merge)
+    merger = Merger(training, weights)
+    drift = torch.full_like(weights.flat, math.nan)  # where nothing was averaged yet
+    moves = noise()
+    for number in range(3 * SLICES):
+        packed = pack(weights, number)
+        size = packed.values.numel()
+        ranges = [(0, size // 3), (size // 2, size - 7)] if partly and number % 2 else [(0, size)]
+        average = packed.values + next(moves)[:size]
+        weights.writable().add_(next(moves))
+        expected, at = weights.flat.clone(), places(weights, packed)
+        merger.merge(packed, average, ranges)
+        averaged = torch.zeros(size, dtype=torch.bool)
+        for start, stop in ranges:
+            averaged[start:stop] = True
+        now, e, mu = expected[at], drift[at], smoothing(training, number)
+        moved = now - packed.values
+        touched = averaged.view(-1, BLOCK).any(dim=1).repeat_interleave(BLOCK)
+        e = torch.where(e.isnan() & touched, moved, e)  # a drift begins with its whole block
+        e = torch.where(averaged, mu * e + (1 - mu) * moved, e)
+        drift[at] = e
+        new = {"delta": now + (average - packed.values), "overwrite": average, "ema": average + e}[merge]
+        expected[at] = torch.where(averaged, new, now)
+        torch.testing.assert_close(weights.flat, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_first_visits_add_what_was_learned_whole(weights: Weights) -> None:
+    """As delta does; also after the state was replaced, and after a change of the rule."""
+    ema, delta = attrs.evolve(TRAINING, merge="ema"), TRAINING
+    merger, moves = Merger(ema, weights), noise()
+    for number in range(4 * SLICES):
+        if number == SLICES:
+            merger.forget()
+        elif number == 2 * SLICES:
+            merger.configure(delta)
+            assert merger.drift is None
+            merger.configure(ema)
+        packed = pack(weights, number)
+        average = packed.values + 0.5
+        weights.writable().add_(next(moves))
+        wanted = weights.flat[places(weights, packed)] + 0.5
+        merger.merge(packed, average, [(0, average.numel())])
+        found = weights.flat[places(weights, packed)]
+        assert torch.allclose(found, wanted, atol=1e-5) == (number < 3 * SLICES)
+
+
+def test_the_compute_copy_follows() -> None:
+    weights = genesis.genesis(MODEL, 0, 3, compute_dtype=torch.bfloat16)
+    merger = Merger(attrs.evolve(TRAINING, merge="ema"), weights)
+    packed = pack(weights, 0)
+    merger.merge(packed, packed.values + 1.0, [(0, packed.values.numel())])
+    assert weights.compute is not None
+    assert torch.equal(weights.compute, weights.flat.to(torch.bfloat16))
+
+
+def test_smoothing_grows_from_a_half_to_nearly_one() -> None:
+    training = attrs.evolve(TRAINING, average_every=1, total_steps=3000)
+    found = [smoothing(training, number) for number in range(0, 4000, 10)]
+    assert found[:10] == [0.5] * 10
+    assert found == sorted(found)
+    assert found[-1] == smoothing(training, 3000) == 0.99
+    middle = smoothing(training, 100 + 1450)
+    assert math.isclose(middle, (0.5 + 0.99) / 2, rel_tol=1e-6)
