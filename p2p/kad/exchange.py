@@ -14,6 +14,7 @@ Limits: ``MAX_PAGES`` pages an answer, ``MAX_NOTED`` peers in each of the small 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 MAX_PAGES: Final = 48
 MAX_NOTED: Final = 256
 SLOW_STRIKES: Final = 2
+STORE_NODES: Final = 8
+"""Nearest nodes that a store is answered with; as many as keep a record."""
 OWN_ADDRS_S: Final = 1.0
 QUESTION_S: Final = 10.0
 """For a question to be here in full: guests may ask, and what they began takes memory."""
@@ -78,6 +81,7 @@ class Exchange:
         self._keeps = keeps
         self._skewed: OrderedDict[PeerId, None] = OrderedDict()
         self._strikes: OrderedDict[PeerId, int] = OrderedDict()
+        self._left: OrderedDict[PeerId, float] = OrderedDict()
         self._own_addrs: tuple[str, ...] = ()
         self._own_addrs_until = 0.0
         host.handle(PROTOCOL, self._serve, open_to_all=True, max_payload=messages.MAX_PAYLOAD)
@@ -120,14 +124,15 @@ class Exchange:
                 break
         return nodes, found, member
 
-    async def store(self, contact: Contact, record: Record) -> None:
-        """Have a node keep a record of ours; Refused if it will not."""
+    async def store(self, contact: Contact, record: Record) -> tuple[Sequence[Contact], bool]:
+        """Have a node keep a record of ours, or Refused. Whom it knows near the key; if it is a member."""
         question = StoreRecords(now=self._clock(), addrs=self._addrs())
-        answer, _, _ = await self._ask(contact, question, messages.pack_batch([record.wire]))
+        answer, _, member = await self._ask(contact, question, messages.pack_batch([record.wire]))
         if len(answer.results) != 1:
             raise RemoteError("a store answered with another number of results than records")
         if answer.results[0] != "ok":
             raise Refused(answer.results[0], "the node does not keep this record")
+        return answer.nodes, member
 
     async def hand_over(self, contact: Contact, records: Sequence[Record]) -> None:
         """Give records that we keep to a node that should; what it makes of them is for it to say."""
@@ -166,7 +171,7 @@ class Exchange:
         self._strikes.pop(contact.peer, None)
         self._clock_seen(contact.peer, answer.now)
         if is_member:
-            self._heard(contact.peer, answer.addrs)
+            self._heard(contact.peer, answer.addrs, answer.now)
         return answer, rows, is_member
 
     def _is_member(self, call: Call) -> bool:
@@ -183,10 +188,10 @@ class Exchange:
         else:
             remember(self._strikes, peer, strikes, MAX_NOTED)
 
-    def _heard(self, peer: PeerId, addrs: tuple[str, ...]) -> None:
-        """A member said where it listens."""
-        if not addrs:
-            return
+    def _heard(self, peer: PeerId, addrs: tuple[str, ...], said_at: float) -> None:
+        """A member said where it listens, at this time of its clock."""
+        if not addrs or said_at <= self._left.get(peer, -math.inf):
+            return  # what was under way when a peer said goodbye does not bring it back
         contact = Contact(peer, addrs)
         known = self._table.find(peer)
         if self._table.heard(contact, trio.current_time()) and known is None:
@@ -227,7 +232,7 @@ class Exchange:
         question = messages.read_question(message.header)
         skew = self._clock_seen(call.peer, question.now)
         if self._is_member(call):
-            self._heard(call.peer, question.addrs)
+            self._heard(call.peer, question.addrs, question.now)
         match question:
             case FindNode():
                 await call.send(self._answer(nodes=self._closest(question.target, call.peer)))
@@ -241,10 +246,15 @@ class Exchange:
                 self._host.gate(call.connection, PROTOCOL)  # raises what is wrong with the certificate
                 batch = messages.read_batch(message.payload)
                 results = tuple(self._keep(call.peer, wire, skew) for wire in batch)
-                await call.send(self._answer(results=results))
+                nodes = ()
+                if batch:  # a store is a step of the search for who should keep it
+                    target = key_id(self.verifier.open(batch[0]).key)
+                    nodes = self._closest(target, call.peer, STORE_NODES)
+                await call.send(self._answer(nodes=nodes, results=results))
             case HandOver():
                 self._host.gate(call.connection, PROTOCOL)
                 if question.leaving:
+                    remember(self._left, call.peer, question.now, MAX_NOTED)
                     self._table.failed(call.peer)
                 rows = messages.read_page(message.payload, messages.MAX_BATCH)
                 results = tuple(self._take(call.peer, wire, remaining) for wire, remaining in rows)
@@ -287,11 +297,11 @@ class Exchange:
     def _answer(self, **fields: Any) -> dict[str, Any]:
         return messages.answer_header(Answer(now=self._clock(), addrs=self._addrs(), **fields))
 
-    def _closest(self, target: int, asker: PeerId) -> tuple[Contact, ...]:
+    def _closest(self, target: int, asker: PeerId, most: int = messages.MAX_NODES) -> tuple[Contact, ...]:
         """The nearest that we know and can say how to reach, the asker aside."""
-        nearest = self._table.nearest(target, messages.MAX_NODES + 1)
+        nearest = self._table.nearest(target, most + 1)
         known = [contact for contact in nearest if contact.addrs and contact.peer != asker]
-        return tuple(known[: messages.MAX_NODES])
+        return tuple(known[:most])
 
     def _addrs(self) -> tuple[str, ...]:
         if self.leaving:

@@ -8,7 +8,8 @@ empty for none).
 
 Answer: ``now`` and ``addrs`` likewise; ``nodes`` [[peer id, [multiaddr]]…], the nearest known; for
 ``find_value`` also ``more`` and a payload [[record, seconds that remain]…] in order of subkey; for
-``store`` and ``hand_over`` instead ``results``, one word a record: ``ok`` or a refusal's code.
+``store`` and ``hand_over`` also ``results``, one word a record: ``ok`` or a refusal's code. The ``nodes``
+of a store are those nearest to its first record's key.
 
 Limits: ``MAX_NODES`` contacts an answer, ``MAX_ADDRS`` of ``MAX_ADDR_CHARS`` each, ``PAGE`` bytes of
 records a payload, ``MAX_BATCH`` records a store or hand-over.

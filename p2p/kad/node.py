@@ -1,9 +1,9 @@
 """The hash table as its users know it: store, get, and staying part of it.
 
 ``store`` signs, keeps a copy at once (so a local ``get`` sees it), and sends it to the ``replicas``
-nearest nodes; where those are is remembered for ``ROUTE_LIFE_S`` or until somebody nearer turns up,
-because swarm records are stored again every few seconds. ``get`` merges the answers of the ``quorum``
-nearest nodes that can be heard, and asks up to ``WIDE`` when all of them came back empty.
+nearest nodes, in the search for them; who they are is remembered for ``ROUTE_LIFE_S`` or until somebody
+nearer turns up, because swarm records are stored again every few seconds. ``get`` merges the answers of
+the ``quorum`` nearest nodes that can be heard, and asks up to ``WIDE`` when all of them came back empty.
 
 ``run`` joins (seeds, and contacts lost earlier; jittered back-off, for ever), refreshes stale buckets,
 asks a missing seed now and then so that two halves of a swarm find each other again, and at half the
@@ -34,7 +34,7 @@ from p2p.identity import Identity, PeerId
 from p2p.kad.events import DhtIsolated, DhtJoined, RecordRefused
 from p2p.kad.exchange import Exchange, remember
 from p2p.kad.handover import Handover
-from p2p.kad.ids import key_id, random_in_bucket
+from p2p.kad.ids import BITS, key_id, random_in_bucket
 from p2p.kad.lookup import Lookup
 from p2p.kad.merge import Merge
 from p2p.kad.record import Record, seal
@@ -56,6 +56,8 @@ RENEW_FROM_S: Final = 60.0
 """Life from which a record is sent again at its half; shorter ones are replaced or over by then."""
 REFRESH_S: Final = 60.0
 STALE_S: Final = 600.0
+EVERYWHERE: Final = 1 << BITS
+"""A distance that nobody is beyond."""
 RETRY_FIRST_S: Final = 0.5
 RETRY_MOST_S: Final = 30.0
 
@@ -112,7 +114,6 @@ class Dht:
         self._own: OrderedDict[tuple[str, str], _Own] = OrderedDict()
         self._own_changed = trio.Event()
         self._routes: OrderedDict[str, tuple[float, list[Contact]]] = OrderedDict()
-        self._everybody: tuple[float, list[Contact]] | None = None
         self._recent: OrderedDict[str, tuple[float, dict[str, Record]]] = OrderedDict()
         self.asked = {"store": (0, 0.0), "get": (0, 0.0)}
         """How often this node stored or read something, and the seconds that took."""
@@ -238,18 +239,14 @@ class Dht:
 
     async def nearest(self, target: int, *, deadline: float) -> list[Contact]:
         """The nodes nearest to a place that answered, nearest first, at most k."""
-        return (await self._nearest(target, deadline, self._limits.k))[0].result()
-
-    async def _nearest(self, target: int, deadline: float, need: int) -> tuple[Lookup, bool]:
-        """A search for the ``need`` nearest that answer, and whether it came to its end."""
-        lookup = self._lookup(target, need=need)
+        lookup = self._lookup(target, need=self._limits.k)
 
         async def ask(contact: Contact) -> tuple[Sequence[Contact], bool]:
             return await self._exchange.find_node(contact, target)
 
-        with trio.move_on_after(deadline) as scope:
+        with trio.move_on_after(deadline):
             await self._drive(lookup, ask)
-        return lookup, not scope.cancelled_caught
+        return lookup.result()
 
     # Keeping up
 
@@ -358,7 +355,6 @@ class Dht:
     def _send_all_again(self) -> None:
         """What was stored while nobody was there has only been kept by ourselves."""
         self._routes.clear()
-        self._everybody = None
         for own in self._own.values():
             own.again_at = -math.inf
         self._own_changed.set()
@@ -370,52 +366,63 @@ class Dht:
     # Placing
 
     async def _place(self, record: Record, deadline: float) -> int:
-        """Send a record to its nearest nodes but us; how many took it."""
-        taken = 0
-        failed: list[PeerId] = []
+        """Send a record to its nearest nodes but us; how many took it.
 
-        async def send(contact: Contact) -> None:
+        One search, whose questions to nodes that are likely to be among the nearest are the store itself.
+        """
+        target = key_id(record.key)
+        now = trio.current_time()
+        known, reach = self._routes.get(record.key), self._reach()
+        if known is not None and now < known[0] + ROUTE_LIFE_S:
+            start, reach = known[1], EVERYWHERE
+        else:
+            start = self.table.nearest(target, self._limits.k)
+        here = bool(start) and start[0].id ^ target <= reach
+        alpha = self._limits.replicas if here else self._limits.alpha
+        need = self._limits.replicas - self._keeps(target)
+        lookup = self._lookup(target, need=need, start=start or None, alpha=alpha)
+        asked: set[PeerId] = set()
+        taken = 0
+
+        async def store(contact: Contact) -> tuple[Sequence[Contact], bool]:
             nonlocal taken
+            asked.add(contact.peer)
             try:
-                await self._exchange.store(contact, record)
-                taken += 1
+                nodes, member = await self._exchange.store(contact, record)
             except Refused as error:
                 self._emit(RecordRefused(peer=contact.peer, key=record.key, code=error.code))
+                return (), contact.peer in self.table  # only members are in there
+            taken += member
+            return nodes, member
+
+        async def ask(contact: Contact) -> tuple[Sequence[Contact], bool]:
+            if contact.id ^ target <= reach:
+                return await store(contact)
+            return await self._exchange.find_node(contact, target)
+
+        async def catch_up(contact: Contact) -> None:
+            try:
+                await store(contact)
             except (P2PError, trio.TooSlowError):
-                failed.append(contact.peer)
+                self._routes.pop(record.key, None)
 
         with trio.move_on_after(deadline):
-            route = await self._route(record.key, deadline)
+            await self._drive(lookup, ask)
+            # The nearest, where a reader looks first, and those that no single liar can have named alone.
+            route = list(dict.fromkeys([*lookup.result(), *lookup.spread()]))
+            if route:
+                remember(self._routes, record.key, (now, route), MAX_ROUTES)
             async with trio.open_nursery() as nursery:
                 for contact in route:
-                    nursery.start_soon(send, contact)
-        if failed:
-            self._forget_routes(record.key)
+                    if contact.peer not in asked:
+                        nursery.start_soon(catch_up, contact)
         return taken
 
-    async def _route(self, key: str, deadline: float) -> list[Contact]:
-        """The nodes other than us that should keep a key's records."""
-        now = trio.current_time()
-        if (known := self._routes.get(key)) is not None and now < known[0] + ROUTE_LIFE_S:
-            return known[1]
-        target = key_id(key)
-        if self._everybody is not None and now < self._everybody[0] + ROUTE_LIFE_S:
-            nearest = sorted(self._everybody[1], key=lambda contact: contact.id ^ target)
-        else:
-            # A swarm smaller than k is found whole, once; of a larger one no more than what is stored at.
-            small = len(self.table) < self._limits.k
-            need = self._limits.k if small else self._limits.replicas
-            lookup, complete = await self._nearest(target, deadline, need)
-            nearest = lookup.spread()
-            if complete and len(nearest) < need:
-                # The swarm is smaller than k, so these are all of it, whatever the key.
-                self._everybody = (now, list(nearest))
-        route = nearest[: self._limits.replicas]
-        if len(route) == self._limits.replicas and self.table.own_id ^ target < route[-1].id ^ target:
-            route.pop()  # we keep it in its stead
-        if route:
-            remember(self._routes, key, (now, route), MAX_ROUTES)
-        return route
+    def _reach(self) -> int:
+        """The distance from any place within which about ``replicas`` nodes are: as far as our own are."""
+        nearest = self.table.nearest(self.table.own_id, self._limits.replicas)
+        full = len(nearest) == self._limits.replicas
+        return nearest[-1].id ^ self.table.own_id if full else EVERYWHERE
 
     def _keeps(self, target: int) -> bool:
         """Whether we are one of the nodes that should keep what lies there."""
@@ -423,24 +430,23 @@ class Dht:
         full = len(nearest) == self._limits.replicas
         return not full or self.table.own_id ^ target < nearest[-1].id ^ target
 
-    def _forget_routes(self, key: str) -> None:
-        self._routes.pop(key, None)
-        self._everybody = None
-
     def _newcomer(self, contact: Contact) -> None:
         """Routes that a contact new to the table would be part of are to be found again."""
         if self._alone:
             self._nudge.set()
         self._handover.newcomer(contact)
-        self._everybody = None
         for key, (_, route) in list(self._routes.items()):
             target = key_id(key)
-            if len(route) < self._limits.replicas or contact.id ^ target < route[-1].id ^ target:
+            if len(route) < self._limits.replicas or contact.id ^ target < max(
+                keeper.id ^ target for keeper in route
+            ):
                 del self._routes[key]
 
     # Looking up
 
-    def _lookup(self, target: int, *, need: int, start: Iterable[Contact] | None = None) -> Lookup:
+    def _lookup(
+        self, target: int, *, need: int, start: Iterable[Contact] | None = None, alpha: int | None = None
+    ) -> Lookup:
         if start is None:
             start = self.table.nearest(target, self._limits.k)
             if not start:
@@ -452,7 +458,7 @@ class Dht:
             start,
             own=self.table.own,
             need=need,
-            alpha=self._limits.alpha,
+            alpha=alpha or self._limits.alpha,
             patience=self._limits.patience_s,
         )
 
