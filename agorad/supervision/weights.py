@@ -43,6 +43,9 @@ class Weights(Quiet):
                     yield from self._examine(at)
             case "step" if event["samples"]:
                 self._bad = 0
+                yield Reaction("gradients", "clear")
+            case "state_fetched":
+                yield Reaction("weights", "clear")
 
     def _examine(self, at: float) -> Iterable[Reaction]:
         if at - self._examined >= EXAMINE_S:

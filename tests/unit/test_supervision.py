@@ -115,7 +115,7 @@ def test_gradients_of_others_end_nobody() -> None:
         if expected:
             assert did(rule.examined(True, 10.0 * number)) == ["warn"]
     assert hear(rule, "bad_gradient", 1e4) == []
-    hear(rule, "step", 1e4, samples=3)  # a good one between
+    assert hear(rule, "step", 1e4, samples=3) == ["clear"]  # a good one between
     assert [hear(rule, "bad_gradient", 1e4) for _ in range(BAD - 1)] == [[]] * (BAD - 1)
 
 
@@ -123,6 +123,7 @@ def test_gradients_of_others_end_nobody() -> None:
 def test_weights_that_are_not_finite_are_fetched_once_and_then_the_node_ends() -> None:
     rule = Weights()
     assert did(rule.examined(False, 0.0)) == ["resync"]
+    assert hear(rule, "state_fetched", 9.0) == ["clear"]
     again = list(rule.examined(False, AGAIN_S - 1))
     assert [(reaction.do, reaction.code) for reaction in again] == [("end", ExitCode.NUMERICAL)]
     late = Weights()
