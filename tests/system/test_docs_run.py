@@ -171,7 +171,7 @@ def test_the_readme_s_demo_and_what_is_typed_beside_it(typist: Typist) -> None:
             continue
         text = command.replace("/tmp/swarm", str(folder)).replace(".venv/bin/", "")
         if " demo " in text:
-            text += " --stages 1 --workers 2 --steps 40"
+            text += " --stages 1 --workers 2 --steps 20 --set training.target_batch=8"
         if "PID" in text:
             text = text.replace("PID", str(worker()))
         typist.type(f"README.md:{block.line}", command, text)
@@ -185,5 +185,5 @@ def test_the_readme_s_demo_and_what_is_typed_beside_it(typist: Typist) -> None:
     ((_, demo, log),) = typist.open
     assert demo.wait(2 * COMMAND_S) == 0, log.read_text()
     report = json.loads((typist.home / "report.json").read_text())
-    assert report["steps"] >= 40
+    assert report["steps"] >= 20
     assert report["microbatches"]["lost"] == 0
