@@ -29,6 +29,7 @@ Role = Literal["seed", "worker", "trainer", "authority"]
 ROLES: Final[tuple[str, ...]] = get_args(Role)
 DEFAULT_PORT: Final = 49200
 PAGE_PORT: Final = 49180
+DATABASE_VARIABLE: Final = "AGORA_DATABASE_URL"
 SYSTEM_STATE: Final = Path("/var/lib/agora")
 SYSTEM_RUNTIME: Final = Path("/run/agora")
 
@@ -188,6 +189,12 @@ class Config:
     def identity(self) -> Path:
         """The node's key file."""
         return self.node.identity or self.node.state / "identity.key"
+
+    @property
+    def database(self) -> Path | str:
+        """An authority's: a file, or an SQLAlchemy URL."""
+        url = self.authority.database or os.environ.get(DATABASE_VARIABLE, "")
+        return url or self.node.state / "authority.sqlite"
 
     @property
     def control(self) -> Path:

@@ -13,8 +13,9 @@ are in no text that leaves this file. Blocking. Limits: ``WAIT_S`` for a lock, a
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ from agorad.authority.admission import refusal
 from agorad.authority.books import Execute
 from agorad.authority.schema import STEPS
 from p2p.errors import LocalError
+from p2p.files import read_small
 
 WAIT_S: Final = 10
 RETRY_S: Final = 30.0
@@ -44,6 +46,7 @@ _POSTGRES: Final = (
 )
 """How the steps' SQL reads there, in this order."""
 _READS: Final = "agora_reads"
+_MAGIC: Final = b"SQLite format 3\0"
 _SNAPSHOT: Final[dict[bool, dict[str, Any]]] = {
     True: {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
     False: {_READS: True},
@@ -66,7 +69,7 @@ class Database:
                 event.listen(self._engine, "begin", _sqlite_begins)
             self._migrate()
         except SQLAlchemyError as error:
-            said = self._said(error)
+            said = _said(error, self._url)
             raise LocalError(f"cannot use the authority's database {self.name}: {said}") from None
         except ModuleNotFoundError as error:
             raise LocalError(
@@ -90,17 +93,8 @@ class Database:
                     yield lambda statement, values: _execute(connection, statement, values)
         except SQLAlchemyError as error:
             raise refusal(
-                "unavailable", f"the authority's database fails ({self._said(error)})", RETRY_S
+                "unavailable", f"the authority's database fails ({_said(error, self._url)})", RETRY_S
             ) from None
-
-    def _said(self, error: SQLAlchemyError) -> str:
-        """The driver's first line, without a secret of the URL."""
-        cause = getattr(error, "orig", None) or error
-        lines = str(cause).strip().splitlines()
-        said = lines[0][:200] if lines else type(cause).__name__
-        for secret in _secrets(self._url):
-            said = said.replace(secret, "***")
-        return said
 
     def close(self) -> None:
         """Close all connections."""
@@ -154,6 +148,50 @@ class Database:
             for ours, theirs in _POSTGRES:
                 statement = statement.replace(ours, theirs)
         return statement
+
+
+def trouble(where: Path | str) -> str:
+    """What keeps this database from being used; empty if nothing does, or it is still to be made.
+
+    Only looks: a file is neither made nor changed. ``WAIT_S`` at most for a server.
+    """
+    try:
+        url = _url(where)
+        if url.get_backend_name() == "sqlite":
+            return _damage(Path(url.database or ""))
+        with sqlalchemy.create_engine(url, connect_args={"connect_timeout": WAIT_S}).connect():
+            return ""
+    except LocalError as error:
+        return str(error)
+    except SQLAlchemyError as error:
+        return f"{_name(url)}: {_said(error, url)}"
+    except ModuleNotFoundError as error:
+        return f"{_name(url)} needs the Python package {error.name}: install agorad's extra 'postgres'"
+
+
+def _damage(path: Path) -> str:
+    try:
+        head = read_small(path, len(_MAGIC))
+        if head in (b"", _MAGIC) and not path.with_name(f"{path.name}-wal").exists():
+            # What a write-ahead log still holds makes the file whole: then it cannot be judged alone.
+            with closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as connection:
+                found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            return "" if found == "ok" else f"{path} is damaged: {found}"
+    except FileNotFoundError:
+        return ""
+    except (OSError, sqlite3.DatabaseError) as error:
+        return f"{path}: {getattr(error, 'strerror', None) or error}"
+    return "" if head in (b"", _MAGIC) else f"{path} is no SQLite database"
+
+
+def _said(error: SQLAlchemyError, url: URL) -> str:
+    """The driver's first line, without a secret of the URL."""
+    cause = getattr(error, "orig", None) or error
+    lines = str(cause).strip().splitlines()
+    said = lines[0][:200] if lines else type(cause).__name__
+    for secret in _secrets(url):
+        said = said.replace(secret, "***")
+    return said
 
 
 def _execute(connection: Connection, statement: str, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:

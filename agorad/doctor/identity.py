@@ -88,6 +88,15 @@ def _listed(patient: Patient) -> Iterator[Finding]:
                 name="accounts", verdict="fail", found=str(error),
                 remedy="make the file with agoractl run account NAME, or correct authority.accounts",
             )  # fmt: skip
+    if patient.role == "authority" and patient.status is None:
+        from agorad.authority import database  # SQLAlchemy is much to import for all the others
+
+        if said := database.trouble(settings.database):
+            yield Finding(
+                name="database", verdict="fail", found=f"the authority's database cannot be used: {said}",
+                remedy="start its server, correct authority.database, or put a copy back; it holds "
+                "grants and points",
+            )  # fmt: skip
     if patient.role == "trainer" and settings.trainer.data is not None:
         try:
             require_text(settings.trainer.data)

@@ -14,7 +14,6 @@ at once, 10 s for a peer to say what it wants; those of looking are in ``agorad.
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,7 +68,6 @@ from p2p.membership import Certificate
 from p2p.passes import LIFE_S
 from p2p.rpc import Call
 
-DATABASE_VARIABLE: Final = "AGORA_DATABASE_URL"
 ASK_S: Final = 10.0
 JOINS: Final = 256
 LOOK_S: Final = 75.0
@@ -110,8 +108,7 @@ async def run(node: Node, outside: Outside | None = None) -> None:
         )
     if node.manifest.admission.accounts == "file":
         accounts.load(node.config.authority.accounts)  # damage is better known now than at a join
-    url = node.config.authority.database or os.environ.get(DATABASE_VARIABLE, "")
-    open_store = partial(Store, url or node.config.node.state / "authority.sqlite")
+    open_store = partial(Store, node.config.database)
     store = await trio.to_thread.run_sync(open_store)
     desk = Desk(node, store, outside or Outside(node))
     try:

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import threading
 import time
@@ -226,6 +227,29 @@ def _page_elsewhere(place: Place) -> None:
     _role("authority", identity="authority.key", authority=page, **PUBLIC)(place)
 
 
+def _database(write: Callable[[Path], Any], **authority: str) -> Callable[[Place], None]:
+    """An authority, listed, with this for a database."""
+
+    def plant(place: Place) -> None:
+        (place.node / "identity.key").unlink()
+        place.keys["authority"].save(place.node / "identity.key")
+        (place.node / "accounts.toml").write_text("")
+        write(place.node / "authority.sqlite")
+        _role("authority", authority=authority)(place)
+
+    return plant
+
+
+def _half_a_database(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as made:
+        made.execute("CREATE TABLE t (x TEXT)")
+        made.executemany("INSERT INTO t VALUES (?)", [("x" * 500,)] * 100)
+        made.commit()
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * 8192)
+
+
 def _state_of_another_user(place: Place) -> None:
     (place.node / "events.jsonl").write_text("")
     os.chown(place.node / "events.jsonl", 12345, -1)
@@ -376,6 +400,12 @@ FAULTS: dict[str, tuple[Callable[[Place], None], str, str, str]] = {
     "another announced": (_another_announced, "announce", "fail", "another peer's"),
     "unknown name announced": (
         _settings(announce=["/dns4/no-such-host.invalid/tcp/1"]), "announce", "fail", "cannot be resolved",
+    ),
+    "no database": (_database(lambda p: p.write_text("text, not SQLite")), "database", "fail", "no SQLite"),
+    "damaged database": (_database(_half_a_database), "database", "fail", "is damaged"),
+    "no database server": (
+        _database(lambda _: None, database="postgresql://u:geheim@127.0.0.1:1/x"),
+        "database", "fail", "x at 127",
     ),
     "no secret": (_settings(worker={"secret_file": "gone"}), "secret", "fail", "secret_file"),
     "loose secret": (_loose_secret, "secret", "warn", "other users"),
