@@ -474,8 +474,9 @@ class Connection:
         asked = self._pings.pop(value, None)
         if asked is not None:
             self.lease.renew(asked)
-            self.rtt = trio.current_time() - asked[0]
-            self._patience.answered(self.rtt)
+            now = trio.current_time()
+            self.rtt = now - asked[0]
+            self._patience.answered(self.rtt, now)
         waiter = self._ping_waiters.pop(value, None)
         if waiter is not None:
             waiter.set()
