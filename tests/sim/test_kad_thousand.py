@@ -18,6 +18,7 @@ from p2p.errors import P2PError
 from tests.sim.test_kad_swarm import Swarm, put, simulate
 
 DEADLINE_S = 5.0
+ROUNDING_S = 1e-6  # two readings of a clock that has counted minutes differ by that of their floats
 WAVE = 50
 LIFE_S = 3600.0
 
@@ -86,24 +87,24 @@ def test_a_swarm_loses_a_third_at_once_and_is_cut_in_two(count: int, seed: int) 
         await everybody_writes(swarm)
         whole, slowest = await found(swarm, list(range(count)))
         assert whole == 1.0
-        assert slowest <= DEADLINE_S
+        assert slowest <= DEADLINE_S + ROUNDING_S
         assert hops(swarm) <= most_hops
         for index in swarm.rng.sample(range(1, count), 3 * count // 10):
             swarm.kill(index)
         alive = swarm.alive()
         part, slowest = await found(swarm, alive)
         assert part >= 0.999
-        assert slowest <= DEADLINE_S
+        assert slowest <= DEADLINE_S + ROUNDING_S
         assert hops(swarm) <= most_hops
         swarm.net.sides = {host.peer_id: index % 2 for index, host in enumerate(swarm.hosts)}
         _, slowest = await found(swarm, alive[:100])  # those of the other side are taken for dead
-        assert slowest <= DEADLINE_S
+        assert slowest <= DEADLINE_S + ROUNDING_S
         await trio.sleep(90.0)
         swarm.net.sides = {}
         await trio.sleep(150.0)
         healed, slowest = await found(swarm, alive)
         assert healed >= 0.999
-        assert slowest <= DEADLINE_S
+        assert slowest <= DEADLINE_S + ROUNDING_S
         assert hops(swarm) <= most_hops
 
     simulate(seed, scenario)
