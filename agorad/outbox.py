@@ -18,6 +18,7 @@ import os
 import struct
 import zlib
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -144,7 +145,10 @@ class Outbox:
         number = next(iter(self._counts))
         if number == max(self._counts):
             self.close()
-        (self._folder / f"{number:010}").unlink(missing_ok=True)
+        with suppress(
+            OSError
+        ):  # on a disk that became read-only it stays, and is known when it is sent again
+            (self._folder / f"{number:010}").unlink(missing_ok=True)
         self._first.clear()
         self._loaded = False
         return self._counts.pop(number)

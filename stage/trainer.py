@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import attrs
@@ -188,7 +189,8 @@ class Trainer:
                     await self._evaluation(self._clock.step)
                 nursery.cancel_scope.cancel()
         finally:
-            self._journal.write(self._journal.text())
+            with suppress(LocalError):  # as in _keep_journal: the one before is there
+                self._journal.write(self._journal.text())
 
     async def _issue(self, work: trio.Nursery) -> None:
         while not self._stopping.is_set():

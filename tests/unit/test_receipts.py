@@ -563,3 +563,19 @@ def test_a_folder_that_cannot_be_used_is_said(tmp_path: Path) -> None:
 def test_a_stored_receipt_hides_its_bytes() -> None:
     assert "packed" not in repr(StoredReceipt(ticket="t", at=NOW, packed=b"x", credits=()))
     assert PeerId(TRAINER.peer_id) in RULES.trainers
+
+
+def test_a_record_that_cannot_be_removed_ends_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk became read-only: what was taken stays there, and comes again in the next life."""
+    outbox = Outbox(tmp_path / "receipts")
+    outbox.append(b"one")
+    assert outbox.batch(9, 1000) == [b"one"]
+
+    def read_only(*_args: object, **_words: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", read_only)
+        outbox.done(1)
+    assert outbox.waiting == 0
+    assert Outbox(tmp_path / "receipts").batch(9, 1000) == [b"one"]
