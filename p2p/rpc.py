@@ -105,12 +105,16 @@ class Call:
             raise PeerGone(f"{short(self.peer)} ended the call: {error}") from error
         self._counters.count(self.protocol, size, 0)
 
-    async def receive(self, *, max_payload: int = 0, ahead: int = 0) -> Message:
+    async def receive(
+        self, *, max_payload: int = 0, ahead: int = 0, into: memoryview = memoryview(b"")
+    ) -> Message:
         """The peer's next message. Refused, PeerGone (also at its end), or RemoteError if malformed.
 
-        ``ahead``: bytes of further messages that are to come without waiting for answers.
+        ``ahead``: bytes of further messages that are to come without waiting for answers. ``into``: where a
+        payload that fits is put; the message's is a view of it then.
         """
         stream = self._stream
+        max_payload = max(max_payload, self._max_payload, len(into))
         if self._prefix and not stream.available:
             await self._flush()
         if self._confirmation is not None:
@@ -129,23 +133,23 @@ class Call:
         header_size, payload_size = LENGTHS.unpack(await stream.receive_exactly(LENGTHS.size))
         if header_size > self.connection.limits.header:
             raise RemoteError(f"{self.protocol}: a header of {header_size} bytes")
-        if payload_size > max(max_payload, self._max_payload):
+        if payload_size > max_payload:
             raise RemoteError(
-                f"{self.protocol}: a payload of {payload_size} bytes where"
-                f" {max(max_payload, self._max_payload)} are allowed"
+                f"{self.protocol}: a payload of {payload_size} bytes where {max_payload} are allowed"
             )
         stream.expect(header_size + payload_size + ahead)
         if not self._begun:
             await self._wait_for_first(header_size)
             self._begun = True
         header = _unpack(await stream.receive_exactly(header_size), self.protocol)
-        payload = bytearray(payload_size)
+        fits = payload_size <= len(into)
+        payload = into[:payload_size] if fits else memoryview(bytearray(payload_size))
         if payload_size:
-            await stream.receive_into(memoryview(payload))
+            await stream.receive_into(payload)
             self._counters.count(self.protocol, 0, payload_size)
         if header.get("t") == "refused":
             raise _refusal(header)
-        return Message(header, memoryview(payload))
+        return Message(header, payload)
 
     async def refuse(self, refusal: Refused) -> None:
         """Answer with a typed no and stop reading."""

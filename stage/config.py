@@ -55,9 +55,6 @@ MAX_STAGES: Final = 256
 _MAX_LAYERS: Final = 4096
 _LATER: Final = {
     ("averaging", "powersgd"): "sparta",
-    ("robust", "clip"): "none",
-    ("robust", "trimmed"): "none",
-    ("robust", "centered-clip"): "none",
 }
 """Words of the interface that this version cannot honour yet, and what to write instead."""
 

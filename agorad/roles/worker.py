@@ -50,8 +50,8 @@ from stage.microbatch import MicrobatchServer
 from stage.nexthop import NextHop
 from stage.parameters import ticket_flops
 from stage.placement import DeviceError, choose_device, give_back, peak_flops, vram
-from stage.reduce import KernelReducer
 from stage.replica import Replica
+from stage.robust import reducer
 from stage.roster import Declaration, Roster
 from stage.router import Router
 from stage.snapshot import SnapshotStore, State
@@ -232,7 +232,7 @@ class _Worker:
             clock=trio.current_time,
             rng=node.rng,
             config=RoundConfig(),
-            reducer=KernelReducer,
+            reducer=reducer(manifest.training.robust),
         )
         self.replica = Replica(
             peer_id=self.peer_id,

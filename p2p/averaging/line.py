@@ -81,18 +81,20 @@ async def carry(call: Call, outbox: Outbox, heard: Heard, *, max_payload: int = 
 
     The callee has said ``HEARD`` before: the echo that negotiation still owes leaves with the first message,
     and must not be left to a reader that would then send while the writer does. While carried, the
-    connection is watched: two seconds of silence end it.
+    connection is watched: two seconds of silence end it. A payload is ``heard``'s until it returns: the next
+    one comes into the same buffer.
     """
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(call.connection.watched())
         failure: Exception | None = None
+        buffer = memoryview(bytearray(max_payload))
         async with trio.open_nursery() as nursery:
 
             async def listen() -> None:
                 nonlocal failure
                 try:
                     while True:
-                        message = await call.receive(max_payload=max_payload)
+                        message = await call.receive(into=buffer)
                         outbox.payload_in += len(message.payload)
                         if message.header.get("t") != HEARD:
                             heard(message.header, message.payload)

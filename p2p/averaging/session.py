@@ -4,7 +4,8 @@ Each pair of members shares one call, opened by the earlier in the roster (membe
 come first). It opens with ``{t: link, group}``; everything after is the exchange's. Inputs reach the machine
 directly, on the one thread; what it says is posted to outboxes, whose writers are the only ones that wait.
 
-A pair whose call is not there ``LINK_S`` after the commit, or ends, is lost to each other for this round.
+A pair whose call is not there ``LINK_S`` after the commit, or ends, or whose connection does, is lost to each
+other for this round.
 At the end last words (the verdict) are flushed for at most ``FLUSH_S``.
 """
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 PROTOCOL: Final = "/agora/round/1"
 LINK_S: Final = 4.0
+AGAIN_S: Final = 0.5
+"""Within which one whose connection ended makes another, if it lives."""
 FLUSH_S: Final = 1.0
 
 
@@ -107,10 +110,25 @@ class Session:
             self._lose(peer, str(error))
 
     async def _expect(self, peer: PeerId) -> None:
+        why = "no line from it"
         with trio.move_on_after(LINK_S):
-            await self._linked[peer].wait()
-            return
-        self._lose(peer, "no line from it")
+            async with trio.open_nursery() as nursery:
+
+                async def watch() -> None:
+                    """One whose connection ended, and who makes no other, opens no line."""
+                    nonlocal why
+                    while (connection := self._host.connections.get(peer)) is not None:
+                        await connection.closed.wait()
+                        await trio.sleep(AGAIN_S)
+                        if self._host.connections.get(peer) is None:
+                            why = "its connection ended"
+                            nursery.cancel_scope.cancel()
+
+                nursery.start_soon(watch)
+                await self._linked[peer].wait()
+                nursery.cancel_scope.cancel()
+        if not self._linked[peer].is_set():
+            self._lose(peer, why)
 
     async def _carry(self, call: Call) -> None:
         peer = call.peer

@@ -18,15 +18,17 @@ from typing import Final
 FLOAT_BYTES: Final = 4
 MAX_PART_BYTES: Final = 1 << 20
 MAX_PARTS: Final = 4096
+PARTS_EACH: Final = 4
+"""Parts that a reducer has at least, given enough numbers: it reduces one while others move."""
 ALIGNMENT: Final = 1024
 """Parts end on blocks of 256 floats, the unit that slices are made of."""
 CLAMP: Final = 4.0
 
 
 def part_size(floats: int, reducers: int, wanted: int) -> int:
-    """Bytes a part: ``wanted``, less where reducers would go idle, more where parts would be too many."""
+    """Bytes a part: ``wanted``, less where reducers would wait, more where parts would be too many."""
     total = floats * FLOAT_BYTES
-    size = min(wanted, -(-total // max(1, reducers)))
+    size = min(wanted, -(-total // (PARTS_EACH * max(1, reducers))))
     size = max(size, -(-total // MAX_PARTS), 1)
     return -(-size // ALIGNMENT) * ALIGNMENT
 

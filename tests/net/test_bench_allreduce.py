@@ -33,7 +33,9 @@ def test_survivors_of_a_kill_hold_the_same_exact_means() -> None:
     assert result["identical"]
     assert len(result["hashes"]) == 2
     assert result["max_error"] < 1e-6
-    assert {drop["peer"] for drop in result["drops"]} == set(result["killed"])
+    # A leader that dies at its commit may take it along: the others then have a round of their own.
+    assert {drop["peer"] for drop in result["drops"]} <= set(result["killed"])
+    assert result["fraction"] == 1.0
 
 
 @pytest.mark.long
