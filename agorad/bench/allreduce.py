@@ -14,6 +14,7 @@ from agorad.bench.ends import End, end, said, tell
 from p2p.averaging.roster import MAX_FLOATS, MAX_MEMBERS
 from p2p.averaging.shares import FLOAT_BYTES
 from p2p.identity import Identity
+from stage.codec import CODECS
 
 MODULE: Final = "agorad.bench.allreduce_peer"
 STAGE: Final = 0
@@ -69,7 +70,9 @@ def check(peers: int, floats: int, kills: list[Kill], slow: list[int]) -> None:
         )
 
 
-def run(peers: int, floats: int, repeat: int, kills: list[Kill], slow: list[int]) -> dict[str, Any]:
+def run(
+    peers: int, floats: int, dtype: str, repeat: int, kills: list[Kill], slow: list[int]
+) -> dict[str, Any]:
     """Measure; the result is what ``--json`` prints. NoAnswer, CommandFailed when a member hangs or ends."""
     authority = Identity.generate()
     with ExitStack() as stack:
@@ -79,6 +82,7 @@ def run(peers: int, floats: int, repeat: int, kills: list[Kill], slow: list[int]
             spec = {
                 "index": index,
                 "floats": floats,
+                "dtype": dtype,
                 "slow": index in slow,
                 "kill_s": due[0] if due else None,
             }
@@ -102,7 +106,7 @@ def run(peers: int, floats: int, repeat: int, kills: list[Kill], slow: list[int]
             if "failed" not in facts:
                 tell(ends[index], {"check": True})
                 facts |= said(ends[index], ANSWER_S)
-    return _summed(peers, floats, list(mates), counted)
+    return _summed(peers, floats, dtype, list(mates), counted)
 
 
 def _round(ends: list[End], number: int, mortal: set[int]) -> dict[int, dict[str, Any]]:
@@ -122,7 +126,7 @@ def _round(ends: list[End], number: int, mortal: set[int]) -> dict[int, dict[str
 
 
 def _summed(
-    peers: int, floats: int, names: list[str], rounds: list[dict[int, dict[str, Any]]]
+    peers: int, floats: int, dtype: str, names: list[str], rounds: list[dict[int, dict[str, Any]]]
 ) -> dict[str, Any]:
     last = rounds[-1]
     finished = {index: facts for index, facts in last.items() if "failed" not in facts}
@@ -136,9 +140,9 @@ def _summed(
     return {
         "peers": peers,
         "floats": floats,
-        "dtype": "fp32",
+        "dtype": dtype,
         "seconds": seconds,
-        "payload_mb_per_s": floats * FLOAT_BYTES / statistics.median(seconds) / 1e6,
+        "payload_mb_per_s": CODECS[dtype].size(floats * FLOAT_BYTES) / statistics.median(seconds) / 1e6,
         "max_error": max((facts["max_error"] for facts in finished.values()), default=None),
         "hashes": hashes,
         "fraction": min((facts["fraction"] for facts in finished.values()), default=0.0),

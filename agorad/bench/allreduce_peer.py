@@ -32,6 +32,7 @@ from p2p.event import Event
 from p2p.identity import PeerId
 from p2p.kad.node import Dht
 from p2p.multiaddr import Multiaddr
+from stage.codec import CODECS
 from stage.reduce import KernelReducer
 
 LOCAL: Final = Multiaddr.parse("/ip4/127.0.0.1/tcp/0")
@@ -101,7 +102,8 @@ async def peer(spec: dict[str, Any]) -> None:
 
     dht = Dht(host, host.identity)
     averager = Averager(
-        host, dht, host.identity, run=member.RUN, stage=STAGE, reducer=KernelReducer, emit=emit,
+        host, dht, host.identity, run=member.RUN, stage=STAGE, reducer=KernelReducer,
+        codec=CODECS[spec["dtype"]], emit=emit,
         config=RoundConfig(group_size=MAX_MEMBERS),
     )  # fmt: skip
     say(ready=True)

@@ -108,6 +108,9 @@ def dht(peers: int, as_json: bool) -> None:
 @bench.command()
 @click.option("--peers", type=int, default=4, help="Members, each a process; 4.")
 @click.option("--floats", type=int, default=10_000_000, help="In each vector.")
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "bf16", "int8"]), default="fp32", help="Of parts on the wire."
+)
 @click.option("--repeat", type=click.IntRange(1, 100), default=3, help="Rounds; the median counts.")
 @click.option(
     "--kill", "kills", multiple=True, metavar="MEMBER@SECONDS", help="Ends it then, from the commit."
@@ -115,7 +118,13 @@ def dht(peers: int, as_json: bool) -> None:
 @click.option("--slow", type=int, multiple=True, metavar="MEMBER", help="Its link carries 20 Mbit/s.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def allreduce(
-    peers: int, floats: int, repeat: int, kills: tuple[str, ...], slow: tuple[int, ...], as_json: bool
+    peers: int,
+    floats: int,
+    dtype: str,
+    repeat: int,
+    kills: tuple[str, ...],
+    slow: tuple[int, ...],
+    as_json: bool,
 ) -> None:
     """Averaging rounds of processes over loopback, encrypted, as members of a run.
 
@@ -130,7 +139,7 @@ def allreduce(
         benchmark.check(peers, floats, deaths, list(slow))
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
-    result = benchmark.run(peers, floats, repeat, deaths, list(slow))
+    result = benchmark.run(peers, floats, dtype, repeat, deaths, list(slow))
     click.echo(json.dumps(result) if as_json else benchmark.lines(result))
     if result["failed"] or not result["identical"]:
         raise SystemExit(1)

@@ -32,7 +32,7 @@ from p2p.averaging.line import HEARD, Outbox, carry, check_mate
 from p2p.averaging.lobby import Announcement, Lobby, RoundConfig
 from p2p.averaging.match import Match
 from p2p.averaging.outcome import Outcome, RoundFailed
-from p2p.averaging.reducer import MakeReducer
+from p2p.averaging.reducer import Codec, MakeReducer, PlainCodec
 from p2p.averaging.roster import MAX_ADDRS, MAX_SECONDS, Candidate, Roster, RoundKey
 from p2p.averaging.session import LINK_S, PROTOCOL, Session
 from p2p.averaging.shares import FLOAT_BYTES
@@ -84,6 +84,7 @@ class Averager:
         run: str,
         stage: int,
         reducer: MakeReducer,
+        codec: Codec = PlainCodec(),
         emit: Emit = ignore,
         clock: Callable[[], float] = trio.current_time,
         rng: random.Random | None = None,
@@ -95,6 +96,7 @@ class Averager:
         self._run = run
         self._stage = stage
         self._make_reducer = reducer
+        self._codec = codec
         self.later_round: Callable[[int], bool] = lambda number: False
         """Told of the number when a mate is at a later round than any that began here. True: this member
         is going there too, so a search for an earlier round is not worth going on with."""
@@ -216,6 +218,7 @@ class Averager:
             verify,
             now,
             min(roster.seconds, ends - now),
+            self._codec,
         )
         session = self._sessions[roster.group] = Session(self._host, exchange, self._clock)
         self._wake_links()

@@ -54,7 +54,7 @@ from blake3 import blake3
 
 from p2p.averaging import fields
 from p2p.averaging.outcome import EVERYBODY_LOST, PARTS_MISSED, Outcome
-from p2p.averaging.reducer import MakeReducer, Reducer
+from p2p.averaging.reducer import Buffer, Codec, MakeReducer, PlainCodec, Reducer
 from p2p.averaging.roster import Roster, Sign, Verify
 from p2p.averaging.shares import MAX_PARTS
 from p2p.averaging.verdict import DIGEST, MESSAGES, NOTHING, Value, Verdict
@@ -97,7 +97,7 @@ class Send:
 
     to: int
     header: dict[str, Any]
-    payload: bytes | memoryview = attrs.field(default=b"", repr=False)
+    payload: Buffer = attrs.field(default=b"", repr=False)
 
 
 class Exchange:
@@ -113,6 +113,7 @@ class Exchange:
         verify: Verify,
         now: float,
         seconds: float,
+        codec: Codec = PlainCodec(),
     ) -> None:
         if len(vector) != roster.floats * 4:
             raise LocalError("the vector is not as long as the roster says")
@@ -125,6 +126,9 @@ class Exchange:
         self._result = bytearray(vector)
         self._view = memoryview(self._result)
         self._make_reducer = make_reducer
+        self._codec = codec
+        self._coded: dict[int, Buffer] = {}
+        """Of held parts, what was signed and is handed on, where that is not the result itself."""
         self._sign = sign
         self._verify = verify
         self._began = now
@@ -163,7 +167,8 @@ class Exchange:
             for part in order:
                 if self._owners[part] != self.me:
                     begin, end = self._spans[part]
-                    self._tell(self._owners[part], {"t": "raw", "p": part}, self._vector[begin:end])
+                    own = self._codec.encode(self._vector[begin:end])
+                    self._tell(self._owners[part], {"t": "raw", "p": part}, own)
         self._reduce_own()
         self._advance()
 
@@ -275,14 +280,13 @@ class Exchange:
             raise RemoteError("numbers from a member without weight")
         if self._added[part] >> sender & 1:
             raise RemoteError("the same part twice")
-        begin, end = self._spans[part]
-        if len(payload) != end - begin:
+        if len(payload) != self._wire_size(part):
             raise RemoteError("a part of the wrong length")
         if self._status[part] is Part.PENDING and sender not in self._barred:
-            self._add(part, sender, payload)
+            self._add(part, sender, self._codec.decode(payload))
             self._reduce_own() if sender in self._barred else self._finish_if_complete(part)
 
-    def _add(self, part: int, member: int, payload: memoryview) -> None:
+    def _add(self, part: int, member: int, payload: Buffer) -> None:
         begin, end = self._spans[part]
         if part not in self._reducers:
             self._reducers[part] = self._make_reducer(end - begin)
@@ -321,7 +325,7 @@ class Exchange:
         if len(mean) != end - begin:
             raise LocalError("the reducer returned another length than it was given")
         self._askers.pop(part, None)
-        self._hold(part, mean, self.me, contributors, None)
+        self._hold(part, self._codec.encode(mean), self.me, contributors, None)
         deputy = self.roster.deputy(self.me)
         if self._owners[part] != self.me:
             for to in range(self._n):
@@ -373,7 +377,8 @@ class Exchange:
             self._reducers.pop(part, None)
             if self._weights[self.me] > 0:
                 begin, end = self._spans[part]
-                self._tell(deputy, {"t": "raw", "p": part}, self._vector[begin:end])
+                own = self._codec.encode(self._vector[begin:end])
+                self._tell(deputy, {"t": "raw", "p": part}, own)
 
     # -- as receiver and deputy
 
@@ -388,10 +393,9 @@ class Exchange:
             or not (sender in (owner, deputy) or asked_for)
         ):
             raise RemoteError("a mean from one who did not reduce it")
-        begin, end = self._spans[part]
         contributors = fields.integer(header, "by", 1, (1 << self._n) - 1)
         signature = fields.blob(header, "sig", 64, 64)
-        if len(payload) != end - begin:
+        if len(payload) != self._wire_size(part):
             raise RemoteError("a mean of the wrong length")
         if part in self._unacked:
             self._unacked.discard(part)
@@ -406,17 +410,19 @@ class Exchange:
             self._tell(owner, {"t": "ack", "p": part})
 
     def _hold(
-        self, part: int, mean: bytes | memoryview, reducer: int, contributors: int, signature: bytes | None
+        self, part: int, coded: Buffer, reducer: int, contributors: int, signature: bytes | None
     ) -> None:
         """Keep a mean: ``signature`` None where this member reduced it and signs now."""
-        digest = blake3(mean).digest()
+        digest = blake3(coded).digest()
         said = b"%b%d/%d/%b" % (self.roster.group, part, contributors, digest)
         if signature is None:
             signature = self._sign(_DOMAIN, said)
         elif not self._verify(self.roster.peers[reducer], _DOMAIN, said, signature):
             raise RemoteError("a mean that its reducer did not sign")
         begin, end = self._spans[part]
-        self._view[begin:end] = mean
+        self._view[begin:end] = self._codec.decode(coded)
+        if not isinstance(self._codec, PlainCodec):
+            self._coded[part] = bytes(coded)  # coding what was decoded may give other bytes
         self._digests[part] = digest[:DIGEST]
         self._proofs[part] = (reducer, contributors, signature)
         self._reducers.pop(part, None)
@@ -501,9 +507,13 @@ class Exchange:
         begin, end = self._spans[part]
         reducer, contributors, signature = self._proofs[part]
         header = {"t": "mean", "p": part, "rd": reducer, "by": contributors, "sig": signature}
-        self._tell(to, header, self._view[begin:end])
+        self._tell(to, header, self._coded.get(part, self._view[begin:end]))
 
-    def _tell(self, to: int, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+    def _wire_size(self, part: int) -> int:
+        begin, end = self._spans[part]
+        return self._codec.size(end - begin)
+
+    def _tell(self, to: int, header: dict[str, Any], payload: Buffer = b"") -> None:
         if to != self.me and to not in self._lost:
             self.out.append(Send(to, header, payload))
 

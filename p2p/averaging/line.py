@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from p2p.averaging.reducer import Buffer
 from p2p.errors import P2PError, Refused
 from p2p.rpc import Call
 
@@ -39,13 +40,13 @@ class Outbox:
     """Messages on their way to one peer."""
 
     def __init__(self) -> None:
-        self._queue: deque[tuple[dict[str, Any], bytes | memoryview]] = deque()
+        self._queue: deque[tuple[dict[str, Any], Buffer]] = deque()
         self._changed = trio.Event()
         self._closed = False
         self.payload_out = 0
         self.payload_in = 0
 
-    def post(self, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+    def post(self, header: dict[str, Any], payload: Buffer = b"") -> None:
         """Queue a message. One who asks and asks without reading the answers loses the line."""
         if len(self._queue) >= QUEUE_LIMIT:
             self._queue.clear()

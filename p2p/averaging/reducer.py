@@ -33,6 +33,32 @@ MakeReducer = Callable[[int], Reducer]
 """Builds the reducer of a part from its length in bytes."""
 
 
+class Codec(Protocol):
+    """How parts travel, the same for all members of a round; ``n`` counts bytes of fp32."""
+
+    def size(self, n: int) -> int:
+        """Bytes on the wire of a part of ``n``; no more for a shorter part."""
+
+    def encode(self, part: Buffer) -> Buffer:
+        """The wire form of fp32; what is not finite must not look finite in it."""
+
+    def decode(self, coded: Buffer) -> Buffer:
+        """fp32 of a wire form whose length is right; equal to the bit on every machine."""
+
+
+class PlainCodec:
+    """fp32 as it is."""
+
+    def size(self, n: int) -> int:
+        return n
+
+    def encode(self, part: Buffer) -> Buffer:
+        return part
+
+    def decode(self, coded: Buffer) -> Buffer:
+        return coded
+
+
 class PlainReducer:
     """The reference: slow, exact to one rounding."""
 

@@ -21,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from p2p.averaging.butterfly import Exchange, Send
-from p2p.averaging.reducer import PlainReducer
+from p2p.averaging.reducer import Codec, PlainCodec, PlainReducer
 from p2p.averaging.roster import Candidate, RoundKey, draft
 from p2p.averaging.verdict import Value, Verdict
 from p2p.errors import RemoteError
@@ -51,7 +51,13 @@ class Swarm:
     """All members of one round and the links between them."""
 
     def __init__(
-        self, weights: Sequence[float], seed: int, *, floats: int = 1500, vectors: list[bytes] | None = None
+        self,
+        weights: Sequence[float],
+        seed: int,
+        *,
+        floats: int = 1500,
+        vectors: list[bytes] | None = None,
+        codec: Codec = PlainCodec(),
     ) -> None:
         self.rng = random.Random(seed)
         n = len(weights)
@@ -77,6 +83,7 @@ class Swarm:
                 verify,  # type: ignore[arg-type]
                 0.0,
                 SECONDS,
+                codec,
             )
             for i, peer in enumerate(self.roster.peers)
         ]

@@ -38,7 +38,7 @@ POISONS = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.sampled_from(sorted(RULES)), st.sampled_from(sorted(POISONS)), st.integers(0, 1 << 30))
 def test_one_bad_contributor_of_five_moves_the_mean_by_less_than_honest_ones_differ(
     rule: str, poison: str, seed: int
@@ -52,7 +52,7 @@ def test_one_bad_contributor_of_five_moves_the_mean_by_less_than_honest_ones_dif
     assert float(numpy.linalg.norm(result - mean)) < apart
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(1, 9), st.lists(st.floats(0.3, 4), min_size=9, max_size=9), st.integers(0, 1 << 30))
 def test_among_honest_ones_clipping_is_the_weighted_mean(count: int, weights: list[float], seed: int) -> None:
     rows = [row.astype("<f4") for row in honest(seed, count)]
