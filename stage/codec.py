@@ -56,7 +56,8 @@ class Int8Codec:
             scales[~numpy.isfinite(scales)] = numpy.nan
             steps = blocks / numpy.where(scales > 0, scales, numpy.float32(1))[:, None]
         whole = numpy.clip(numpy.rint(numpy.nan_to_num(steps)), -127, 127).astype(numpy.int8)
-        return scales.tobytes() + whole.reshape(-1)[: len(values)].tobytes()
+        coded: bytes = scales.tobytes() + whole.reshape(-1)[: len(values)].tobytes()
+        return coded
 
     def decode(self, coded: Buffer) -> Buffer:
         count = len(coded) - 4 * -(-len(coded) // (BLOCK + 4))

@@ -99,8 +99,8 @@ def js_libp2p() -> list[str]:
     return ["node", str(PLACE / "js" / "js_peer.mjs")]
 
 
-def hivemind() -> list[str]:
-    """Command that measures a swarm of hivemind's nodes; arguments: peers and runs."""
+def hivemind(script: str = "hivemind_swarm.py") -> list[str]:
+    """Command that measures hivemind by a script beside this file, which says what its arguments are."""
     with _installing("hivemind", " ".join([HIVEMIND, *HIVEMIND_NEEDS])) as folder:
         if folder is not None:
             venv.create(folder / "venv", with_pip=True, clear=True)
@@ -110,7 +110,7 @@ def hivemind() -> list[str]:
             # Another torch, two gigabytes of it, would be installed if pip were let.
             _install("hivemind", [*pip, "--no-deps", HIVEMIND], folder)
             _install("what hivemind needs", [*pip, "--ignore-installed", *HIVEMIND_NEEDS], folder)
-    return [str(PLACE / "hivemind/venv/bin/python"), str(HERE / "hivemind_swarm.py")]
+    return [str(PLACE / "hivemind/venv/bin/python"), str(HERE / script)]
 
 
 class Foreign:

@@ -1,4 +1,4 @@
-"""Our hash table beside hivemind's on the same machine, in turns: `make test-long`."""
+"""Our hash table and our averaging beside hivemind's on the same machine, in turns: `make test-long`."""
 
 from __future__ import annotations
 
@@ -59,3 +59,22 @@ def test_store_and_get_take_a_third_of_what_they_take_hivemind(count: int) -> No
     for name in ("get_ms", "store_ms"):
         ratio = statistics.median(there[name]["p50"] / here[name]["p50"] for here, there in turns)
         assert ratio >= 3, (name, turns)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_round_takes_no_longer_than_hiveminds() -> None:
+    floats = 10_000_000
+    theirs = [*peers.hivemind("hivemind_averaging.py"), "4", str(floats), "3"]
+    ours = [sys.executable, "-m", "agorad.cli", "bench", "allreduce", f"--floats={floats}", "--json"]
+    turns = [(measured(ours, ours=True), measured(theirs, ours=False)) for _ in range(TURNS)]
+    print(json.dumps(turns))
+    for here, there in turns:
+        assert here["max_error"] < 1e-6
+        assert there["max_error"] < 1e-5
+        assert here["identical"]
+    # The aim is three times their rate, docs/benchmarks.md says what was reached.
+    ratios = [
+        statistics.median(there["seconds"]) / statistics.median(here["seconds"]) for here, there in turns
+    ]
+    assert statistics.median(ratios) >= 1, turns
