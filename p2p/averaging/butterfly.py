@@ -45,6 +45,7 @@ Limits: the roster's. Memory: the result (one vector) and the reducers of unfini
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
@@ -161,16 +162,28 @@ class Exchange:
     # -- inputs
 
     def start(self) -> None:
-        """Send this member's numbers off, beginning at another reducer than its neighbour does."""
+        """Send this member's numbers off."""
         if self._weights[self.me] > 0:
-            order = sorted(range(len(self._spans)), key=lambda p: (self._owners[p] - self.me) % self._n)
-            for part in order:
+            for part in self._sending_order():
                 if self._owners[part] != self.me:
                     begin, end = self._spans[part]
                     own = self._codec.encode(self._vector[begin:end])
                     self._tell(self._owners[part], {"t": "raw", "p": part}, own)
         self._reduce_own()
         self._advance()
+
+    def _sending_order(self) -> list[int]:
+        """The first part of each reducer, then the second of each, and so on.
+
+        So the numbers for a part come from all senders at about the same time: few parts are begun and not
+        finished, and means travel while numbers do. Each begins at another reducer than its neighbour.
+        """
+        nth: Counter[int] = Counter()
+        order: list[tuple[int, int, int]] = []
+        for part, owner in enumerate(self._owners):
+            order.append((nth[owner], (owner - self.me) % self._n, part))
+            nth[owner] += 1
+        return [part for _, _, part in sorted(order)]
 
     def heard(self, sender: int, header: Mapping[str, Any], payload: memoryview) -> None:
         """A message of member ``sender``; ``RemoteError`` means: drop its link and call ``lost``."""
