@@ -9,6 +9,7 @@ from p2p.connection import Connection
 from p2p.host import Host
 from p2p.identify import open_raw
 from p2p.identity import Identity
+from p2p.limits import Limits
 from p2p.multiaddr import Multiaddr
 from p2p.muxed import MuxedStream
 
@@ -27,7 +28,8 @@ def test_muxed_stream_passes_trios_conformance_suite() -> None:
             await arrived_send.send(stream)
             await end.wait()
 
-        one, two = Host(Identity.generate()), Host(Identity.generate())
+        one = Host(Identity.generate())
+        two = Host(Identity.generate(), limits=Limits(raw_streams=256))  # the suite leaves its streams open
         two.handle_stream(RAW, keep)
         async with one.run(), two.run(LISTEN):
             connection = await one.connect(two.peer_id, addrs=two.addrs, deadline=5)

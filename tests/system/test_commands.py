@@ -205,6 +205,7 @@ def _watch(where: tuple[str, ...]) -> None:
     """On a terminal of its own, which it leaves as it was."""
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
         os.execv(sys.executable, [sys.executable, "-m", "agorad.cli", "status", "--watch", *where])
     shown, until, asked = b"", time.monotonic() + 30, False
     while time.monotonic() < until and select.select([terminal], [], [], 20)[0]:

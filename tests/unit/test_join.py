@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import signal
 import socket
 import stat
 import subprocess
@@ -616,6 +617,12 @@ cli.join(prog_name="join")
 """
 
 
+def at_the_terminal() -> None:
+    """The child's only one; and Ctrl-C means something, also where whoever runs the tests ignores it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A join in a terminal of its own, with nodes that only say what they would be."""
 
@@ -627,7 +634,7 @@ class Terminal:
             stdout=child,
             stderr=child,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=at_the_terminal,
         )
         os.close(child)
         self.text = ""
