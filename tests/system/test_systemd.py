@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(LACKING != "", reason=LACKING)
 HANG = """
 import signal, time
 def hang(*_): time.sleep(3600)
-signal.signal(signal.SIGUSR1, hang)  # the only thread that counts stops here
+signal.signal(signal.SIGUSR2, hang)  # the only thread that counts stops here
 """
 DROP_IN = f"""[Service]
 Environment=PYTHONPATH=/opt/hang:{ROOT} PYTHONDONTWRITEBYTECODE=1
@@ -199,7 +199,7 @@ def test_a_node_lives_as_a_service(tmp_path: Path) -> None:
         assert back["pid"] != node["pid"]
 
         # Hung: ended by the watchdog, with the place in the journal, and there again.
-        machine.run("kill", "-USR1", str(back["pid"]))
+        machine.run("kill", "-USR2", str(back["pid"]))
         machine.wait_for("agorad", 30, NRestarts="2", ActiveState="active")
         assert "in hang" in machine.journal("agorad")
 
