@@ -27,7 +27,7 @@ demo: .venv/.installed
 
 # Most run in two processes beside each other; whole swarms, which need both cores, run alone after them.
 BESIDE := tests/unit tests/sim tests/interop tests/fuzz tests/net \
-          $(patsubst %,tests/system/test_%.py,bad_input commands doctor)
+          $(patsubst %,tests/system/test_%.py,authority_kills bad_input commands doctor join systemd)
 ALONE := $(filter-out $(BESIDE),$(wildcard tests/system/test_*.py))
 QUICK := -m "not long and not gpu"
 

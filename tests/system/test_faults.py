@@ -7,12 +7,15 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.system.ledger import check_ledger
 from tests.system.swarms import demo, processes_under
 
 SMALL = ("--set", "model.seq=64", "--set", "training.target_batch=8")
 
 
+@pytest.mark.long
 def test_the_seed_is_needed_only_to_come_together(tmp_path: Path) -> None:
     folder = tmp_path / "swarm"
     with demo(folder, "--stages", "2", "--workers", "2", "--steps", "40", *SMALL) as swarm:

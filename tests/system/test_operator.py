@@ -27,6 +27,7 @@ def authority(swarm: Demo, folder: Path, *arguments: str, code: int = 0) -> Any:
 
 
 @pytest.mark.catalogue(39)
+@pytest.mark.long
 def test_a_removed_member_is_out_within_seconds_and_training_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "swarm"
     with demo(folder, "--stages", "1", "--workers", "2", "--seconds", "45", *SMALL) as swarm:
