@@ -145,9 +145,7 @@ class Outbox:
         number = next(iter(self._counts))
         if number == max(self._counts):
             self.close()
-        with suppress(
-            OSError
-        ):  # on a disk that became read-only it stays, and is known when it is sent again
+        with suppress(OSError):  # on a disk that became read-only it stays, and is known when sent again
             (self._folder / f"{number:010}").unlink(missing_ok=True)
         self._first.clear()
         self._loaded = False

@@ -12,7 +12,6 @@ while there is none.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
@@ -24,7 +23,7 @@ from agorad.events import Reachability
 from p2p.errors import P2PError
 from p2p.identify import identify
 from p2p.multiaddr import Multiaddr
-from p2p.reach import kind
+from p2p.reach import scope
 
 if TYPE_CHECKING:
     from agorad.node import Node
@@ -107,13 +106,7 @@ async def _ask(node: Node, ref: NodeRef) -> Verdict:
 
 def _some_public(addrs: Iterable[Multiaddr]) -> bool:
     """Whether one of them may be dialled from anywhere: it is public, or a name."""
-    for addr in addrs:
-        try:
-            if kind(ipaddress.ip_address(addr.host or "")) == "public":
-                return True
-        except ValueError:
-            return True
-    return False
+    return any(scope(addr) in ("public", None) for addr in addrs)
 
 
 def _take(node: Node, verdict: Verdict) -> None:

@@ -69,6 +69,12 @@ async def dialable(
     return list(found)[:MOST_ADDRS], left_out
 
 
+def scope(addr: Multiaddr) -> str | None:
+    """The ``kind`` of its address; None for a name, and where there is none."""
+    ip = _ip(addr.host)
+    return None if ip is None else kind(ip)
+
+
 def kind(ip: _Ip) -> str:
     """``public``, ``loopback``, ``link-local``, ``private``, or empty for what is never dialled."""
     mapped = getattr(ip, "ipv4_mapped", None)

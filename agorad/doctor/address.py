@@ -14,7 +14,7 @@ from agorad.metrics.address import read_address
 from agorad.ports import holder
 from p2p.errors import P2PError
 from p2p.multiaddr import Multiaddr
-from p2p.reach import kind
+from p2p.reach import scope
 
 _WORDS: Final = {"loopback": "loopback", "link-local": "link-local", "private": "private"}
 
@@ -147,15 +147,6 @@ def _unknown(name: str) -> str:
     return ""
 
 
-def _kind(addr: Multiaddr) -> str | None:
-    """As ``p2p.reach`` sees it; None for a name."""
-    try:
-        ip = ipaddress.ip_address(addr.host or "")
-    except ValueError:
-        return None
-    return kind(ip)
-
-
 def _everywhere(addr: Multiaddr) -> bool:
     try:
         return ipaddress.ip_address(addr.host or "").is_unspecified
@@ -167,10 +158,10 @@ def _scope(patient: Patient, listen: list[Multiaddr], announce: list[Multiaddr])
     """Addresses that only this machine or this house can reach, in a run whose nodes are elsewhere."""
     manifest = patient.manifest
     nodes = [] if manifest is None else [*manifest.seeds, *manifest.authorities, *manifest.trainers]
-    places = {_kind(addr) for ref in nodes for addr in ref.multiaddrs()}
+    places = {scope(addr) for ref in nodes for addr in ref.multiaddrs()}
     for name, addrs in (("announced", announce), ("listened on", [] if announce else listen)):
         for addr in addrs:
-            where = None if name != "announced" and _everywhere(addr) else _kind(addr)
+            where = None if name != "announced" and _everywhere(addr) else scope(addr)
             if where in _WORDS and where not in places:
                 yield Finding(
                     name="address", verdict="fail" if name == "announced" else "warn",

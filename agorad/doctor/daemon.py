@@ -11,8 +11,8 @@ from agorad import __version__
 from agorad.ask import NoAnswer
 from agorad.cli.targets import how_to_start
 from agorad.doctor.machine import open_files, process_state
-from agorad.doctor.neighbours import lock_holder
 from agorad.doctor.patient import Patient
+from agorad.doctor.sharing import lock_holder
 from agorad.join.findings import Finding
 
 

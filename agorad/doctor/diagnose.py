@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from agorad import preflight
-from agorad.doctor import address, daemon, files, identity, machine, neighbours, network
+from agorad.doctor import address, daemon, files, identity, machine, network, sharing
 from agorad.doctor.patient import Patient
 from agorad.join.findings import Finding
 from p2p.errors import LocalError
@@ -43,7 +43,7 @@ def diagnose(
 
 
 def _on_disk(patient: Patient, others: Sequence[Patient]) -> list[Finding]:
-    found = [*files.look(patient), *identity.look(patient), *neighbours.look(patient, others)]
+    found = [*files.look(patient), *identity.look(patient), *sharing.look(patient, others)]
     if patient.settings is None or any(finding.verdict == "fail" for finding in found):
         return found
     try:

@@ -118,12 +118,9 @@ def install(
 def uninstall(manager: Manager, *, dry_run: bool, purge: bool) -> Done:
     """Remove all of it but the state folder, or with ``purge`` that as well."""
     done = Done(files=files.uninstall())
-    units = manager.known()
-    running = [name for name in units if manager.is_active(name)]
-    enabled = [name for name in units if manager.is_enabled(name)]
+    units = manager.units()
     account = _has_account()
-    done.steps += [f"stop {name} (it hands back its work first, up to 30 s)" for name in running]
-    done.steps += [f"disable {name}" for name in enabled]
+    done.steps += units.steps
     done.steps += [f"remove {RUNTIME}"] if RUNTIME.exists() else []
     done.steps += [f"remove the account {ACCOUNT}"] if account else []
     if STATE.exists() and purge:
@@ -134,14 +131,7 @@ def uninstall(manager: Manager, *, dry_run: bool, purge: bool) -> Done:
         done.hints.append(f"{STATE} stays, with keys and state; `--purge` removes it too")
     if dry_run or done.nothing:
         return done
-    if running:
-        manager.do("systemctl", "stop", *running)
-    if enabled:
-        manager.do("systemctl", "disable", "--quiet", *enabled)
-    changes.apply(done.files)
-    manager.do("systemctl", "daemon-reload")
-    for name in units:
-        manager.says("systemctl", "reset-failed", name)
+    manager.end(units, lambda: changes.apply(done.files))
     shutil.rmtree(RUNTIME, ignore_errors=True)
     if STATE.exists() and purge:
         shutil.rmtree(STATE)

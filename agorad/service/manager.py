@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Callable
 from typing import Final
 
+import attrs
+
 from p2p.errors import LocalError
 
 COMMAND_S: Final = 90.0
@@ -25,6 +27,21 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
         raise LocalError(f"cannot run {command[0]}: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
         raise LocalError(f"{' '.join(command)} did not end within {COMMAND_S:.0f} s") from error
+
+
+@attrs.frozen
+class Units:
+    """Units of ours, and which of them have to be ended before their files go."""
+
+    known: list[str]
+    running: list[str]
+    enabled: list[str]
+
+    @property
+    def steps(self) -> list[str]:
+        """What their end takes, for people."""
+        stops = [f"stop {name} (it hands back its work first, up to 30 s)" for name in self.running]
+        return [*stops, *(f"disable {name}" for name in self.enabled)]
 
 
 class Manager:
@@ -76,3 +93,23 @@ class Manager:
         files = self.says("systemctl", "list-unit-files", "--no-legend", "--full", *patterns)
         names = {line.split()[0] for text in (loaded, files) for line in text.splitlines() if line.split()}
         return sorted(name for name in names if name != "agorad@.service")
+
+    def units(self) -> Units:
+        """Ours, as they are now."""
+        known = self.known()
+        return Units(
+            known,
+            running=[name for name in known if self.is_active(name)],
+            enabled=[name for name in known if self.is_enabled(name)],
+        )
+
+    def end(self, units: Units, remove_files: Callable[[], object]) -> None:
+        """Stop and disable them, remove what ``remove_files`` does, and forget that they ever were."""
+        if units.running:
+            self.do("systemctl", "stop", *units.running)
+        if units.enabled:
+            self.do("systemctl", "disable", "--quiet", *units.enabled)
+        remove_files()
+        self.do("systemctl", "daemon-reload")
+        for name in units.known:
+            self.says("systemctl", "reset-failed", name)

@@ -89,21 +89,11 @@ def uninstall(*, dry_run: bool) -> Done:
     done = Done()
     if place().exists():
         done.files.append(Change(place(), changes.current(place()), None))
-    units = manager.known()
-    running = [name for name in units if manager.is_active(name)]
-    enabled = [name for name in units if manager.is_enabled(name)]
-    done.steps += [f"stop {name} (it hands back its work first, up to 30 s)" for name in running]
-    done.steps += [f"disable {name}" for name in enabled]
+    units = manager.units()
+    done.steps += units.steps
     if dry_run or done.nothing:
         return done
-    if running:
-        manager.do("systemctl", "stop", *running)
-    if enabled:
-        manager.do("systemctl", "disable", "--quiet", *enabled)
-    changes.apply(done.files)
-    manager.do("systemctl", "daemon-reload")
-    for name in units:
-        manager.says("systemctl", "reset-failed", name)
+    manager.end(units, lambda: changes.apply(done.files))
     return done
 
 
