@@ -1,6 +1,7 @@
 """One secured, multiplexed connection to a peer: the trio shell around Noise records and yamux.
 
-Three tasks. The *reader* takes large reads, decrypts whole records into one buffer and feeds yamux.
+Three tasks. The *reader* takes large reads, decrypts record by record and feeds yamux, which puts data where
+it is waited for: from the socket to there a byte is copied once.
 The *writer* sleeps until yamux has something, encrypts up to ``BATCH`` records and sends them in one
 call; batches stay small so that a ping waits behind little. The *keeper* pings: every 10 s normally
 (silent for 20 s is gone), every 0.5 s while somebody holds ``watched()`` (silent for 2 s is gone). A peer
@@ -29,12 +30,15 @@ from p2p.muxed import MuxedStream
 from p2p.patience import Patience
 from p2p.secure import Upgraded
 from p2p.shaper import Shaper
+from p2p.transport import Wire
 from p2p.yamux import Changed, Credit, Opened, PingAnswered, Session, Stream
 
 BATCH = 4
 """Records encrypted for one send: 256 KiB, 10 ms at 200 Mbit/s."""
 READ_SIZE = 256 * KIB
 RECORD = 2 + noise.MAX_RECORD
+BUFFER = READ_SIZE + RECORD
+"""Room for a read behind the beginning of a record, and for a batch."""
 SMALL = 8 * KIB
 OUTSTANDING_PINGS = 64
 COUNT_EVERY = 256 * KIB
@@ -52,7 +56,7 @@ class Scratch:
         self._free: list[memoryview] = []
 
     def take(self) -> memoryview:
-        return self._free.pop() if self._free else memoryview(bytearray(BATCH * RECORD))
+        return self._free.pop() if self._free else memoryview(bytearray(BUFFER))
 
     def give(self, buffer: memoryview) -> None:
         if len(self._free) < 4:
@@ -131,6 +135,7 @@ class Connection:
         self.limits = limits
         self._clock = clock
         self._stream = upgraded.stream
+        self._wire = Wire(upgraded.stream)
         self._sending = upgraded.secured.sending
         self._receiving = upgraded.secured.receiving
         self._tail = upgraded.ciphertext
@@ -303,25 +308,25 @@ class Connection:
     async def _read(self, nursery: trio.Nursery) -> None:
         if self._first:
             self._dispatch(memoryview(self._first), nursery)
-        data: bytes | bytearray = self._tail
+        begun = self._open(memoryview(self._tail), nursery)
         while True:
-            if data:
-                plain, rest = self._decrypt(data)
-                if len(plain):
-                    self._dispatch(plain, nursery)
-            else:
-                rest = b""
-            data = await self._stream.receive_some(self._download.portion(READ_SIZE))
-            if not data:
+            most = self._download.portion(READ_SIZE)
+            await self._wire.readable(most)
+            buffer = self._scratch.take()
+            kept = len(begun)
+            buffer[:kept] = begun
+            size = self._wire.read(buffer[kept : kept + most])
+            if size:
+                self._counters.bytes_in += size
+                self.bytes_in += size
+                self._heard = trio.current_time()
+                self.last_heard = self._clock()
+                self._bound_unread(size)
+                begun = self._open(buffer[: kept + size], nursery)
+            self._scratch.give(buffer)
+            if size == 0:
                 raise PeerGone("the peer closed the connection")
-            self._counters.bytes_in += len(data)
-            self.bytes_in += len(data)
-            self._heard = trio.current_time()
-            self.last_heard = self._clock()
-            self._bound_unread(len(data))
-            await self._download.passage(len(data))
-            if rest:
-                data = rest + data
+            await self._download.passage(size or 0)
 
     def _bound_unread(self, size: int) -> None:
         """Windows bound what one stream holds; this, what all guests' streams do together."""
@@ -336,27 +341,23 @@ class Connection:
             self._counters.turned_away("unread", self.peer)
             raise RemoteError("too much of what guests sent waits to be read")
 
-    def _decrypt(self, data: bytes | bytearray) -> tuple[memoryview, bytes | bytearray]:
-        """Plaintext of all whole records, and what is left of ``data``."""
-        records: list[tuple[int, int]] = []
-        offset, end, total = 0, len(data), 0
+    def _open(self, data: memoryview, nursery: trio.Nursery) -> bytes:
+        """Take all whole records in; the beginning of the next one."""
+        offset, end = 0, len(data)
         while end - offset >= 2:
             size = data[offset] << 8 | data[offset + 1]
             if size < noise.TAG:
                 raise RemoteError(f"a Noise record of {size} bytes")
-            if end - offset < 2 + size:
+            stop = offset + 2 + size
+            if stop > end:
                 break
-            records.append((offset + 2, size))
-            total += size - noise.TAG
-            offset += 2 + size
-        plain = memoryview(bytearray(total))
-        view = memoryview(data)
-        position = 0
-        for start, size in records:
-            length = size - noise.TAG
-            self._receiving.decrypt_into(view[start : start + size], plain[position : position + length])
-            position += length
-        return plain, data[offset:]
+            plain = self._scratch.plain[: size - noise.TAG]
+            self._receiving.decrypt_into(data[offset + 2 : stop], plain)
+            self._dispatch(plain, nursery)
+            offset = stop
+        if self._session.wants_to_send():
+            self._wake()
+        return bytes(data[offset:])
 
     def _dispatch(self, plain: memoryview, nursery: trio.Nursery) -> None:
         for event in self._session.receive(plain):
@@ -368,8 +369,6 @@ class Connection:
                 nursery.start_soon(self._serve, self, self._wrap(event.stream))
             elif isinstance(event, PingAnswered):
                 self._answered(event.value)
-        if self._session.wants_to_send():
-            self._wake()
 
     async def _write(self, _nursery: trio.Nursery) -> None:
         session = self._session
@@ -387,8 +386,8 @@ class Connection:
                 await self._send(small)
                 continue
             out = self._scratch.take()
-            used, room = 0, self._upload.portion(len(out))
-            for _ in range(BATCH):
+            used, room = 0, self._upload.portion(BATCH * RECORD)
+            while True:
                 used += self._seal(size, out[used:])
                 if used + RECORD > room or not session.wants_to_send():
                     break
@@ -410,7 +409,7 @@ class Connection:
         self._counters.bytes_out += len(data)
         self.bytes_out += len(data)
         self._sending_since = trio.current_time()
-        await self._stream.send_all(data)
+        await self._wire.write(data)
         self._sending_since = None
 
     def _tell_drained(self) -> None:

@@ -174,18 +174,24 @@ class MuxedStream(trio.abc.HalfCloseableStream):
     async def _wait_readable(self) -> bool:
         """True when there is data, False at the end of it."""
         while not self._stream.inbox:
-            if self._closed:
-                raise trio.ClosedResourceError
-            if self._stream.fin_received:
+            if self._stream.fin_received and not self._closed:
                 return False
-            if self._lost is not None or self._stream.reset:
-                raise trio.BrokenResourceError(self._why())
-            self._receive_event = trio.Event()
-            try:
-                await self._receive_event.wait()
-            finally:
-                self._receive_event = None
+            self._check_receiving()
+            await self._wait_changed()
         return True
+
+    def _check_receiving(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError
+        if not self._stream.fin_received and (self._lost is not None or self._stream.reset):
+            raise trio.BrokenResourceError(self._why())
+
+    async def _wait_changed(self) -> None:
+        self._receive_event = trio.Event()
+        try:
+            await self._receive_event.wait()
+        finally:
+            self._receive_event = None
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         if max_bytes is None:
@@ -206,16 +212,22 @@ class MuxedStream(trio.abc.HalfCloseableStream):
     async def receive_into(self, target: memoryview) -> None:
         """Fill ``target``; PeerGone when the stream ends before."""
         self._begin_receiving()
-        done, size = 0, len(target)
+        stream = self._stream
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
-            while done < size:
-                if not await self._wait_readable():
-                    raise PeerGone("the peer ended the stream in the middle of a message")
-                done += self._took(self._session.take_into(self._stream, target[done:]))
+            if stream.inbox:
+                target = target[self._took(self._session.take_into(stream, target)) :]
+            if target:
+                stream.target = target  # what still comes goes there, and nobody is woken before all has
+                while stream.target:
+                    self._check_receiving()
+                    if stream.fin_received:
+                        raise PeerGone("the peer ended the stream in the middle of a message")
+                    await self._wait_changed()
         except trio.BrokenResourceError as error:
             raise PeerGone(str(error)) from error
         finally:
+            stream.target = None
             self._receiving = False
 
     async def receive_exactly(self, size: int) -> bytearray:

@@ -5,6 +5,7 @@ another. Everything above sees trio streams and multiaddrs only.
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Protocol, final
@@ -115,6 +116,59 @@ class TcpListener:
     async def aclose(self) -> None:
         for listener in self._listeners:
             await listener.aclose()
+
+
+@final
+class Wire:
+    """The bytes of one connection. On a socket they are read into and written from the caller's buffers."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+        self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
+        self._came: bytes | bytearray | None = None
+        """Of a stream that is no socket: what ``readable`` got."""
+
+    async def readable(self, most: int) -> None:
+        """Until ``read`` has something to say; no buffer is needed meanwhile."""
+        if self._socket is not None:
+            await trio.lowlevel.wait_readable(self._socket)
+        elif self._came is None:
+            self._came = await self._stream.receive_some(most)
+
+    def read(self, buffer: memoryview) -> int | None:
+        """How many bytes are in ``buffer`` now: 0 at the end, None where there was nothing after all."""
+        if self._socket is not None:
+            try:
+                return os.readv(self._socket.fileno(), (buffer,))
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                raise trio.BrokenResourceError(_reason(error)) from error
+        came, self._came = self._came, None
+        if came is None:
+            return None
+        if len(came) > len(buffer):
+            self._came, came = came[len(buffer) :], came[: len(buffer)]
+        buffer[: len(came)] = came
+        return len(came)
+
+    async def write(self, data: memoryview) -> None:
+        """Until the transport has taken all of it."""
+        if self._socket is None:
+            await self._stream.send_all(data)
+            return
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            try:
+                data = data[os.write(self._socket.fileno(), data) :]
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise trio.BrokenResourceError(_reason(error)) from error
+            if not data:
+                break
+            await trio.lowlevel.wait_writable(self._socket)
+        await trio.lowlevel.cancel_shielded_checkpoint()
 
 
 def tune(stream: trio.SocketStream) -> None:

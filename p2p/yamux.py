@@ -2,8 +2,9 @@
 
 Frames have a 12-byte header (version, type, flags, stream id, length). Data counts against a
 window, 256 KiB at first, that the receiver extends as its user consumes. ``receive`` takes bytes cut
-anywhere and returns events; ``fill`` writes the next frames into a buffer of the caller, sized so
-that a frame never crosses a Noise record. Control frames go first, then one data frame of each
+anywhere and returns events; data goes where the stream's user waits for it (``Stream.target``), the rest into
+its inbox. ``fill`` writes the next frames into a buffer of the caller, sized so that a frame never crosses a
+Noise record. Control frames go first, then one data frame of each
 ready stream in turn: no stream and no ping waits behind more than one record a stream.
 
 Larger windows between agora peers. Each hello promises a window; the smaller of both is agreed. A
@@ -39,7 +40,7 @@ HEADER = struct.Struct(">BBHII")
 INITIAL_WINDOW = 256 * 1024
 MAX_WINDOW = 0xFFFFFFFF
 MERGE_BELOW = 4096
-"""Arriving pieces smaller than this are copied together: a piece must not pin a large buffer."""
+"""Pieces of an inbox smaller than this are put together."""
 UNHURRIED = 256
 """Frames that may wait for company; more leave at once."""
 MIN_DATA_ROOM = 1024
@@ -67,6 +68,7 @@ class Stream:
         "receive_window",
         "reset",
         "send_window",
+        "target",
         "window_size",
     )
 
@@ -80,6 +82,7 @@ class Stream:
         self.consumed = 0  # not yet given back as credit
         self.inbox: deque[memoryview | bytearray] = deque()
         self.inbox_bytes = 0
+        self.target: memoryview | None = None  # what is left of a buffer that its user waits to see full
         self.pending: deque[memoryview] = deque()
         self.pending_bytes = 0
         self.queued = False  # in the session's ring of streams that can send
@@ -356,18 +359,20 @@ class Session:
     # what the peer does
 
     def receive(self, data: memoryview) -> list[YamuxEvent]:
-        """Bytes from the peer, cut anywhere. Keeps views of ``data``: it must not change afterwards."""
+        """Bytes from the peer, cut anywhere; nothing of ``data`` is kept."""
         events: list[YamuxEvent] = []
         offset, end = 0, len(data)
         while offset < end:
             if self._body:
                 size = min(self._body, end - offset)
                 self._body -= size
-                if self._body_stream is not None:
-                    self._deliver(self._body_stream, data[offset : offset + size], end)
-                    if not self._body:
-                        self._flagged(self._body_stream, self._body_flags)
-                    events.append(Changed(self._body_stream))
+                stream = self._body_stream
+                if stream is not None:
+                    self._deliver(stream, data[offset : offset + size])
+                    if not self._body and self._body_flags:
+                        self._flagged(stream, self._body_flags)
+                    if not stream.target or self._body_flags:
+                        events.append(Changed(stream))
                 offset += size
                 continue
             need = HEADER.size - len(self._partial)
@@ -452,17 +457,27 @@ class Session:
             self._flagged(stream, flags)
             events.append(Changed(stream))
 
-    def _deliver(self, stream: Stream, piece: memoryview, batch: int) -> None:
+    def _deliver(self, stream: Stream, piece: memoryview) -> None:
         if stream.reset or stream.discarding:
             return  # our own reset crossed it
-        stream.inbox_bytes += len(piece)
-        # A view pins its whole batch; below a quarter of it a copy is the cheaper memory.
-        if len(piece) * 4 >= batch and len(piece) >= MERGE_BELOW:
-            stream.inbox.append(piece)
-        elif stream.inbox and type(stream.inbox[-1]) is bytearray and len(stream.inbox[-1]) < MERGE_BELOW:
-            stream.inbox[-1] += piece
+        size = len(piece)
+        stream.inbox_bytes += size
+        if stream.target:
+            room = len(stream.target)
+            if size <= room:
+                stream.target[:size] = piece
+                stream.target = stream.target[size:]
+                self._consumed(stream, size)
+                return
+            stream.target[:] = piece[:room]
+            stream.target = stream.target[room:]
+            self._consumed(stream, room)
+            piece = piece[room:]
+        inbox = stream.inbox
+        if inbox and type(inbox[-1]) is bytearray and len(inbox[-1]) < MERGE_BELOW:
+            inbox[-1] += piece
         else:
-            stream.inbox.append(bytearray(piece))
+            inbox.append(bytearray(piece))
 
     def _flagged(self, stream: Stream, flags: int) -> None:
         if flags & RST:
