@@ -38,7 +38,8 @@ is untouched. Guaranteed for the loss of any one member of three or more at any 
 Not guaranteed (impossible): that all finish or none does; that a round of two survives the loss of one.
 
 Times are fractions of the round's duration, each a last resort: losing a link is noticed by the connection
-itself within 2 s and resolves everything that waited for it at once.
+itself within 2 s and resolves everything that waited for it at once. A process that stood still did not hear
+what was said meanwhile: it divides what is left of the round anew (``stood_still``).
 
 Limits: the roster's. Memory: the result (one vector) and the reducers of unfinished parts of one share.
 """
@@ -265,6 +266,16 @@ class Exchange:
         self._advance()
         if self._passed >= 1.0 and not self.done:
             self.failed = "no verdict before the round's deadline"
+
+    def stood_still(self, now: float) -> None:
+        """This process was stopped until ``now``: nobody was silent, nobody was heard.
+
+        The marks still ahead share what is left of the round; its end stays where it was agreed.
+        """
+        left = self._began + self._seconds - now
+        if left > 0 and self._passed < 1.0:
+            self._seconds = left / (1.0 - self._passed)
+            self._began = now - self._passed * self._seconds
 
     def wake_at(self) -> float:
         """When ``tick`` is due next."""

@@ -21,6 +21,7 @@ from p2p.averaging.butterfly import Exchange
 from p2p.averaging.line import Outbox, carry, check_mate
 from p2p.averaging.outcome import Outcome, RoundFailed
 from p2p.averaging.verdict import DIGEST
+from p2p.connection import STALL_S
 from p2p.errors import P2PError, Refused, RemoteError
 from p2p.multiaddr import Multiaddr
 from p2p.rpc import Call
@@ -68,8 +69,11 @@ class Session:
                 self._changed = trio.Event()
                 with trio.move_on_after(max(0.0, due - self._clock())):
                     await self._changed.wait()
-                if not exchange.done and self._clock() >= due:
-                    exchange.tick(self._clock())
+                now = self._clock()
+                if not exchange.done and now >= due:
+                    if now > due + STALL_S:  # what was said meanwhile is not read yet
+                        exchange.stood_still(now)
+                    exchange.tick(now)
                     self._pump()
             self.ended_at = self._clock()
             for outbox in self._outboxes.values():

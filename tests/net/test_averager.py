@@ -301,6 +301,19 @@ def test_survivors_of_a_death_in_the_exchange_finish_alike(count: int, parts: in
     trio.run(main)
 
 
+@pytest.mark.long
+def test_a_machine_that_stands_still_in_the_exchange_drops_nobody() -> None:
+    async def main() -> None:
+        vectors = [numbers(20_000, seed) for seed in range(2)]
+        wire = Tripwire(4, lambda: time.sleep(6))  # both members, past the mark for silent senders
+        async with members(2, reducer=wire.make, config=RoundConfig(part_bytes=8192)) as group:
+            outcomes = agree(await run_round(group, vectors, [1.0] * 2, deadline=12))
+        assert len(outcomes) == 2
+        assert all(outcome.fraction == 1.0 and not outcome.drops for outcome in outcomes)
+
+    trio.run(main)
+
+
 @pytest.mark.parametrize("when", [0.0, 0.005, 0.02])
 def test_a_death_around_the_commit_leaves_no_one_hanging(when: float) -> None:
     async def main() -> None:

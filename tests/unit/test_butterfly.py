@@ -4,7 +4,8 @@
 TCP does, and deliver between pairs in an order drawn from a seed. Faults strike after a number of
 deliveries: a member dies (all its links end), a link is cut (both ends notice, later and apart), a member
 falls mute (connected, does nothing; only time resolves it), a member becomes slow (a few messages, to it or
-from it, pass while everybody else has nothing left to do but wait).
+from it, pass while everybody else has nothing left to do but wait), the machine of all stands still for more
+than half of the round.
 """
 
 from __future__ import annotations
@@ -154,6 +155,8 @@ class Swarm:
             self.mute.add(a)
         elif fault.what == "slow":
             self.slow.add(a)
+        elif fault.what == "stop":
+            self._stop()
         elif fault.what == "kill":
             self.dead.add(a)
             for other in range(self.n):
@@ -162,6 +165,15 @@ class Swarm:
         elif a != b:
             self._break(a, b)
             self._break(b, a)
+
+    def _stop(self) -> None:
+        """All wake up late, and look at the clock before they read what has come."""
+        self.now = min(0.9 * SECONDS, self.now + 0.6 * SECONDS)
+        for i in range(self.n):
+            if i not in self.dead | self.mute and self.now >= self.exchanges[i].wake_at():
+                self.exchanges[i].stood_still(self.now)
+                self.exchanges[i].tick(self.now)
+                self._drain(i)
 
     def _break(self, a: int, b: int) -> None:
         """``b`` gets some prefix of what ``a`` had on the way, then the end."""
@@ -239,7 +251,7 @@ def test_one_member_dies_at_any_moment_and_all_others_finish_alike(
 FAULTS = st.lists(
     st.builds(
         Fault,
-        st.sampled_from(["kill", "cut", "cut", "mute", "slow"]),
+        st.sampled_from(["kill", "cut", "cut", "mute", "slow", "stop"]),
         st.tuples(st.integers(0, 5), st.integers(0, 5)),
         st.integers(0, 150),
     ),
@@ -269,7 +281,7 @@ def test_two_thousand_schedules_of_faults() -> None:
         swarm = Swarm([rng.choice([0.0, 1.0, 3.0]) for _ in range(n - 1)] + [1.0], rng.randrange(1 << 30))
         faults = [
             Fault(
-                rng.choice(["kill", "kill", "cut", "mute", "slow"]),
+                rng.choice(["kill", "kill", "cut", "mute", "slow", "stop"]),
                 (rng.randrange(n), rng.randrange(n)),
                 rng.randrange(40 * n),
             )
@@ -283,6 +295,20 @@ def test_two_thousand_schedules_of_faults() -> None:
         whole += bool(outcomes and outcomes[0] and outcomes[0].fraction == 1.0)
     assert finished > 1500  # pairs that lose one fail, and so do rounds that lose half
     assert whole > 1300
+
+
+@pytest.mark.parametrize("after", [0, 3, 10, 25])
+def test_a_machine_that_stands_still_drops_nobody_and_a_death_after_it_is_still_mended(after: int) -> None:
+    swarm = Swarm([1.0] * 4, after)
+    swarm.run([Fault("stop", (0, 0), after)])
+    swarm.check()
+    assert swarm.finished == [0, 1, 2, 3]
+    assert all(e.outcome and e.outcome.fraction == 1.0 and not e.outcome.drops for e in swarm.exchanges)
+    swarm = Swarm([1.0] * 4, after)
+    swarm.run([Fault("stop", (0, 0), after), Fault("kill", (1, 1), after + 2)])
+    swarm.check()
+    assert swarm.finished == [0, 2, 3]
+    assert all(swarm.exchanges[i].outcome.fraction == 1.0 for i in swarm.finished)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("culprit", [0, 1, 2])
