@@ -18,14 +18,12 @@ import trio
 from p2p.errors import LocalError, P2PError, Refused
 from p2p.event import Emit
 from p2p.host import Host
-from p2p.identity import PeerId
 from stage.config import ModelConfig
-from stage.donor import Telling, fetch
 from stage.events import FetchFailed
+from stage.fetch import Fetch, Source
 from stage.parameters import Layout, parameter_specs
-from stage.roster import Entry, Roster
+from stage.roster import Roster
 from stage.snapshot import SnapshotStore
-from stage.state import SnapshotManifest
 
 LOOK_S = 30.0
 RETRY_S = 5.0
@@ -112,9 +110,13 @@ class Ahead:
             return True
         self._idle = trio.Event()
         try:
-            for donor in sorted(donors, key=lambda peer: -donors[peer].record.step):
+            freshest = sorted(donors, key=lambda peer: -donors[peer].record.step)
+            for donor in freshest:
+                sources = [donor, *(other for other in freshest if other != donor)]
                 try:
-                    await self._fetch(donor, donors[donor], stage, layout)
+                    await self._fetch(
+                        [Source(peer, donors[peer].addrs) for peer in sources], stage, layout, newest
+                    )
                 except (P2PError, trio.TooSlowError) as error:
                     why = error.why if isinstance(error, Refused) else str(error) or "too slow"
                     self._emit(FetchFailed(donor=donor, why=why))
@@ -124,29 +126,23 @@ class Ahead:
         finally:
             self._idle.set()
 
-    async def _fetch(self, donor: PeerId, entry: Entry, stage: int, layout: Layout) -> None:
-        telling = Telling(donor, self._emit)
-
-        def progress(manifest: SnapshotManifest, done: int) -> None:
+    async def _fetch(self, donors: list[Source], stage: int, layout: Layout, newest: int) -> None:
+        def progress(done: int, left: int, seconds: float) -> None:
             if done:
-                self.eta_s = (manifest.size - done) * telling.seconds / done
-            telling.progress(manifest, done)
+                self.eta_s = left * seconds / done
 
-        fetched = await fetch(
+        fetch = Fetch(
             self._host,
-            donor,
-            entry.addrs,
             stage,
             floats=layout.size,
             fingerprint=layout.fingerprint,
-            room=self._store.scratch,
-            progress=progress,
+            store=self._store,
+            emit=self._emit,
             guest_pass=self._pass,
+            progress=progress,
         )
-        manifest = fetched.manifest
-        await trio.to_thread.run_sync(self._store.install, manifest, fetched.data)
-        self._have, self.finished, self.eta_s = manifest.step, True, 0.0
-        telling.installed(manifest)
+        with await fetch.run(donors, oldest=newest - self._stale_steps()) as file:
+            self._have, self.finished, self.eta_s = file.manifest.step, True, 0.0
 
     def _step_on_disk(self, fingerprint: str) -> int | None:
         """Step of the newest snapshot, if it is one of this stage."""

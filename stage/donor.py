@@ -1,47 +1,54 @@
-"""State from a stage-mate: ``/agora/state/1``, both sides.
+"""State for stage-mates: the donor's side of ``/agora/state/1``; the other is ``stage.fetch``.
 
 Newcomers are members of the donor's stage, and nodes that wait in the queue and show a pass for it
-(``p2p.passes``). The newcomer says which stage it wants; the donor, if ACTIVE, makes sure that its newest
-snapshot is of its present step, and answers with that snapshot's manifest and its signature over it. Then the
-newcomer asks for chunks one after the other, several ahead, and checks each against the manifest. Both sides
-read and write files in threads.
+(``p2p.passes``). The newcomer says which stage it wants, and perhaps which snapshot, by its digest: one of
+which it has a part, or that it gets from another donor too. A donor that is ACTIVE gives that one if it has
+it, else (unless nothing else is of use to the newcomer) it makes sure that its newest snapshot is of about
+its present step and gives that: the manifest, its signature over it, then chunk by chunk what is asked for,
+packed where that pays (``stage.packing``). Files are read in threads.
 
-Limits: ``NEWCOMERS`` members and ``GUESTS`` guests at a time, others are refused ``busy``; ``AHEAD`` chunks
-asked ahead; ``CHUNK_S`` for the next message of either side, ``GUEST_S`` for a guest's first; a manifest no
-larger than one of this stage's size can be.
+A snapshot that was given stays readable for ``HOLD_S`` after its last reader, even when newer ones have
+pushed it off the disk's folder: who lost the line goes on where it stopped.
+
+Limits: ``NEWCOMERS`` members and ``GUESTS`` guests at a time, others are refused ``busy``; ``HELD`` snapshots
+held; ``CHUNK_S`` for the next message of either side, ``GUEST_S`` for a guest's first.
 """
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 import attrs
 import trio
 
 from p2p import passes
-from p2p.errors import PeerGone, Refused, RemoteError
-from p2p.event import Emit
+from p2p.errors import LocalError, PeerGone, Refused, RemoteError
 from p2p.hello import Admission, check_gate
-from p2p.host import Host
-from p2p.identity import Identity, PeerId
-from p2p.multiaddr import Multiaddr
+from p2p.identity import Identity
 from p2p.rpc import Call
-from stage.events import StateFetched, StateFetching
-from stage.snapshot import SnapshotStore
-from stage.state import CHUNK, Assembly, SnapshotManifest, manifest_bytes, open_manifest
+from stage.packing import Packer
+from stage.snapshot import SnapshotFile, SnapshotStore
 
 PROTOCOL = "/agora/state/1"
 NEWCOMERS = 2
 GUESTS = 1
-AHEAD = 4
+HELD = 2
+HOLD_S = 120.0
 CHUNK_S = 30.0
 GUEST_S = 5.0
 """For a guest to show its pass."""
-DIAL_S = 5.0
-TELL_S = 2.0
-"""Between two reports of a download."""
+BUSY_S = 5.0
+
+
+@attrs.define
+class Given:
+    """A snapshot that was given to somebody; its file is open."""
+
+    file: SnapshotFile
+    readers: int = 0
+    last_at: float = 0.0
+    """When its last reader left, ``trio.current_time``."""
 
 
 class Donor:
@@ -65,38 +72,95 @@ class Donor:
         self._refresh = refresh
         self._membership = membership
         self._served = {"member": 0, "guest": 0}
+        self._given: dict[bytes, Given] = {}
+        """By digest, the one that was given last at the end."""
 
     async def handle(self, call: Call) -> None:
         """Serve one newcomer."""
         wanted = await self._wish(call)
-        kind = self._judge(call, wanted.pop("pass", None))
-        if wanted != {"t": "want", "stage": self._stage}:
-            raise Refused("wrong_stage", f"this replica has the state of stage {self._stage} only")
+        kind = self._judge(call, wanted.get("pass"))
+        digest, only = self._read(wanted)
         limit = NEWCOMERS if kind == "member" else GUESTS
         if self._served[kind] >= limit:
-            raise Refused("busy", f"{limit} newcomers are being served already", 5.0)
+            raise Refused("busy", f"{limit} newcomers are being served already", BUSY_S)
         self._served[kind] += 1
         try:
-            await self._refresh()
-            file = await trio.to_thread.run_sync(self._store.newest)
-            if file is None:
-                raise Refused("not_active", "this replica has no state to give", 5.0)
-            with file:
-                manifest = file.manifest
-                header = {"t": "manifest", "signature": manifest.signed(self._identity)}
-                await call.send(header, manifest.encode())
-                while True:
-                    try:
-                        with trio.fail_after(CHUNK_S):
-                            asked = (await call.receive()).header
-                    except PeerGone:
-                        return  # the newcomer has what it wanted
-                    index = _index(asked, len(manifest.chunks))
-                    data = await trio.to_thread.run_sync(file.chunk, index)
-                    with trio.fail_after(CHUNK_S):
-                        await call.send({"t": "chunk", "index": index}, data)
+            given = await self._choose(digest, only)
+            given.readers += 1
+            try:
+                await self._serve(call, given.file)
+            finally:
+                given.readers -= 1
+                given.last_at = trio.current_time()
         finally:
             self._served[kind] -= 1
+
+    def close(self) -> None:
+        """Nobody is served any more."""
+        for given in self._given.values():
+            given.file.close()
+        self._given.clear()
+
+    def _read(self, wanted: dict[str, Any]) -> tuple[bytes, bool]:
+        """The digest that is asked for and whether nothing else will do."""
+        match wanted:
+            case {"t": "want", "stage": self._stage, **more} if more.keys() <= {"pass", "snapshot", "only"}:
+                digest, only = more.get("snapshot", b""), more.get("only", False)
+                if isinstance(digest, bytes) and len(digest) in (0, 32) and type(only) is bool:
+                    return digest, only
+        raise Refused("wrong_stage", f"this replica has the state of stage {self._stage} only")
+
+    async def _choose(self, digest: bytes, only: bool) -> Given:
+        """The snapshot to give."""
+        self._forget_old()
+        given = self._given.pop(digest, None)
+        if given is None:
+            file = await trio.to_thread.run_sync(self._store.find, digest) if digest else None
+            if file is None and only:
+                raise Refused("not_here", "this replica does not have that snapshot")
+            if file is None:
+                await self._refresh()
+                file = await trio.to_thread.run_sync(self._store.newest)
+            if file is None:
+                raise Refused("not_active", "this replica has no state to give", BUSY_S)
+            given = self._given.pop(file.manifest.digest, None)
+            if given is None:
+                given = Given(file)
+            else:
+                file.close()  # it is open already
+        self._given[given.file.manifest.digest] = given
+        return given
+
+    def _forget_old(self) -> None:
+        spare = len(self._given) + 1 - HELD
+        for digest, given in list(self._given.items()):
+            if not given.readers and (spare > 0 or trio.current_time() - given.last_at > HOLD_S):
+                self._given.pop(digest).file.close()
+                spare -= 1
+
+    async def _serve(self, call: Call, file: SnapshotFile) -> None:
+        manifest, packer = file.manifest, Packer()
+
+        def read(index: int) -> tuple[bytes, bool]:
+            data = file.chunk(index)
+            packed = packer.pack(data)
+            return (data, False) if packed is None else (packed, True)
+
+        await call.send({"t": "manifest", "signature": manifest.signed(self._identity)}, manifest.encode())
+        while True:
+            try:
+                with trio.fail_after(CHUNK_S):
+                    asked = (await call.receive()).header
+            except PeerGone:
+                return  # the newcomer has what it wanted
+            index = chunk_index(asked, len(manifest.chunks))
+            try:
+                data, packed = await trio.to_thread.run_sync(read, index)
+            except LocalError as error:
+                self._given.pop(manifest.digest, None)
+                raise Refused("damaged", f"this replica cannot read its snapshot: {error}", BUSY_S) from None
+            with trio.fail_after(CHUNK_S):
+                await call.send({"t": "chunk", "index": index, **({"packed": True} if packed else {})}, data)
 
     async def _wish(self, call: Call) -> dict[str, Any]:
         """The first message. Who is no member, and shows no pass in it, hears what it lacks in any case."""
@@ -127,92 +191,8 @@ class Donor:
         return "member"
 
 
-@attrs.frozen
-class Fetched:
-    """A whole, verified state."""
-
-    manifest: SnapshotManifest
-    data: bytearray | mmap.mmap
-
-
-async def fetch(
-    host: Host,
-    donor: PeerId,
-    addrs: Sequence[Multiaddr],
-    stage: int,
-    *,
-    floats: int,
-    fingerprint: str,
-    room: Callable[[int], bytearray | mmap.mmap],
-    progress: Callable[[SnapshotManifest, int], None] = lambda _manifest, _done: None,
-    guest_pass: bytes | None = None,
-) -> Fetched:
-    """A mate's state, in memory that ``room`` gives for its size; with a pass where we are no member yet.
-
-    ``progress`` is told the bytes that are here: none once the manifest is, then after each chunk.
-
-    Raises P2PError, or trio.TooSlowError when the donor stalls.
-    """
-    async with await host.call(donor, PROTOCOL, addrs=addrs, deadline=DIAL_S) as call:
-        wish = {"t": "want", "stage": stage}
-        await call.send(wish if guest_pass is None else {**wish, "pass": guest_pass})
-        with trio.fail_after(CHUNK_S):
-            answer = await call.receive(max_payload=manifest_bytes(floats))
-        signature = answer.header.get("signature")
-        if answer.header.get("t") != "manifest" or not isinstance(signature, bytes):
-            raise RemoteError("state: the donor's first answer is not a manifest")
-        manifest = open_manifest(donor, bytes(answer.payload), signature)
-        assembly = Assembly(manifest, floats=floats, fingerprint=fingerprint, room=room)
-        wanted = assembly.missing()
-        asked = done = 0
-        progress(manifest, done)
-        while not assembly.complete:
-            while asked < len(wanted) and asked < len(wanted) - len(assembly.missing()) + AHEAD:
-                await call.send({"t": "chunk", "index": wanted[asked]})
-                asked += 1
-            with trio.fail_after(CHUNK_S):
-                part = await call.receive(max_payload=CHUNK)
-            index = _index(part.header, len(manifest.chunks))
-            await trio.to_thread.run_sync(assembly.add, index, part.payload)
-            done += len(part.payload)
-            progress(manifest, done)
-    return Fetched(*assembly.result())
-
-
-class Telling:
-    """Says in events how the download of a state goes: at its beginning, every ``TELL_S``, at its end."""
-
-    def __init__(self, donor: PeerId, emit: Emit) -> None:
-        self._donor = donor
-        self._emit = emit
-        self._began = trio.current_time()
-        self._told = -TELL_S
-
-    @property
-    def seconds(self) -> float:
-        """Since the beginning."""
-        return trio.current_time() - self._began
-
-    def progress(self, manifest: SnapshotManifest, done: int) -> None:
-        """What ``fetch`` reports."""
-        seconds = self.seconds
-        if done and seconds - self._told < TELL_S:
-            return
-        self._told = seconds
-        self._emit(
-            StateFetching(
-                donor=self._donor, step=manifest.step, bytes=done, size=manifest.size, seconds=seconds
-            )
-        )
-
-    def installed(self, manifest: SnapshotManifest) -> None:
-        """The state is where it belongs."""
-        self._emit(
-            StateFetched(donor=self._donor, step=manifest.step, bytes=manifest.size, seconds=self.seconds)
-        )
-
-
-def _index(header: dict[str, Any], chunks: int) -> int:
+def chunk_index(header: dict[str, Any], chunks: int) -> int:
+    """The chunk that a message is about. Raises RemoteError."""
     match header:
         case {"t": "chunk", "index": int(index)} if 0 <= index < chunks:
             return index

@@ -187,12 +187,22 @@ class StateFetching(Event):
 
 @attrs.frozen(kw_only=True)
 class StateFetched(Event):
-    """A newcomer installed the state of a stage-mate."""
+    """A newcomer has the whole state of a stage-mate: ``kept`` bytes of it were here, ``line`` bytes came."""
 
     donor: str
     step: int
     bytes: int
+    kept: int
+    line: int
     seconds: float
+
+
+@attrs.frozen(kw_only=True)
+class ChunkBad(Event):
+    """A chunk of a state is not what its manifest says; it is asked for again."""
+
+    donor: str
+    chunk: int
 
 
 @attrs.frozen(kw_only=True)

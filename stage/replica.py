@@ -9,8 +9,9 @@
                                            holds a fresher state (tie: lowest hash)
 
 While SYNCING the optimizer is frozen and averaging weight is 0; what a round brings is taken over whole. The
-lag that counts is that of the state at the moment it was installed: from then on the replica follows the
-clock, and the disagreement measured in a round says whether it kept up.
+lag that counts is that of the state when its download began: from then on the replica follows the clock, and
+the disagreement measured in a round says whether it kept up. Where the download took so long that it did not,
+rounds may bring it closer for one cycle, since another download would be as old; then it is taken again.
 
 Rounds never stop training: a slice is packed right after a step, averaged in the background, and the
 difference is merged whenever it arrives. One round at a time, so a slice is never packed again before its
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -76,6 +77,15 @@ class ReplicaCompute(Protocol):
 
 
 @attrs.frozen
+class Fetched:
+    """A mate's state that was installed."""
+
+    step: int
+    resumed: bool
+    """Whether the download went on with what an earlier one had left."""
+
+
+@attrs.frozen
 class LastRound:
     number: int
     fraction: float
@@ -98,7 +108,7 @@ class Replica:
         averager: Averager,
         mates: StageView,
         refresh_mates: Callable[[], Awaitable[None]],
-        fetch_state: Callable[[PeerId], Awaitable[int]],
+        fetch_state: Callable[[Sequence[PeerId], int], Awaitable[Fetched]],
         take_snapshot: Callable[[int], Awaitable[None]],
         snapshot_every: int,
         phase_changed: Callable[[], None],
@@ -133,6 +143,8 @@ class Replica:
         self._advanced = trio.Event()
         self._fresh = False
         """While SYNCING: the state is recent enough, closeness is not yet shown."""
+        self._rounds_left = 0
+        """While SYNCING with a state that could not be newer: rounds that may still bring it closer."""
         self._failed_fetches = 0
         self._saving = False
         self._sync_news = trio.Event()
@@ -389,18 +401,23 @@ class Replica:
     async def _catch_up(self, donors: dict[PeerId, Entry]) -> None:
         """Get the state, or look whether the round since then shows that it is close to the mates'."""
         if not self._fresh:
-            freshest_first = sorted(donors, key=lambda peer: -donors[peer].record.step)
-            donor = freshest_first[self._failed_fetches % len(donors)]
+            freshest = sorted(donors, key=lambda peer: -donors[peer].record.step)
+            turn = self._failed_fetches % len(freshest)
+            sources = [*freshest[turn:], *freshest[:turn]]
+            oldest = self._clock.step - self._training.max_stale_steps
             try:
-                fetched = await self._fetch_state(donor)
+                fetched = await self._fetch_state(sources, oldest)
             except (P2PError, trio.TooSlowError) as error:
-                self._emit(FetchFailed(donor=donor, why=str(error) or "too slow"))
+                self._emit(FetchFailed(donor=sources[0], why=str(error) or "too slow"))
                 self._failed_fetches += 1  # the next attempt asks another donor
                 return
             # No further than our own clock: a step that a donor made up must not stop us from following it.
-            self.state_step = min(fetched, self._clock.step)
+            self.state_step = min(fetched.step, self._clock.step)
             self.step = max(self.step, self.state_step)
-            self._fresh = self.lag <= self._training.max_stale_steps
+            # Where a download takes longer than the run allows a state to lag, another would be as old: one
+            # that was as new as can be when its download began has to do.
+            self._fresh = fetched.resumed or fetched.step >= oldest
+            self._rounds_left = self._training.slices if self.lag > self._training.max_stale_steps else 0
             self.disagreement = None  # that of older weights
             return
         if self.disagreement is None:
@@ -409,6 +426,9 @@ class Replica:
         if close:
             self._warm_from = self.step
             self.set_phase("warming", f"disagreement {self.disagreement:.3f}, limit {limit}")
+        elif self._rounds_left:
+            self._rounds_left -= 1
+            self.disagreement = None
         else:
             self._fresh = False  # drifted away: take the state again
 

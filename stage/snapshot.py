@@ -3,8 +3,8 @@
 A snapshot is two files, ``NUMBER-step-STEP.state`` (the data, see ``stage.state``) and ``….manifest``,
 with NUMBER counting up. Each is written under a temporary name, flushed to the disk and renamed, the
 manifest last: a snapshot exists when its manifest does, so a crash leaves the one before. The newest two
-are kept. The writer reads tensors that the optimizer holds for it, so it runs on any thread; saves of one
-store exclude each other.
+are kept; beside them lies what has come of a download (``stage.incoming``). The writer reads tensors that
+the optimizer holds for it, so it runs on any thread; saves of one store exclude each other.
 
 Reading verifies every chunk. ``load`` raises LocalError with a sentence that names the damage;
 ``load_newest`` passes over what is damaged and says so in ``problems``.
@@ -17,8 +17,8 @@ import hashlib
 import mmap
 import os
 import re
-import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 
 from p2p.errors import LocalError, RemoteError
+from stage import incoming
+from stage.incoming import Incoming
 from stage.state import CHUNK, FLOAT_BYTES, VECTORS, SnapshotManifest
 
 KEEP = 2
@@ -115,6 +117,10 @@ class SnapshotFile:
         """The whole state, mapped, not copied. Raises LocalError if a byte of it is not what was written."""
         for _ in self.chunks():
             pass
+        return self.mapped()
+
+    def mapped(self) -> State:
+        """The whole state as it lies on the disk, for who has verified it already."""
         # A private mapping: torch wants memory that it may write to, and the file stays as it is.
         return State.of(self.manifest, mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY))
 
@@ -127,6 +133,7 @@ class SnapshotStore:
         self.problems: list[str] = []
         """Damage that ``load_newest`` met, one sentence each."""
         self._lock = threading.Lock()
+        self._arriving = False
 
     def _manifests(self) -> list[tuple[int, int, Path]]:
         """(number, step, path), oldest first."""
@@ -164,26 +171,56 @@ class SnapshotStore:
         """Write a snapshot; returns its size in bytes. Raises LocalError, e.g. when the disk is full."""
         return self._write(source.step, source.updates, source.fingerprint, source.floats, _pieces(source))
 
-    def scratch(self, size: int) -> mmap.mmap:
-        """Room on the disk for a state that is being downloaded, as memory; gone when it is let go.
+    def find(self, digest: bytes) -> SnapshotFile | None:
+        """The snapshot of that digest, open; None if it is not here (any more)."""
+        with self._lock:
+            for _, _, path in reversed(self._manifests()):
+                with contextlib.suppress(LocalError):
+                    file = SnapshotFile(path)
+                    if file.manifest.digest == digest:
+                        return file
+                    file.close()
+        return None
+
+    def begun(self) -> SnapshotManifest | None:
+        """Of the download that was broken off."""
+        return incoming.read_manifest(self.folder)
+
+    def rested_s(self) -> float | None:
+        """Seconds since its last chunk came; None if there is none."""
+        return incoming.rested_s(self.folder, time.time())
+
+    def receive(self, manifest: SnapshotManifest) -> Incoming:
+        """Begin to download a snapshot, or go on: what is here of it is kept. To be closed; one at a time.
 
         A state can be larger than the host's memory has room for. Raises LocalError when the disk is full.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder) as file:
-                os.posix_fallocate(file.fileno(), 0, size)
-                return mmap.mmap(file.fileno(), size)
-        except OSError as error:
-            raise LocalError(
-                f"no room for a state of {size} bytes in {self.folder}: {error.strerror}"
-            ) from None
+        arriving = Incoming(self.folder, manifest)
+        with contextlib.ExitStack() as files:
+            with self._lock:
+                self._arriving = True
+                own = []
+                for _, _, path in reversed(self._manifests()):
+                    with contextlib.suppress(LocalError):
+                        own.append(files.enter_context(SnapshotFile(path)))
+            arriving.salvage(own)
+        return arriving
 
-    def install(self, manifest: SnapshotManifest, data: bytearray | mmap.mmap) -> int:
-        """Keep a downloaded snapshot (``Assembly.result()``) as if we had saved it."""
-        view = memoryview(data)
-        pieces = (view[start : start + CHUNK] for start in range(0, len(view), CHUNK))
-        return self._write(manifest.step, manifest.updates, manifest.fingerprint, manifest.floats, pieces)
+    def install(self, arrived: Incoming) -> SnapshotFile:
+        """Keep a whole download as if we had saved it, without a copy. Open, to be closed."""
+        manifest = arrived.manifest
+        with self._lock:
+            try:
+                base = self._next(manifest.step)
+                arrived.settle(base.with_suffix(".state"))
+                self._publish(base, manifest)
+            except OSError as error:
+                raise LocalError(f"snapshot not saved in {self.folder}: {error.strerror}") from None
+            return SnapshotFile(base.with_suffix(".manifest"))
+
+    def let_go(self) -> None:
+        """The download that ``receive`` began has ended, well or not."""
+        self._arriving = False
 
     def _write(
         self, step: int, updates: int, fingerprint: str, floats: int, pieces: Iterable[memoryview]
@@ -191,21 +228,28 @@ class SnapshotStore:
         with self._lock:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                found = self._manifests()
-                number = found[-1][0] + 1 if found else 1
-                base = self.folder / f"{number:08d}-step-{step}"
+                base = self._next(step)
                 hashes = _write_file(base.with_suffix(".state"), pieces)
                 manifest = SnapshotManifest(step, updates, fingerprint, floats, tuple(hashes))
-                try:
-                    _write_file(base.with_suffix(".manifest"), [memoryview(manifest.encode())])
-                except OSError:
-                    base.with_suffix(".state").unlink(missing_ok=True)
-                    raise
-                _flush(self.folder)  # the new one is surely there before an old one goes
-                self._tidy(KEEP)
+                self._publish(base, manifest)
             except OSError as error:
                 raise LocalError(f"snapshot not saved in {self.folder}: {error.strerror}") from None
         return manifest.size
+
+    def _next(self, step: int) -> Path:
+        """Name of the next snapshot, without an ending."""
+        found = self._manifests()
+        return self.folder / f"{found[-1][0] + 1 if found else 1:08d}-step-{step}"
+
+    def _publish(self, base: Path, manifest: SnapshotManifest) -> None:
+        """The data lie there: from now on it is a snapshot."""
+        try:
+            _write_file(base.with_suffix(".manifest"), [memoryview(manifest.encode())])
+        except OSError:
+            base.with_suffix(".state").unlink(missing_ok=True)
+            raise
+        _flush(self.folder)  # the new one is surely there before an old one goes
+        self._tidy(KEEP)
 
     def discard_newest(self) -> None:
         """Remove the newest snapshot: it is whole, and no use. Raises LocalError."""
@@ -218,11 +262,16 @@ class SnapshotStore:
                 raise LocalError(f"cannot remove a snapshot in {self.folder}: {error.strerror}") from None
 
     def make_room(self) -> None:
-        """Remove what is left of failed saves, and all snapshots but the newest. Raises LocalError."""
+        """Remove what is left of failed saves and downloads, and all snapshots but the newest.
+
+        Raises LocalError.
+        """
         with self._lock:
             try:
                 if self.folder.exists():
                     self._tidy(1)
+                    if not self._arriving:
+                        incoming.remove(self.folder)
             except OSError as error:
                 raise LocalError(f"no room was made in {self.folder}: {error.strerror}") from None
 

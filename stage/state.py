@@ -12,14 +12,13 @@ Manifest: msgpack list [format, step, updates, fingerprint, floats, [hash, ...]]
 from __future__ import annotations
 
 import hashlib
-import mmap
-from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import attrs
 import msgpack
 
-from p2p.errors import LocalError, RemoteError
+from p2p.errors import RemoteError
 from p2p.identity import Identity, PeerId, verify
 
 FORMAT = 1
@@ -40,7 +39,7 @@ def chunk_count(floats: int) -> int:
     return -(-VECTORS * FLOAT_BYTES * floats // CHUNK)
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)
 class SnapshotManifest:
     """What a snapshot contains. ``floats`` counts one vector."""
 
@@ -49,6 +48,16 @@ class SnapshotManifest:
     fingerprint: str
     floats: int
     chunks: tuple[bytes, ...]
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes that name this snapshot, whoever holds it."""
+        return hashlib.sha256(self.encode()).digest()
+
+    def check_layout(self, floats: int, fingerprint: str) -> None:
+        """Raises RemoteError unless it is a state of a stage with that layout."""
+        if self.floats != floats or self.fingerprint != fingerprint:
+            raise RemoteError("snapshot: it is of another stage or another model")
 
     @property
     def size(self) -> int:
@@ -107,48 +116,3 @@ def open_manifest(donor: PeerId, data: bytes, signature: bytes) -> SnapshotManif
     if not verify(donor, DOMAIN, data, signature):
         raise RemoteError("snapshot: the manifest does not carry its donor's signature")
     return SnapshotManifest.decode(data)
-
-
-class Assembly:
-    """A snapshot being downloaded: knows what is missing, takes chunks in any order."""
-
-    def __init__(
-        self,
-        manifest: SnapshotManifest,
-        *,
-        floats: int,
-        fingerprint: str,
-        room: Callable[[int], bytearray | mmap.mmap] = bytearray,
-    ) -> None:
-        """``floats`` and ``fingerprint`` are those of our own stage's layout; ``room`` gives the memory for
-        the data, once the manifest was found to fit. Raises RemoteError."""
-        if manifest.floats != floats or manifest.fingerprint != fingerprint:
-            raise RemoteError("snapshot: it is of another stage or another model")
-        self.manifest = manifest
-        self.data = room(manifest.size)
-        self._missing = set(range(len(manifest.chunks)))
-
-    @property
-    def complete(self) -> bool:
-        """Whether ``data`` is whole, and every byte of it verified."""
-        return not self._missing
-
-    def missing(self) -> list[int]:
-        """Chunks still wanted, in order."""
-        return sorted(self._missing)
-
-    def add(self, index: int, data: bytes | bytearray | memoryview) -> None:
-        """Take a chunk; one that is here already is ignored. Raises RemoteError if it is the wrong one."""
-        if not 0 <= index < len(self.manifest.chunks):
-            raise RemoteError(f"snapshot: there is no chunk {index}")
-        if len(data) != self.manifest.chunk_size(index) or not self.manifest.verify_chunk(index, data):
-            raise RemoteError(f"snapshot: chunk {index} is not what the manifest says")
-        if index in self._missing:
-            self.data[index * CHUNK : index * CHUNK + len(data)] = data
-            self._missing.discard(index)
-
-    def result(self) -> tuple[SnapshotManifest, bytearray | mmap.mmap]:
-        """Manifest and data, once complete."""
-        if self._missing:
-            raise LocalError(f"snapshot: {len(self._missing)} chunks are still missing")
-        return self.manifest, self.data

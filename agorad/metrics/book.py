@@ -131,6 +131,8 @@ class Book:
         self.snapshot_step = self.gauge("snapshot_step", "Step of the last snapshot.")
         self.fetches = self.counter("state_fetches", "Downloads of a stage-mate's state.", "outcome")
         self.fetched_bytes = self.counter("state_fetched_bytes", "Bytes of state that were installed.")
+        self.fetched_line = self.counter("state_line_bytes", "Bytes that came over the line for them.")
+        self.bad_chunks = self.counter("state_chunks_bad", "Chunks that were not what their manifest said.")
 
     def _define_rounds(self) -> None:
         self.rounds = self.counter("rounds", "Averaging rounds of this replica, by outcome.", "outcome")
@@ -221,6 +223,7 @@ class Book:
             "save_failed": outcome(self.snapshots, "failed"),
             "state_fetched": self._fetched,
             "fetch_failed": outcome(self.fetches, "failed"),
+            "chunk_bad": bump(self.bad_chunks),
             "roster_committed": self._round_began,
             "round_finished": self._round_finished,
             "round_abandoned": outcome(self.rounds, "abandoned"),
@@ -258,6 +261,7 @@ class Book:
     def _fetched(self, entry: Entry) -> None:
         self.fetches.labels("installed").inc()
         self.fetched_bytes.inc(entry["bytes"])
+        self.fetched_line.inc(entry["line"])
 
     def _round_began(self, entry: Entry) -> None:
         self.rounds.labels("begun").inc()

@@ -11,7 +11,7 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import attrs
 import torch
@@ -44,17 +44,18 @@ from stage.clock import StepClock
 from stage.compute import NOT_FINITE, StageCompute, wire_shape
 from stage.device import STEP, Device
 from stage.donor import PROTOCOL as STATE_PROTOCOL
-from stage.donor import Donor, Telling, fetch
+from stage.donor import Donor
 from stage.events import BadOutput, Resumed, Saved, SaveFailed
+from stage.fetch import Fetch, Source
 from stage.microbatch import MicrobatchServer
 from stage.nexthop import NextHop
 from stage.parameters import ticket_flops
 from stage.placement import DeviceError, choose_device, give_back, peak_flops, vram
-from stage.replica import Replica
+from stage.replica import Fetched, Replica
 from stage.robust import reducer
 from stage.roster import Declaration, Roster
 from stage.router import Router
-from stage.snapshot import SnapshotStore, State
+from stage.snapshot import SnapshotStore
 
 DRAIN_S = 10.0
 """How long microbatches in progress may still take once the node is to leave."""
@@ -295,6 +296,7 @@ class _Worker:
             await node.stopping.wait()
             await self.leave()
             nursery.cancel_scope.cancel()
+        self.donor.close()
 
     async def resume(self) -> None:
         """Load the newest own snapshot, if there is a sound one of this stage.
@@ -372,32 +374,33 @@ class _Worker:
         self.node.emit(Saved(step=step, bytes=size))
 
     async def donated(self) -> None:
-        """A newcomer asks for state: give it the present one, not that of the last snapshot."""
+        """A newcomer asks for state: give it one of about now, not the last snapshot, however old.
+
+        A few newcomers one after the other get the same: each snapshot is written for many to read.
+        """
         if self.replica.phase != "active":
             raise Refused("not_active", f"this replica is {self.replica.phase}", 5.0)
-        if self.store.newest_step() != self.replica.step:
+        newest, spare = self.store.newest_step(), self.node.manifest.training.max_stale_steps // 5
+        if newest is None or not self.replica.step - spare <= newest <= self.replica.step:
             await self.take_snapshot(self.replica.step)
 
-    async def fetch_state(self, donor: PeerId) -> int:
-        """Install a mate's state; returns its step."""
-        telling = Telling(donor, self.node.emit)
-        fetched = await fetch(
+    async def fetch_state(self, donors: Sequence[PeerId], oldest: int) -> Fetched:
+        """Install the state of the first of these mates, perhaps with help of the others."""
+        fetch = Fetch(
             self.node.host,
-            donor,
-            self.mates.addrs(donor),
             self.stage,
             floats=self.compute.floats,
             fingerprint=self.compute.fingerprint,
-            room=self.store.scratch,
-            progress=telling.progress,
+            store=self.store,
+            emit=self.node.emit,
         )
-        manifest = fetched.manifest
-        state = State.of(manifest, fetched.data)
-        await self.device.run(STEP, self.compute.load, state)
-        if not await self.device.run(STEP, self.compute.sound):
-            raise RemoteError("the donor's weights are no numbers to go on with")
-        telling.installed(manifest)
-        return manifest.step
+        sources = [Source(donor, self.mates.addrs(donor)) for donor in donors]
+        with await fetch.run(sources, oldest=oldest) as file:
+            await self.device.run(STEP, self.compute.load, file.mapped())
+            if not await self.device.run(STEP, self.compute.sound):
+                await trio.to_thread.run_sync(self.store.discard_newest)
+                raise RemoteError("the donor's weights are no numbers to go on with")
+            return Fetched(file.manifest.step, fetch.resumed)
 
     def update_status(self) -> None:
         last = self.replica.last_round

@@ -24,7 +24,8 @@ from p2p.passes import Pass
 from p2p.records import StageRecord
 from stage import donor
 from stage.ahead import Ahead
-from stage.donor import Donor, fetch
+from stage.donor import Donor
+from stage.fetch import Fetch, Source
 from stage.parameters import Layout, parameter_specs
 from stage.roster import Declaration, Roster
 from stage.snapshot import SnapshotStore
@@ -210,16 +211,16 @@ def test_guests_are_few_and_members_do_not_wait_for_them(tmp_path: Path) -> None
 
             async def take(node: Node, shown: bytes | None) -> str:
                 try:
-                    await fetch(
+                    fetch = Fetch(
                         node.host,
-                        old.node.identity.peer_id,
-                        old.node.host.addrs,
                         STAGE,
                         floats=LAYOUT.size,
                         fingerprint=LAYOUT.fingerprint,
-                        room=bytearray,
+                        store=SnapshotStore(node.config.node.state / "taken"),
+                        emit=node.emit,
                         guest_pass=shown,
                     )
+                    (await fetch.run([Source(old.node.identity.peer_id, old.node.host.addrs)])).close()
                 except Refused as no:
                     return no.code
                 return "taken"

@@ -781,7 +781,7 @@ def test_the_phases_of_a_join() -> None:
     assert heard(narrator, attrs.evolve(part, bytes=500_000_000, seconds=25.0)) == [
         "[DOWNLOAD] 25% of 2.0 GB, 20.0 MB/s, 1 min 15 s to go"
     ]
-    done = StateFetched(donor="12Ddonor", step=7, bytes=2_000_000_000, seconds=99.0)
+    done = StateFetched(donor="12Ddonor", step=7, bytes=2_000_000_000, kept=0, line=1, seconds=99.0)
     assert heard(narrator, done)[0] == "[DOWNLOAD] state of step 7: 2.0 GB in 99.0 s"
     step = Step(stage=2, replica="12Dme", step=8, samples=3)
     assert heard(narrator, step) == []

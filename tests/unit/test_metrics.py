@@ -32,7 +32,7 @@ SAMPLE: dict[str, Any] = {
     "seconds": 1.5, "samples": 3, "loss": 2.5, "step": 7, "bytes": 100, "at": 12.0, "round": 1,
     "fraction": 0.5, "members": ["a", "b"], "disagreement": 0.1, "dialed": True, "why": "full",
     "code": "full", "outcome": "granted", "expires": 9.0, "new": 1, "known": 2, "refused": 3, "waiting": 4,
-    "count": 5, "kind": "disk",
+    "count": 5, "kind": "disk", "line": 90,
 }  # fmt: skip
 """A value for every field that a series is made from."""
 

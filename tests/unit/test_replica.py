@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
 import attrs
@@ -21,7 +21,7 @@ from stage.config import TrainingConfig
 from stage.device import Device
 from stage.events import Phase, RoundAbandoned, SaveFailed, SettingsTaken, Step
 from stage.merging import PackedSlice
-from stage.replica import PROMOTE_S, ROUND_S, Replica
+from stage.replica import PROMOTE_S, ROUND_S, Fetched, Replica
 from stage.roster import Entry, StageView
 
 TRAINER = Identity.generate(bytes([1]) * 32)
@@ -64,6 +64,10 @@ class Bench:
 
     snapshot_every: int = 0
     donated_step: int = 0
+    fetch_s: float = 0.0
+    resumes: bool = False
+    fetches: list[int] = attrs.field(factory=list)
+    """The oldest step that each fetch would go on with."""
     events: list[Event] = attrs.field(factory=list)
     mates: StageView = attrs.field(factory=lambda: StageView(0))
     clock: StepClock = attrs.field(factory=lambda: StepClock("run", frozenset({TRAINER.peer_id}), 1))
@@ -75,9 +79,10 @@ class Bench:
         async def refresh() -> None:
             await trio.lowlevel.checkpoint()
 
-        async def fetch(_donor: PeerId) -> int:
-            await trio.lowlevel.checkpoint()
-            return self.donated_step
+        async def fetch(_donors: Sequence[PeerId], oldest: int) -> Fetched:
+            self.fetches.append(oldest)
+            await trio.sleep(self.fetch_s)
+            return Fetched(self.donated_step, self.resumes)
 
         async def take_snapshot(step: int) -> None:
             self.snapshots.append(step)
@@ -108,6 +113,18 @@ class Bench:
             snapshot_step=0,
         )  # fmt: skip
         self.mates.replace({MATE: Entry(MATE, record, [], 1.0)})
+
+    def mates_at(self, *disagreements: float) -> None:
+        """ACTIVE mates that measured these."""
+        entries = {}
+        for number, disagreement in enumerate(disagreements):
+            record = StageRecord(
+                addrs=(), phase="active", step=0, slots=1, rate=0.0, certificate=b"",
+                disagreement=disagreement, snapshot_step=0,
+            )  # fmt: skip
+            peer = PeerId(f"mate{number}")
+            entries[peer] = Entry(peer, record, [], 1.0)
+        self.mates.replace(entries)
 
     async def advance(self, step: int) -> None:
         if self.clock.observe([Reading.signed(TRAINER, "run", step)]):
@@ -187,6 +204,67 @@ def test_a_step_that_a_donor_made_up_does_not_stop_the_clock() -> None:
 
     bench.live(body)
     assert [event.step for event in bench.of(Step)] == [101]
+
+
+def measured(bench: Bench, disagreement: float) -> None:
+    """As after a round."""
+    bench.replica.disagreement = disagreement
+    bench.replica._sync_news.set()
+
+
+def test_a_download_that_outlasts_the_staleness_limit_is_not_repeated_for_ever() -> None:
+    bench = Bench(donated_step=100, fetch_s=40.0)
+
+    async def body() -> None:
+        bench.mates_at(0.01, 0.01)
+        await bench.advance(100)
+        await trio.sleep(1.0)
+        await bench.advance(130)
+        await trio.sleep(45.0)
+        assert bench.fetches == [95]
+        cycle = bench.replica._training.slices
+        for _ in range(cycle):
+            measured(bench, 0.5)
+            await trio.sleep(5.0)
+        assert (bench.replica.phase, len(bench.fetches)) == ("syncing", 1)
+        measured(bench, 0.04)
+        await trio.sleep(5.0)
+        assert bench.replica.phase == "warming"
+
+    bench.live(body)
+
+
+def test_rounds_get_one_cycle_to_bring_an_old_state_close() -> None:
+    bench = Bench(donated_step=100, fetch_s=40.0)
+
+    async def body() -> None:
+        bench.mates_at(0.01, 0.01)
+        await bench.advance(100)
+        await trio.sleep(1.0)
+        await bench.advance(130)
+        await trio.sleep(45.0)
+        for _ in range(bench.replica._training.slices + 1):
+            measured(bench, 0.5)
+            await trio.sleep(5.0)
+        assert bench.fetches == [95, 125]
+
+    bench.live(body)
+
+
+def test_a_state_that_was_old_before_its_download_is_not_enough_unless_it_went_on_with_one() -> None:
+    for resumes in (False, True):
+        bench = Bench(donated_step=94, resumes=resumes)
+
+        async def body(bench: Bench = bench) -> None:
+            bench.mates_at(0.01, 0.01)
+            await bench.advance(100)
+            await trio.sleep(1.0)
+            measured(bench, 0.04)
+            await trio.sleep(5.0)
+
+        bench.live(body)
+        assert bench.replica.phase == ("warming" if resumes else "syncing")
+        assert (len(bench.fetches) > 1) == (not resumes)
 
 
 def test_alone_and_old_it_is_promoted_after_its_time() -> None:

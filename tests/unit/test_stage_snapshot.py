@@ -12,9 +12,10 @@ from p2p.errors import LocalError, RemoteError
 from p2p.identity import Identity
 from stage.config import TrainingConfig
 from stage.optimizer import Optimizer
+from stage.packing import Packer, unpack
 from stage.parameters import ParameterSpec
 from stage.snapshot import SnapshotStore
-from stage.state import CHUNK, Assembly, SnapshotManifest, open_manifest
+from stage.state import CHUNK, SnapshotManifest, open_manifest
 from stage.weights import Weights
 
 torch.set_num_threads(1)  # OpenMP spins while it waits, and other tests need the cores
@@ -95,28 +96,90 @@ def test_download_in_any_order_and_install(tmp_path: Path) -> None:
     file = store.newest()
     assert file is not None
     manifest = open_manifest(donor.peer_id, file.manifest.encode(), file.manifest.signed(donor))
-    layout = optimizer.weights.layout
-    assembly = Assembly(manifest, floats=layout.size, fingerprint=layout.fingerprint)
-    order = assembly.missing()
+    manifest.check_layout(optimizer.weights.layout.size, optimizer.weights.layout.fingerprint)
+    newcomer = SnapshotStore(tmp_path / "newcomer")
+    arriving = newcomer.receive(manifest)
+    order = sorted(arriving.missing)
     random.Random(1).shuffle(order)
-    with pytest.raises(LocalError, match="missing"):
-        assembly.result()
+    assert len(order) == 4
     for index in order:
         chunk = file.chunk(index)
-        with pytest.raises(RemoteError, match="not what the manifest says"):
-            assembly.add(index, chunk[:-1] + bytes([chunk[-1] ^ 1]))
-        with pytest.raises(RemoteError):
-            assembly.add(index, chunk[:-1])
-        assembly.add(index, chunk)
-    file.close()
-    assert assembly.complete
-    newcomer = SnapshotStore(tmp_path / "newcomer")
-    newcomer.install(*assembly.result())
+        assert not arriving.take(index, chunk[:-1] + bytes([chunk[-1] ^ 1]))
+        assert not arriving.take(index, chunk[:-1])
+        assert arriving.take(index, chunk)
+        assert arriving.take(index, chunk)  # again: no harm
+    assert arriving.bytes_here == manifest.size
+    with newcomer.install(arriving) as installed:
+        assert installed.manifest == manifest
+        assert torch.equal(installed.mapped().vectors[0], optimizer.weights.flat)
+    arriving.close()
     state = newcomer.load_newest()
     assert state is not None
     assert torch.equal(state.vectors[0], optimizer.weights.flat)
-    with pytest.raises(RemoteError, match="no chunk"):
-        assembly.add(len(order), b"")
+    names = sorted(path.name for path in newcomer.folder.iterdir())
+    assert names == ["00000001-step-5.manifest", "00000001-step-5.state"]
+    with newcomer.find(manifest.digest) or pytest.fail("not found"):
+        pass
+    assert newcomer.find(bytes(32)) is None
+    file.close()
+
+
+def test_a_broken_download_keeps_what_is_sound_and_nothing_else(tmp_path: Path) -> None:
+    store, newcomer = SnapshotStore(tmp_path / "donor"), SnapshotStore(tmp_path / "newcomer")
+    store.save(make_optimizer().hold(5))
+    file = store.newest()
+    assert file is not None
+    arriving = newcomer.receive(file.manifest)
+    for index in (0, 1):
+        assert arriving.take(index, file.chunk(index))
+    arriving.close()
+    data = newcomer.folder / "incoming.data"
+    damaged = bytearray(data.read_bytes())
+    damaged[CHUNK + 7] ^= 1
+    data.write_bytes(damaged[: 2 * CHUNK + 5])  # and torn
+    assert newcomer.begun() == file.manifest
+    again = newcomer.receive(file.manifest)
+    assert (again.missing, again.bytes_here) == ({1, 2, 3}, CHUNK)
+    again.close()
+    # Another snapshot begins from nothing, but for what an own one has of it.
+    other = make_optimizer()
+    other.moments.write("exp_avg_sq", 0, torch.full((FLOATS,), 9.0))
+    newcomer.save(other.hold(4))
+    store.save(make_optimizer().hold(6))
+    newer = store.newest()
+    assert newer is not None
+    third = newcomer.receive(newer.manifest)
+    assert third.missing == {2, 3}  # where the second moment lies
+    third.close()
+    newcomer.make_room()
+    assert newcomer.begun() == newer.manifest, "it may still be coming"
+    newcomer.let_go()
+    newcomer.make_room()
+    assert newcomer.begun() is None
+    assert sorted(path.suffix for path in newcomer.folder.iterdir()) == [".manifest", ".state"]
+    newer.close()
+    file.close()
+
+
+def test_packed_chunks_are_smaller_and_the_same() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(CHUNK // 4, generator=generator).mul_(0.02).numpy().tobytes()
+    noise = random.Random(2).randbytes(CHUNK)
+    packer = Packer()
+    packed = packer.pack(weights)
+    assert packed is not None
+    assert len(packed) < 0.9 * CHUNK
+    assert unpack(packed, CHUNK) == weights
+    assert packer.pack(noise) is None
+    assert packer.pack(weights) is None, "after a chunk that was not worth it some are not tried"
+    short = weights[:400]
+    assert unpack(Packer().pack(bytes(400)) or b"", 400) == bytes(400)
+    for bad in (b"", packed[:-9], bytes([0]) + packed[1:], noise[:100]):
+        with pytest.raises(RemoteError, match="packed chunk"):
+            unpack(bad, CHUNK)
+    for size in (CHUNK - 4, CHUNK + 4, len(short)):
+        with pytest.raises(RemoteError, match="size"):
+            unpack(packed, size)
 
 
 def test_manifests_that_are_refused() -> None:
@@ -126,10 +189,11 @@ def test_manifests_that_are_refused() -> None:
     assert open_manifest(donor.peer_id, data, good.signed(donor)) == good
     with pytest.raises(RemoteError, match="signature"):
         open_manifest(other.peer_id, data, good.signed(donor))
+    good.check_layout(256, "f" * 64)
     with pytest.raises(RemoteError, match="another stage"):
-        Assembly(good, floats=256, fingerprint="e" * 64)
+        good.check_layout(256, "e" * 64)
     with pytest.raises(RemoteError, match="another stage"):
-        Assembly(attrs.evolve(good, floats=512), floats=256, fingerprint="f" * 64)
+        attrs.evolve(good, floats=512).check_layout(256, "f" * 64)
     fields = msgpack.unpackb(data)
     for index, value in enumerate([2, -1, "1", 7, 0, [b"short"]]):
         bad = [*fields[:index], value, *fields[index + 1 :]]
