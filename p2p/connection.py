@@ -43,6 +43,8 @@ SMALL = 8 * KIB
 OUTSTANDING_PINGS = 64
 COUNT_EVERY = 256 * KIB
 """Bytes from a guest after which it is added up what waits."""
+AT_ONCE = 8
+"""Streams of one read that may be answered before others have their turn."""
 STALL_S = 0.25
 """Waking up this much too late means that we were the ones who were silent."""
 
@@ -84,6 +86,7 @@ class Connection:
         clock: Callable[[], float],
         scratch: Scratch,
         serve: Callable[[Connection, MuxedStream], Awaitable[None]],
+        serve_now: Callable[[Connection, MuxedStream], bool],
         counters: Counters,
         upload: Shaper,
         download: Shaper,
@@ -149,6 +152,7 @@ class Connection:
         """When the batch that is with the transport was given to it."""
         self._scratch = scratch
         self._serve = serve
+        self._serve_now = serve_now
         peer = self.peer
         self._session = Session(
             dialer=dialer,
@@ -360,13 +364,18 @@ class Connection:
         return bytes(data[offset:])
 
     def _dispatch(self, plain: memoryview, nursery: trio.Nursery) -> None:
+        at_once = AT_ONCE
         for event in self._session.receive(plain):
             if isinstance(event, Changed):
                 stream = self._streams.get(event.stream)
                 if stream is not None:
                     stream.changed()
             elif isinstance(event, Opened):
-                nursery.start_soon(self._serve, self, self._wrap(event.stream))
+                opened = self._wrap(event.stream)
+                # All that came is parsed by now: a question may be there in full behind its start.
+                at_once -= 1
+                if at_once < 0 or not self._serve_now(self, opened):
+                    nursery.start_soon(self._serve, self, opened)
             elif isinstance(event, PingAnswered):
                 self._answered(event.value)
 

@@ -43,7 +43,7 @@ from p2p.limits import Limits
 from p2p.multiaddr import Multiaddr
 from p2p.rpc import Call
 from p2p.secure import Entropy, Upgraded, upgrade
-from p2p.serving import Entry, Handler, RawHandler, Server
+from p2p.serving import Entry, Handler, RawHandler, Responder, Server, taking_turns
 from p2p.shaper import Shaper
 from p2p.transport import Listener, TcpTransport, Transport
 from p2p.yamux import Credit
@@ -156,6 +156,13 @@ class Host:
         ``aside``: also on connections aside, on which nobody says hello.
         """
         self._server.add(protocol, Entry(handler, open_to_all, max_payload, aside))
+
+    def respond(
+        self, protocol: str, responder: Responder, *, open_to_all: bool = False, max_payload: int = 0
+    ) -> None:
+        """Serve a protocol of one question and one answer, both small, found without waiting."""
+        entry = Entry(taking_turns(responder), open_to_all, max_payload, aside=False, responder=responder)
+        self._server.add(protocol, entry)
 
     def handle_stream(self, protocol: str, handler: RawHandler) -> None:
         """Serve a protocol that is not ours as a raw stream, open to all."""
@@ -405,6 +412,7 @@ class Host:
             clock=self.clock,
             scratch=self._scratch,
             serve=self._server.serve,
+            serve_now=self._server.serve_now,
             counters=self.counters,
             upload=self.upload,
             download=self.download,

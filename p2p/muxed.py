@@ -23,6 +23,7 @@ SMALL_SEND = 16_384
 QUEUED_SMALL = 65_536
 """Copied bytes that may wait in one stream."""
 _T = TypeVar("_T")
+_NOTHING = memoryview(b"")
 
 
 @final
@@ -127,6 +128,17 @@ class MuxedStream(trio.abc.HalfCloseableStream):
                 raise
         finally:
             self._sending = False
+
+    def put(self, data: bytes) -> None:
+        """Queue a small message without waiting, not even for a turn: for who waits for its answer next.
+
+        Raises as ``send_all`` does. Nothing holds a caller back who puts again and again.
+        """
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._check_sending()
+        self._session.send(self._stream, (memoryview(data),))
+        self._wake_writer()
 
     async def flush(self) -> None:
         """Wait until all that was sent has left this host's queue."""
@@ -236,6 +248,12 @@ class MuxedStream(trio.abc.HalfCloseableStream):
         await self.receive_into(memoryview(data))
         return data
 
+    @property
+    def first_piece(self) -> bytearray | memoryview:
+        """What has arrived, as far as it lies in one piece; it stays, and is valid until the next take."""
+        inbox = self._stream.inbox
+        return inbox[0] if inbox else _NOTHING
+
     def peek(self, size: int) -> bytes:
         """Up to ``size`` of the bytes that have arrived, which stay; less where they came in pieces."""
         inbox = self._stream.inbox
@@ -291,6 +309,11 @@ class MuxedStream(trio.abc.HalfCloseableStream):
 
     async def aclose(self) -> None:
         """End our direction and stop reading; a send under way in another task makes it a reset."""
+        self.finish()
+        await trio.lowlevel.checkpoint()
+
+    def finish(self) -> None:
+        """``aclose`` without waiting for a turn."""
         if not self._closed:
             if self._lost is None:
                 if self._sending:
@@ -300,4 +323,3 @@ class MuxedStream(trio.abc.HalfCloseableStream):
                 self._wake_writer()
             self._closed = True
             self._forget()
-        await trio.lowlevel.checkpoint()

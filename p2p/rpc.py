@@ -27,6 +27,7 @@ from p2p.connection import Connection
 from p2p.counters import Counters
 from p2p.errors import LocalError, PeerGone, Refused, RemoteError
 from p2p.identity import PeerId, short
+from p2p.limits import Limits
 from p2p.membership import Member
 from p2p.muxed import MuxedStream
 
@@ -45,6 +46,38 @@ class Message:
 
     header: dict[str, Any]
     payload: memoryview
+
+
+@attrs.frozen
+class Packed:
+    """A small message as it travels: packed once, it may go to several peers."""
+
+    wire: bytes
+    payload_size: int
+
+
+def pack(header: dict[str, Any], payload: bytes, limits: Limits) -> Packed:
+    """For ``Call.ask``, and for who answers at once. LocalError for a header that is too large."""
+    head = _packed_header(header, limits)
+    return Packed(LENGTHS.pack(len(head), len(payload)) + head + payload, len(payload))
+
+
+def whole(
+    data: bytearray | memoryview, offset: int, protocol: str, limits: Limits, max_payload: int
+) -> tuple[Message, int] | None:
+    """The message that begins at ``offset``, and where it ends; None where more of it is to come.
+
+    RemoteError as ``Call.receive``.
+    """
+    begin = offset + LENGTHS.size
+    if len(data) < begin:
+        return None
+    header_size, payload_size = _sizes(data[offset:begin], protocol, limits, max_payload)
+    middle, end = begin + header_size, begin + header_size + payload_size
+    if len(data) < end:
+        return None
+    header = _unpack(data[begin:middle], protocol)
+    return Message(header, memoryview(bytes(data[middle:end]))), end
 
 
 @final
@@ -73,6 +106,7 @@ class Call:
         self._max_payload = max_payload
         self._prefix = prefix
         self._confirmation = confirmation
+        self._over = False
         self._begun = confirmation is not None  # whether the header of the first message may take any time
 
     def __repr__(self) -> str:
@@ -89,21 +123,49 @@ class Call:
 
     async def send(self, header: dict[str, Any], payload: Buffer | Sequence[Buffer] = b"") -> None:
         """Send one message; the payload's buffers are not copied and free again on return."""
-        packed = msgpack.packb(header, use_bin_type=True)
-        if len(packed) > self.connection.limits.header:
-            raise LocalError(f"a header of {len(packed)} bytes; {self.connection.limits.header} are allowed")
+        head = _packed_header(header, self.connection.limits)
         buffers = _flat(payload)
         size = sum(buffer.nbytes for buffer in buffers)
         if size > MAX_PAYLOAD:
             raise LocalError(f"a payload of {size} bytes does not fit one message")
         prefix, self._prefix = self._prefix, b""
-        head = memoryview(prefix + LENGTHS.pack(len(packed), size) + packed)
+        first = memoryview(prefix + LENGTHS.pack(len(head), size) + head)
         try:
-            await self._stream.send_buffers((head, *buffers))
+            await self._stream.send_buffers((first, *buffers))
         except trio.BrokenResourceError as error:
             await self._raise_refusal()
             raise PeerGone(f"{short(self.peer)} ended the call: {error}") from error
         self._counters.count(self.protocol, size, 0)
+
+    async def ask(self, message: Packed, *, max_payload: int = 0) -> Message:
+        """Send one message, return the answer and end the call: one turn of the scheduler.
+
+        For what fits a record or two each way. Raises as ``send`` and ``receive`` do.
+        """
+        stream = self._stream
+        prefix, self._prefix = self._prefix, b""
+        try:
+            stream.put(prefix + message.wire)
+        except trio.BrokenResourceError as error:
+            raise PeerGone(f"{short(self.peer)} ended the call: {error}") from error
+        self._counters.count(self.protocol, message.payload_size, 0)
+        await stream.wait_available(1)
+        echo = multistream.proposal(self.protocol)
+        piece = stream.first_piece
+        here = None
+        if bytes(piece[: len(echo)]) == echo:
+            here = whole(piece, len(echo), self.protocol, self.connection.limits, max_payload)
+        if here is None:  # in several pieces, or a no
+            answer = await self.receive(max_payload=max_payload)
+        else:
+            answer, size = here
+            stream.skip(size)
+            self._counters.count(self.protocol, 0, len(answer.payload))
+            if answer.header.get("t") == "refused":
+                raise _refusal(answer.header)
+        stream.finish()
+        self._over = True
+        return answer
 
     async def receive(
         self, *, max_payload: int = 0, ahead: int = 0, into: memoryview = memoryview(b"")
@@ -130,13 +192,8 @@ class Call:
             self._confirmation = None
         if not self._begun:
             await self._wait_for_first(LENGTHS.size)
-        header_size, payload_size = LENGTHS.unpack(await stream.receive_exactly(LENGTHS.size))
-        if header_size > self.connection.limits.header:
-            raise RemoteError(f"{self.protocol}: a header of {header_size} bytes")
-        if payload_size > max_payload:
-            raise RemoteError(
-                f"{self.protocol}: a payload of {payload_size} bytes where {max_payload} are allowed"
-            )
+        sizes = await stream.receive_exactly(LENGTHS.size)
+        header_size, payload_size = _sizes(sizes, self.protocol, self.connection.limits, max_payload)
         stream.expect(header_size + payload_size + ahead)
         if not self._begun:
             await self._wait_for_first(header_size)
@@ -153,14 +210,8 @@ class Call:
 
     async def refuse(self, refusal: Refused) -> None:
         """Answer with a typed no and stop reading."""
-        header = {
-            "t": "refused",
-            "code": refusal.code,
-            "why": refusal.why,
-            "retry_after": refusal.retry_after,
-        }
         try:
-            await self.send(header)
+            await self.send(refusal_header(refusal))
             await self._stream.flush()
         except trio.BrokenResourceError as error:
             raise PeerGone(f"{short(self.peer)} ended the call: {error}") from error
@@ -189,7 +240,8 @@ class Call:
         self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         if kind is None:
-            await self.aclose()
+            if not self._over:
+                await self.aclose()
         else:
             self.reset()
 
@@ -217,13 +269,34 @@ class Call:
                 pass
 
 
+def refusal_header(refusal: Refused) -> dict[str, Any]:
+    """How a refusal travels."""
+    return {"t": "refused", "code": refusal.code, "why": refusal.why, "retry_after": refusal.retry_after}
+
+
+def _packed_header(header: dict[str, Any], limits: Limits) -> bytes:
+    head: bytes = msgpack.packb(header, use_bin_type=True)
+    if len(head) > limits.header:
+        raise LocalError(f"a header of {len(head)} bytes; {limits.header} are allowed")
+    return head
+
+
+def _sizes(head: bytearray | memoryview, protocol: str, limits: Limits, max_payload: int) -> tuple[int, int]:
+    header_size, payload_size = LENGTHS.unpack(head)
+    if header_size > limits.header:
+        raise RemoteError(f"{protocol}: a header of {header_size} bytes")
+    if payload_size > max_payload:
+        raise RemoteError(f"{protocol}: a payload of {payload_size} bytes where {max_payload} are allowed")
+    return header_size, payload_size
+
+
 def _flat(payload: Buffer | Sequence[Buffer]) -> list[memoryview]:
     buffers = payload if isinstance(payload, list | tuple) else (payload,)
     views = [memoryview(buffer) for buffer in buffers]
     return [view.cast("B") for view in views if view.nbytes]
 
 
-def _unpack(data: bytearray, protocol: str) -> dict[str, Any]:
+def _unpack(data: bytearray | memoryview, protocol: str) -> dict[str, Any]:
     try:
         header = msgpack.unpackb(data, raw=False, strict_map_key=True)
     except (ValueError, RecursionError, msgpack.UnpackException) as error:

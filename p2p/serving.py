@@ -7,7 +7,7 @@ exception is reported as ``HandlerFailed`` and drops the stream. Nothing that a 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import final
+from typing import Any, Final, final
 
 import attrs
 import trio
@@ -21,10 +21,15 @@ from p2p.groups import leaves, plain
 from p2p.host_events import HandlerFailed, PeerRefused
 from p2p.limits import Limits
 from p2p.muxed import MuxedStream
-from p2p.rpc import Call
+from p2p.rpc import Call, Message, pack, refusal_header, whole
 
 Handler = Callable[[Call], Awaitable[None]]
 RawHandler = Callable[[Connection, MuxedStream], Awaitable[None]]
+Responder = Callable[[Connection, Message], tuple[dict[str, Any], bytes]]
+"""From a question to header and payload of its answer, without waiting; small ones, both."""
+
+QUESTION_S: Final = 10.0
+"""For a question to be here in full: guests may ask, and what they began takes memory."""
 
 
 @attrs.frozen
@@ -35,6 +40,19 @@ class Entry:
     open_to_all: bool
     max_payload: int
     aside: bool
+    responder: Responder | None = None
+    """Answers what is here in full at once; ``handler`` does the same for what is not."""
+
+
+def taking_turns(responder: Responder) -> Handler:
+    """The handler of a protocol of one question and one answer, for questions that come in pieces."""
+
+    async def handle(call: Call) -> None:
+        with trio.fail_after(QUESTION_S):
+            message = await call.receive()
+        await call.send(*responder(call.connection, message))
+
+    return handle
 
 
 @final
@@ -65,6 +83,39 @@ class Server:
             self._handlers[protocol] = handler
         else:
             self._raw[protocol] = handler
+
+    def serve_now(self, connection: Connection, stream: MuxedStream) -> bool:
+        """Answer a stream that is one whole question already; False where it has to be served by a task."""
+        wish = multistream.proposed(stream.peek(2 * multistream.MAX_MESSAGE))
+        if wish is None or connection.aside or (connection.dialer and not connection.greeted.is_set()):
+            return False
+        protocol, begins = wish
+        entry = self._handlers.get(protocol)
+        if entry is None or entry.responder is None:
+            return False
+        try:
+            here = whole(stream.first_piece, begins, protocol, self._limits, entry.max_payload)
+            if here is None:
+                return False
+            message, size = here
+            stream.skip(size)
+            self._counters.count(protocol, 0, len(message.payload))
+            try:
+                if not entry.open_to_all:
+                    self._gate(connection, protocol)
+                answer = pack(*entry.responder(connection, message), self._limits)
+            except Refused as refusal:
+                self._emit(PeerRefused(peer=connection.peer, protocol=protocol, why=refusal.code))
+                answer = pack(refusal_header(refusal), b"", self._limits)
+            stream.put(multistream.proposal(protocol) + answer.wire)
+            self._counters.count(protocol, answer.payload_size, 0)
+            stream.finish()
+        except (RemoteError, trio.BrokenResourceError, trio.ClosedResourceError):
+            stream.reset()
+        except Exception as error:
+            stream.reset()
+            self._emit(HandlerFailed(peer=connection.peer, protocol=protocol, error=repr(error)))
+        return True
 
     async def serve(self, connection: Connection, stream: MuxedStream) -> None:
         """One inbound stream, to its end. Never raises but for cancellation."""

@@ -33,10 +33,12 @@ from p2p.kad.record import SAME_CLOCK_S, Record, Verifier, handed, received, rel
 from p2p.kad.store import MAX_SUBKEYS, Store
 from p2p.kad.table import MAX_ADDRS, Contact, Table
 from p2p.multiaddr import Multiaddr
+from p2p.rpc import pack
 
 if TYPE_CHECKING:
+    from p2p.connection import Connection
     from p2p.host import Host
-    from p2p.rpc import Call
+    from p2p.rpc import Message
 
 MAX_PAGES: Final = 48
 MAX_NOTED: Final = 256
@@ -44,8 +46,6 @@ SLOW_STRIKES: Final = 2
 STORE_NODES: Final = 8
 """Nearest nodes that a store is answered with; as many as keep a record."""
 OWN_ADDRS_S: Final = 1.0
-QUESTION_S: Final = 10.0
-"""For a question to be here in full: guests may ask, and what they began takes memory."""
 
 
 @final
@@ -84,7 +84,7 @@ class Exchange:
         self._left: OrderedDict[PeerId, float] = OrderedDict()
         self._own_addrs: tuple[str, ...] = ()
         self._own_addrs_until = 0.0
-        host.handle(PROTOCOL, self._serve, open_to_all=True, max_payload=messages.MAX_PAYLOAD)
+        host.respond(PROTOCOL, self._respond, open_to_all=True, max_payload=messages.MAX_PAYLOAD)
 
     # Asking
 
@@ -156,11 +156,11 @@ class Exchange:
                 async with await self._host.call(
                     contact.peer, PROTOCOL, addrs=_dialable(contact.addrs), deadline=hop_s
                 ) as call:
-                    await call.send(messages.question_header(question), payload)
-                    reply = await call.receive(max_payload=messages.MAX_PAYLOAD)
+                    asked = pack(messages.question_header(question), payload, self._host.limits)
+                    reply = await call.ask(asked, max_payload=messages.MAX_PAYLOAD)
                     answer = messages.read_answer(reply.header)
                     rows = messages.read_page(reply.payload)
-                    is_member = self._is_member(call)
+                    is_member = self._is_member(call.connection)
         except (RemoteError, trio.TooSlowError):
             self._table.failed(contact.peer)
             raise
@@ -174,9 +174,9 @@ class Exchange:
             self._heard(contact.peer, answer.addrs, answer.now)
         return answer, rows, is_member
 
-    def _is_member(self, call: Call) -> bool:
+    def _is_member(self, connection: Connection) -> bool:
         try:
-            self._host.gate(call.connection, PROTOCOL)
+            self._host.gate(connection, PROTOCOL)
         except Refused:
             return False
         return True
@@ -226,39 +226,38 @@ class Exchange:
 
     # Serving
 
-    async def _serve(self, call: Call) -> None:
-        with trio.fail_after(QUESTION_S):
-            message = await call.receive(max_payload=messages.MAX_PAYLOAD)
+    def _respond(self, connection: Connection, message: Message) -> tuple[dict[str, Any], bytes]:
+        peer = connection.peer
         question = messages.read_question(message.header)
-        skew = self._clock_seen(call.peer, question.now)
-        if self._is_member(call):
-            self._heard(call.peer, question.addrs, question.now)
+        skew = self._clock_seen(peer, question.now)
+        if self._is_member(connection):
+            self._heard(peer, question.addrs, question.now)
         match question:
             case FindNode():
-                await call.send(self._answer(nodes=self._closest(question.target, call.peer)))
+                return self._answer(nodes=self._closest(question.target, peer)), b""
             case FindValue():
                 now = self._clock()
                 page, more = self.records.page(question.key, question.after, messages.PAGE, now)
-                nodes = self._closest(key_id(question.key), call.peer) if question.after is None else ()
+                nodes = self._closest(key_id(question.key), peer) if question.after is None else ()
                 payload = messages.pack_page([(record.wire, record.expires - now) for record in page])
-                await call.send(self._answer(nodes=nodes, more=more), payload)
+                return self._answer(nodes=nodes, more=more), payload
             case StoreRecords():
-                self._host.gate(call.connection, PROTOCOL)  # raises what is wrong with the certificate
+                self._host.gate(connection, PROTOCOL)  # raises what is wrong with the certificate
                 batch = messages.read_batch(message.payload)
-                results = tuple(self._keep(call.peer, wire, skew) for wire in batch)
+                results = tuple(self._keep(peer, wire, skew) for wire in batch)
                 nodes = ()
                 if batch:  # a store is a step of the search for who should keep it
                     target = key_id(self.verifier.open(batch[0]).key)
-                    nodes = self._closest(target, call.peer, STORE_NODES)
-                await call.send(self._answer(nodes=nodes, results=results))
+                    nodes = self._closest(target, peer, STORE_NODES)
+                return self._answer(nodes=nodes, results=results), b""
             case HandOver():
-                self._host.gate(call.connection, PROTOCOL)
+                self._host.gate(connection, PROTOCOL)
                 if question.leaving:
-                    remember(self._left, call.peer, question.now, MAX_NOTED)
-                    self._table.failed(call.peer)
+                    remember(self._left, peer, question.now, MAX_NOTED)
+                    self._table.failed(peer)
                 rows = messages.read_page(message.payload, messages.MAX_BATCH)
-                results = tuple(self._take(call.peer, wire, remaining) for wire, remaining in rows)
-                await call.send(self._answer(results=results))
+                results = tuple(self._take(peer, wire, remaining) for wire, remaining in rows)
+                return self._answer(results=results), b""
 
     def _keep(self, peer: PeerId, wire: bytes, skew: float) -> str:
         """Store one record that a member sent as its own; ``ok`` or the code of the refusal."""

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import attrs
 import pytest
@@ -14,15 +15,16 @@ import trio
 import trio.testing
 
 from p2p import multistream
+from p2p.connection import Connection
 from p2p.errors import DialError, LocalError, P2PError, PeerGone, Refused, RemoteError, UnsupportedProtocol
 from p2p.event import Event
 from p2p.host import Host
-from p2p.host_events import Connected, Disconnected, HandlerFailed, HandshakeFailed
+from p2p.host_events import Connected, Disconnected, HandlerFailed, HandshakeFailed, PeerRefused
 from p2p.identify import identify, ping
 from p2p.identity import Identity
 from p2p.limits import Limits
 from p2p.multiaddr import Multiaddr
-from p2p.rpc import Call
+from p2p.rpc import Call, Message, pack
 
 LOCAL = Multiaddr.parse("/ip4/127.0.0.1/tcp/0")
 
@@ -91,6 +93,79 @@ def test_handler_calls_back_on_the_same_connection() -> None:
             two.handle("/agora/nested/1", nested)
             assert await ask(one, two, "/agora/nested/1") == b"from the caller"
             assert len(one.connections) == len(two.connections) == 1
+
+    run(main)
+
+
+@pytest.mark.parametrize("size", [0, 100, 20_000, 100_000])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_question_is_answered_in_one_turn_and_in_pieces(size: int, pieces: int) -> None:
+    async def main() -> None:
+        async with two_hosts() as (one, two, events):
+
+            def respond(connection: Connection, message: Message) -> tuple[dict[str, Any], bytes]:
+                assert connection.peer == one.peer_id
+                match message.header["do"]:
+                    case "refuse":
+                        raise Refused("full", "come back later", 2.5)
+                    case "break":
+                        raise RemoteError("nonsense")
+                    case "fail":
+                        raise ValueError("a bug")
+                return {"did": message.header["do"]}, bytes(message.payload)[::-1]
+
+            two.respond("/agora/echo/1", respond, max_payload=100_000)
+
+            async def asked(do: str, payload: bytes) -> Message:
+                async with await one.call(two.peer_id, "/agora/echo/1", deadline=5) as call:
+                    if pieces == 1:
+                        return await call.ask(pack({"do": do}, payload, one.limits), max_payload=100_000)
+                    question = pack({"do": do}, payload, one.limits).wire
+                    await call._stream.send_all(multistream.proposal("/agora/echo/1") + question[:5])
+                    call._prefix = b""
+                    await one.connections[two.peer_id].ping(1)  # behind which the rest comes alone
+                    await call._stream.send_all(question[5:])
+                    return await call.receive(max_payload=100_000)
+
+            data = random.Random(size).randbytes(size)
+            for _ in range(3):
+                answer = await asked("turn", data)
+                assert answer.header == {"did": "turn"}
+                assert answer.payload == data[::-1]
+            with pytest.raises(Refused, match="come back later") as caught:
+                await asked("refuse", data)
+            assert (caught.value.code, caught.value.retry_after) == ("full", 2.5)
+            for broken in ("break", "fail"):
+                with pytest.raises(PeerGone):
+                    await asked(broken, data)
+            with pytest.raises(PeerGone):
+                await asked("turn", bytes(100_001))
+            told = [type(event) for event in events if isinstance(event, PeerRefused | HandlerFailed)]
+            assert told == [PeerRefused, HandlerFailed]
+            if pieces == 1:
+                assert two.counters.protocols["/agora/echo/1"] == (3 * size, 6 * size)
+                assert one.counters.protocols["/agora/echo/1"] == (6 * size + 100_001, 3 * size)
+            with trio.fail_after(2):
+                while any(
+                    host.connections[other.peer_id].streams for host, other in ((one, two), (two, one))
+                ):
+                    await one.connections[two.peer_id].ping(1)  # takes what waits for company along
+
+    run(main)
+
+
+def test_questions_do_not_come_before_the_gate_nor_on_hold() -> None:
+    async def main() -> None:
+        async with two_hosts() as (one, two, _events):
+            two.respond("/agora/gated/1", lambda _connection, _message: ({}, b""))
+
+            def closed(_connection: Connection, protocol: str) -> None:
+                raise Refused("no_certificate", protocol)
+
+            two.gate = closed
+            async with await one.call(two.peer_id, "/agora/gated/1", deadline=5) as call:
+                with pytest.raises(Refused, match="no_certificate"):
+                    await call.ask(pack({}, b"", one.limits))
 
     run(main)
 

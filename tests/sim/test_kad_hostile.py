@@ -9,12 +9,11 @@ import msgpack
 import pytest
 import trio
 
-from p2p.errors import RemoteError
+from p2p.errors import Refused, RemoteError
 from p2p.identity import Identity, PeerId
 from p2p.kad.events import RecordRefused
 from p2p.kad.ids import key_id
 from p2p.kad.messages import (
-    PAGE,
     Answer,
     HandOver,
     Question,
@@ -26,7 +25,8 @@ from p2p.kad.messages import (
 )
 from p2p.kad.record import KEY_LIMIT, VALUE_LIMIT, seal
 from p2p.kad.table import Contact
-from tests.sim.test_kad_swarm import FakeCall, Swarm, put, simulate, values
+from p2p.rpc import Message, pack
+from tests.sim.test_kad_swarm import LIMITS, Swarm, put, simulate, values
 
 KEY = "stage/run/0"
 HOUR = 3600.0
@@ -67,9 +67,8 @@ class Mallory:
     async def says(self, to: int, question: Question, payload: bytes) -> list[str]:
         """What a node answered to each record, or ``["dropped"]`` where it broke the stream."""
         async with await self.host.call(self.swarm.hosts[to].peer_id, "", deadline=1.0) as call:
-            await call.send(question_header(question), payload)
             try:
-                reply = await call.receive(max_payload=1 << 20)
+                reply = await call.ask(pack(question_header(question), payload, LIMITS), max_payload=1 << 20)
             except RemoteError:
                 return ["dropped"]
         return list(reply.header["results"])
@@ -86,13 +85,12 @@ class Mallory:
     ) -> None:
         """From now on it answers every question with these, and keeps nothing."""
 
-        async def handler(call: Any) -> None:
-            await call.receive(max_payload=1 << 20)
+        def responder(_asker: Any, _asked: Any) -> tuple[dict[str, Any], bytes]:
             self.asked += 1
             answer = Answer(now=self.swarm.now(), addrs=self.addrs(), nodes=tuple(nodes), results=("ok",))
-            await call.send(answer_header(answer), pack_page(rows()))
+            return answer_header(answer), pack_page(rows())
 
-        self.host.handler = handler
+        self.host.responder = responder
 
     def addrs(self) -> tuple[str, ...]:
         return (str(self.host.addrs[0].bare()),)
@@ -220,9 +218,8 @@ def test_a_node_takes_only_what_it_is_near_to_and_only_from_members() -> None:
         stranger = Mallory(swarm, swarm.nodes.index(guest))
         async with await stranger.host.call(swarm.hosts[near].peer_id, "", deadline=1.0) as call:
             question = HandOver(leaving=True, now=swarm.now(), addrs=())
-            await call.send(question_header(question), pack_page([(wire, 60.0)]))
-            with pytest.raises(Exception, match="guests"):
-                await call.receive()
+            with pytest.raises(Refused, match="guests"):
+                await call.ask(pack(question_header(question), pack_page([(wire, 60.0)]), LIMITS))
 
     played(4, scenario, honest=30)
 
@@ -363,13 +360,12 @@ def test_pages_without_end_are_left() -> None:
             for identity in (Identity.generate(number.to_bytes(32, "big")) for number in range(20))
         )
 
-        async def handler(call: FakeCall) -> None:
-            asked = await call.receive(max_payload=PAGE)
+        def responder(_asker: Any, asked: Message) -> tuple[dict[str, Any], bytes]:
             mallory.asked += asked.header["op"] == "find_value"
             answer = Answer(now=swarm.now(), more=True)
-            await call.send(answer_header(answer), pack_page([(wire, 50.0) for _, wire in wires]))
+            return answer_header(answer), pack_page([(wire, 50.0) for _, wire in wires])
 
-        mallory.host.handler = handler
+        mallory.host.responder = responder
         await swarm.nodes[0].get(KEY, deadline=5.0)
         assert 0 < mallory.asked <= 2
         assert mallory.identity.peer_id not in swarm.nodes[0].table

@@ -13,7 +13,6 @@ from random import Random
 from typing import Any
 
 import attrs
-import msgpack
 import pytest
 import trio
 
@@ -25,55 +24,32 @@ from p2p.kad.events import ClockSkewed, DhtIsolated, DhtJoined, RecordRefused
 from p2p.kad.ids import key_id
 from p2p.kad.messages import PROTOCOL, StoreRecords, pack_batch, question_header
 from p2p.kad.record import Record, seal
+from p2p.limits import Limits
 from p2p.multiaddr import Multiaddr
+from p2p.rpc import Message, Packed, pack, whole
 from p2p.sim import run
 
 EPOCH = 1_700_000_000.0
-
-
-@attrs.frozen
-class FakeMessage:
-    header: dict[str, Any]
-    payload: memoryview
-
-
-class Question:
-    """The answering side of a stream, as much of ``p2p.rpc.Call`` as the hash table uses."""
-
-    def __init__(self, peer: PeerId, member: object, message: FakeMessage) -> None:
-        self.peer, self.member, self.protocol, self.connection = peer, member, PROTOCOL, self
-        self._message = message
-        self.answer: FakeMessage | None = None
-
-    async def receive(self, *, max_payload: int = 0) -> FakeMessage:
-        if len(self._message.payload) > max_payload:
-            raise RemoteError("over the limit")
-        return self._message
-
-    async def send(self, header: dict[str, Any], payload: Any = b"") -> None:
-        self.answer = message(header, payload)
+LIMITS = Limits()
+Responder = Callable[[Any, Message], tuple[dict[str, Any], bytes]]
 
 
 class FakeCall:
-    """The asking side: ``receive`` carries the question there, has it answered, and comes back."""
+    """The asking side of a stream: ``ask`` carries the question there, has it answered, and comes back."""
 
     def __init__(self, net: FakeNet, caller: FakeHost, there: FakeHost) -> None:
-        self.peer, self.member = there.peer_id, there.member or None
-        self.protocol, self.connection = PROTOCOL, self
+        self.peer, self.member, self.connection = there.peer_id, there.member or None, self
         self._net, self._caller, self._there = net, caller, there
-        self._message: FakeMessage | None = None
 
-    async def send(self, header: dict[str, Any], payload: Any = b"") -> None:
-        self._message = message(header, payload)
-
-    async def receive(self, *, max_payload: int = 0) -> FakeMessage:
+    async def ask(self, message: Packed, *, max_payload: int = 0) -> Message:
         await self._net.way(self._caller, self._there)
-        assert self._message is not None
-        assert self._there.handler is not None
-        asked = Question(self._caller.peer_id, self._caller.member or None, self._message)
+        assert self._there.responder is not None
+        asker = FakeConnection(self._caller.peer_id, self._caller.member or None)
         refusal: Refused | None = None
+        answer: Message | None = None
         try:
-            await self._there.handler(asked)
+            asked = carried(message, self._there.max_payload)
+            answer = carried(pack(*self._there.responder(asker, asked), LIMITS), max_payload)
         except Refused as error:
             refusal = error
         except RemoteError:
@@ -81,18 +57,24 @@ class FakeCall:
         await self._net.way(self._there, self._caller)
         if refusal is not None:
             raise Refused(refusal.code, refusal.why)
-        if asked.answer is None:
+        if answer is None:
             raise PeerGone("reset")
-        if len(asked.answer.payload) > max_payload:
-            raise RemoteError("over the limit")
-        return asked.answer
+        return answer
 
 
-def message(header: dict[str, Any], payload: Any) -> FakeMessage:
+@attrs.frozen
+class FakeConnection:
+    """What an answering node knows of who asks."""
+
+    peer: PeerId
+    member: object
+
+
+def carried(message: Packed, max_payload: int) -> Message:
     """As it comes out of the wire's bytes at the other side."""
-    packed = msgpack.packb(header)
-    assert len(packed) <= 64 << 10
-    return FakeMessage(msgpack.unpackb(packed, raw=False), memoryview(bytes(payload)))
+    arrived = whole(memoryview(message.wire), 0, PROTOCOL, LIMITS, max_payload)
+    assert arrived is not None
+    return arrived[0]
 
 
 class FakeHost:
@@ -102,13 +84,15 @@ class FakeHost:
         self.alive = True
         self.calls = 0
         self.learnt: dict[PeerId, Sequence[Multiaddr]] = {}
-        self.handler: Callable[[Any], Awaitable[None]] | None = None
+        self.limits = LIMITS
+        self.responder: Responder | None = None
+        self.max_payload = 0
 
-    def handle(self, protocol: str, handler: Any, *, open_to_all: bool = False, max_payload: int = 0) -> None:
+    def respond(self, protocol: str, responder: Responder, *, open_to_all: bool, max_payload: int) -> None:
         assert (protocol, open_to_all) == (PROTOCOL, True)
-        self.handler = handler
+        self.responder, self.max_payload = responder, max_payload
 
-    def gate(self, connection: FakeCall | Question, _protocol: str) -> None:
+    def gate(self, connection: FakeCall | FakeConnection, _protocol: str) -> None:
         if connection.member is None:
             raise Refused("no_certificate", "guests do not store")
 
@@ -375,10 +359,8 @@ def test_nobody_stores_for_others() -> None:
         victim = Identity.generate(b"v" * 32)
         record = seal(victim, "k", victim.peer_id, 1, seq=1, issued=swarm.now(), ttl=60)
         async with await swarm.hosts[1].call(swarm.hosts[0].peer_id, PROTOCOL, deadline=1.0) as call:
-            await call.send(
-                question_header(StoreRecords(now=swarm.now(), addrs=())), pack_batch([record.wire])
-            )
-            reply = await call.receive(max_payload=1 << 20)
+            question = question_header(StoreRecords(now=swarm.now(), addrs=()))
+            reply = await call.ask(pack(question, pack_batch([record.wire]), LIMITS), max_payload=1 << 20)
         assert reply.header["results"] == ["not_owner"]
         assert RecordRefused(peer=swarm.hosts[1].peer_id, key="k", code="not_owner") in swarm.events[0]
         assert len(swarm.nodes[0].records) == 0
