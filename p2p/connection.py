@@ -404,6 +404,7 @@ class Connection:
             self._tell_drained()
             await self._send(out[:used])
             self._scratch.give(out)
+            await trio.lowlevel.checkpoint()  # what is to follow is queued meanwhile, and others have a turn
 
     def _seal(self, size: int, out: memoryview) -> int:
         """One record of the first ``size`` bytes of the scratch buffer; bytes written."""

@@ -14,7 +14,7 @@ when the answer is read; the callee's echo leaves with its first answer, or as s
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, final
 
@@ -123,19 +123,30 @@ class Call:
 
     async def send(self, header: dict[str, Any], payload: Buffer | Sequence[Buffer] = b"") -> None:
         """Send one message; the payload's buffers are not copied and free again on return."""
-        head = _packed_header(header, self.connection.limits)
-        buffers = _flat(payload)
-        size = sum(buffer.nbytes for buffer in buffers)
-        if size > MAX_PAYLOAD:
-            raise LocalError(f"a payload of {size} bytes does not fit one message")
-        prefix, self._prefix = self._prefix, b""
-        first = memoryview(prefix + LENGTHS.pack(len(head), size) + head)
+        await self.send_together(((header, payload),))
+
+    async def send_together(
+        self, messages: Iterable[tuple[dict[str, Any], Buffer | Sequence[Buffer]]]
+    ) -> None:
+        """Send messages in order, as ``send`` does, without a pause between them."""
+        views: list[memoryview] = []
+        total = 0
+        for header, payload in messages:
+            head = _packed_header(header, self.connection.limits)
+            buffers = _flat(payload)
+            size = sum(buffer.nbytes for buffer in buffers)
+            if size > MAX_PAYLOAD:
+                raise LocalError(f"a payload of {size} bytes does not fit one message")
+            prefix, self._prefix = self._prefix, b""
+            views.append(memoryview(prefix + LENGTHS.pack(len(head), size) + head))
+            views += buffers
+            total += size
         try:
-            await self._stream.send_buffers((first, *buffers))
+            await self._stream.send_buffers(views)
         except trio.BrokenResourceError as error:
             await self._raise_refusal()
             raise PeerGone(f"{short(self.peer)} ended the call: {error}") from error
-        self._counters.count(self.protocol, size, 0)
+        self._counters.count(self.protocol, total, 0)
 
     async def ask(self, message: Packed, *, max_payload: int = 0) -> Message:
         """Send one message, return the answer and end the call: one turn of the scheduler.

@@ -153,7 +153,7 @@ class Wire:
         return len(came)
 
     async def write(self, data: memoryview) -> None:
-        """Until the transport has taken all of it."""
+        """Until the transport has taken all of it; no checkpoint where it does so at once."""
         if self._socket is None:
             await self._stream.send_all(data)
             return
@@ -166,9 +166,8 @@ class Wire:
             except OSError as error:
                 raise trio.BrokenResourceError(_reason(error)) from error
             if not data:
-                break
+                return
             await trio.lowlevel.wait_writable(self._socket)
-        await trio.lowlevel.cancel_shielded_checkpoint()
 
 
 def tune(stream: trio.SocketStream) -> None:

@@ -41,10 +41,9 @@ class KernelReducer:
         self._sum, self._next = self._next, self._sum
         self._weight += weight
 
-    def finish(self) -> bytes:
+    def finish(self) -> bytearray:
         """The weighted mean of what was added."""
         if self._weight <= 0:
             raise LocalError("no weight was added to the part")
-        mean = bytearray(len(self._sum))
-        agora_kernels.reduce_finish(self._sum, mean, len(mean) // 4, self._weight, 1)
-        return bytes(mean)
+        agora_kernels.reduce_finish(self._sum, self._next, len(self._sum) // 4, self._weight, 1)
+        return self._next

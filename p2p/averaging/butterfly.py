@@ -125,7 +125,7 @@ class Exchange:
         self.outcome: Outcome | None = None
         self.failed: str | None = None
         self._vector = vector
-        self._result = bytearray(vector)
+        self._result = bytearray(len(vector))
         self._view = memoryview(self._result)
         self._make_reducer = make_reducer
         self._codec = codec
@@ -513,11 +513,11 @@ class Exchange:
             self.failed = PARTS_MISSED
             return
         result = self._result
-        extra = {p for p, status in enumerate(self._status) if status is Part.HELD} - set(counted)
-        if extra:  # a copy, since messages not sent yet may point into the first one
-            result = bytearray(result)
-            for begin, end in (self._spans[part] for part in extra):
-                result[begin:end] = self._vector[begin:end]
+        others = set(range(len(self._spans))) - set(counted)
+        if any(self._status[part] is Part.HELD for part in others):
+            result = bytearray(result)  # a copy, since messages not sent yet may point into the first one
+        for begin, end in (self._spans[part] for part in others):
+            result[begin:end] = self._vector[begin:end]
         drops = {**self._barred, **self._lost}
         for i in range(self._n):
             if not value.mask >> i & 1:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from p2p.host import Host
 
 QUEUE_LIMIT: Final = 16384
+TOGETHER: Final = 1 << 20
+"""Bytes of waiting messages, and a last one, that go out as one: the line does not pause between them."""
 HEARD: Final = "heard"
 
 Heard = Callable[[Mapping[str, Any], memoryview], None]
@@ -68,9 +70,12 @@ class Outbox:
         """Send until closed and empty."""
         while True:
             while self._queue:
-                header, payload = self._queue.popleft()
-                await call.send(header, payload)
-                self.payload_out += len(payload)
+                messages, size = [], 0
+                while self._queue and size < TOGETHER:
+                    messages.append(self._queue.popleft())
+                    size += len(messages[-1][1])
+                await call.send_together(messages)
+                self.payload_out += size
             if self._closed:
                 return
             self._changed = trio.Event()
@@ -95,7 +100,7 @@ async def carry(call: Call, outbox: Outbox, heard: Heard, *, max_payload: int = 
                 nonlocal failure
                 try:
                     while True:
-                        message = await call.receive(into=buffer)
+                        message = await call.receive(into=buffer, ahead=max_payload)
                         outbox.payload_in += len(message.payload)
                         if message.header.get("t") != HEARD:
                             heard(message.header, message.payload)

@@ -25,8 +25,8 @@ class Reducer(Protocol):
     def add(self, part: Buffer, weight: float) -> None:
         """Add little-endian fp32 ``part`` times ``weight`` (> 0); ``RemoteError`` where one is not finite."""
 
-    def finish(self) -> bytes:
-        """The mean of what was added, little-endian fp32, as long as every part."""
+    def finish(self) -> Buffer:
+        """The mean of what was added, little-endian fp32, as long as every part; the last call of all."""
 
 
 MakeReducer = Callable[[int], Reducer]
