@@ -80,7 +80,12 @@ class TrainerSection:
     """``[trainer]``: the source of microbatches."""
 
     data: Path | None = None
-    """A text file or folder; the interpreter's own Python source where it is not set."""
+    """A text, JSONL or parquet file, or a folder of them; the interpreter's own Python source where it is not
+    set."""
+    field: str = "text"
+    """Where JSONL and parquet have the text."""
+    tokenizer: Path | None = None
+    """A tokenizer.json, where the manifest's data.tokens is "tokenizer"."""
     credits: int = 0
     """Microbatches in flight; 0 follows the number of free slots."""
     steps: int | None = None

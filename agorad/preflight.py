@@ -39,10 +39,9 @@ def check(settings: Config) -> Manifest:
     role = settings.node.role
     if role == "trainer":
         _listed(manifest, "trainer", [ref.peer_id for ref in manifest.trainers], identity, settings.identity)
-        if settings.trainer.data is not None:
-            from stage.data import require_text
+        from agorad import trainer_data
 
-            require_text(settings.trainer.data)
+        trainer_data.check(settings.trainer, manifest)
     elif role == "authority":
         known = [ref.peer_id for ref in manifest.authorities]
         _listed(manifest, "authority", known, identity, settings.identity)

@@ -145,7 +145,10 @@ _ADMISSION_BOUNDS: Final = (
 class Data:
     """``[data]``: how text becomes token ids."""
 
-    tokens: Literal["bytes"] = "bytes"
+    tokens: Literal["bytes", "tokenizer"] = "bytes"
+    """Bytes, or what the tokenizer makes that every trainer has as a file of its own."""
+    tokenizer_sha256: str = ""
+    """Of that file, so that all trainers have the same; empty: not looked at."""
 
 
 @attrs.frozen(kw_only=True)
@@ -194,6 +197,8 @@ class Manifest:
             nodes: tuple[NodeRef, ...] = getattr(self, name)
             if len(nodes) > _NODES_LIMIT or any(len(node.addrs) > _ADDRS_LIMIT for node in nodes):
                 raise LocalError(f"{name}: at most {_NODES_LIMIT} nodes with {_ADDRS_LIMIT} addresses each")
+        if self.data.tokenizer_sha256 and not re.fullmatch("[0-9a-f]{64}", self.data.tokenizer_sha256):
+            raise LocalError("data.tokenizer_sha256 must be 64 lower-case hexadecimal digits, or empty")
         if self.data.tokens == "bytes" and self.model.vocab < 256:
             raise LocalError(
                 f"model.vocab = {self.model.vocab} must be at least 256, since the data are bytes"

@@ -20,7 +20,7 @@ import torch
 from stage import presets
 from stage.chained import Chain, chained_tokens_per_second
 from stage.config import split_layers
-from stage.data import ByteSource
+from stage.data import Source
 
 EVAL_ROWS = 16
 
@@ -37,7 +37,7 @@ def main(stages: int, steps: int, data: Path | None, threads: int | None, train:
             subprocess.run([sys.executable, *sys.argv, "--threads", str(count)], check=True)
         return
     model, training = presets.demo(split_layers(presets.DEMO_LAYERS, stages), train or steps)
-    source = ByteSource(data, model.seq, training.seed)
+    source = Source(data, model.seq, training.seed)
     if train is None:
         assert threads is not None
         speed = chained_tokens_per_second(model, training, source, steps=steps, threads=threads)
@@ -50,7 +50,7 @@ def main(stages: int, steps: int, data: Path | None, threads: int | None, train:
         losses = [chain.microbatch(source.row(0, first + i)) for i in range(training.target_batch)]
         chain.step(step)
         if step % 10 == 0 or step == train:
-            held_out = [chain.evaluate(source.eval_row(i)) for i in range(min(EVAL_ROWS, source.eval_rows))]
+            held_out = [chain.evaluate(row) for row in source.held_out(EVAL_ROWS)]
             line = {
                 "step": step,
                 "loss": round(sum(losses) / len(losses), 3),

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fidelity_run import Curve, PlainStage, train
 
 from stage.config import ModelConfig, TrainingConfig
-from stage.data import ByteSource
+from stage.data import Source
 from stage.model import Stage
 from stage.parameters import parameter_count
 
@@ -149,7 +149,7 @@ def main(
     began = time.monotonic()
     curves: list[Curve] = []
     for seed in seeds:
-        source = ByteSource(None, SIZES[size].seq, seed)
+        source = Source(None, SIZES[size].seq, seed)
         for name in names:
             for lr in lrs:
                 if time.monotonic() - began > 60 * minutes:

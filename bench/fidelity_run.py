@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stage import boundary, subspace
 from stage.config import ModelConfig, TrainingConfig, WireDtype
-from stage.data import ByteSource, Row
+from stage.data import Row, Source
 from stage.genesis import fill
 from stage.model import Stage, TailLoss, document_index
 from stage.optimizer import Optimizer
@@ -129,7 +129,7 @@ class Chain:
 
     def _tensors(self, rows: list[Row]) -> tuple[Tensor, Tensor | None]:
         """Ids [B, T+1] and document numbers [B, T], None where every row is one document."""
-        ids = torch.stack([torch.frombuffer(bytearray(row.text), dtype=torch.uint8) for row in rows]).long()
+        ids = torch.stack([torch.frombuffer(bytearray(row.ids), dtype=torch.int32) for row in rows]).long()
         docs = None
         if any(row.starts for row in rows):
             docs = torch.stack([document_index(row.starts, self.model.seq) for row in rows]).to(self.device)
@@ -140,7 +140,7 @@ def train(
     arm: str,
     model: ModelConfig,
     training: TrainingConfig,
-    source: ByteSource,
+    source: Source,
     kind: type[Stage] = Stage,
     device: str = "cpu",
     move_every: int = 0,
@@ -149,7 +149,7 @@ def train(
     chain = Chain(model, training, kind, device)
     if move_every:
         chain.watch()
-    held_out = [source.eval_row(position) for position in range(min(EVAL_ROWS, source.eval_rows))]
+    held_out = source.held_out(EVAL_ROWS)
     steps, batch, began = training.total_steps, training.target_batch, time.process_time()
     halfway = math.nan
     for step in range(1, steps + 1):

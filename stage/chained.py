@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stage.config import ModelConfig, TrainingConfig
-from stage.data import ByteSource, Row
+from stage.data import Row, Source
 from stage.genesis import genesis
 from stage.model import Stage, TailLoss, document_index
 from stage.optimizer import Optimizer
@@ -89,13 +89,13 @@ class Chain:
 
 def _tensors(row: Row) -> tuple[Tensor, Tensor | None]:
     """Ids [1, T+1] and document numbers [1, T] of a row, None where it is one document."""
-    ids = torch.frombuffer(bytearray(row.text), dtype=torch.uint8).long()
-    docs = document_index(row.starts, len(row.text) - 1).unsqueeze(0) if row.starts else None
+    ids = torch.frombuffer(bytearray(row.ids), dtype=torch.int32).long()
+    docs = document_index(row.starts, len(ids) - 1).unsqueeze(0) if row.starts else None
     return ids.unsqueeze(0), docs
 
 
 def chained_tokens_per_second(
-    model: ModelConfig, training: TrainingConfig, source: ByteSource, *, steps: int, threads: int
+    model: ModelConfig, training: TrainingConfig, source: Source, *, steps: int, threads: int
 ) -> float:
     """Tokens a second over ``steps`` steps of ``target_batch`` microbatches.
 

@@ -4,25 +4,22 @@ It owns no weights. Each microbatch is a signed ticket, sent to a replica of the
 comes back through the nested call. Completions grow the trainer's signed sample count, which is the run's
 clock (``stage.clock``). ``credits`` microbatches are in flight at most: enough to keep every replica
 busy, no more. A microbatch that no replica takes right now is kept and tried again; it fails only when
-the trainer is told to stop before anybody answered.
+the trainer is told to stop before anybody answered. Rows come from ``stage.data``, read ahead in a thread.
 
 Every issued microbatch ends as exactly one ``microbatch_completed`` or ``microbatch_failed``. The journal
-(``journal.json``: next position, positions that are open, completed samples) makes a restarted trainer go
-on where it was: it repeats only what was in flight. Evaluation rows travel as ``eval`` tickets, each on two
-paths, and count nowhere. Whatever was answered leaves a signed receipt (``stage.receipts``), which goes to
-``keep`` before the microbatch counts as completed. Torch-free.
+(``stage.progress``) makes a restarted trainer go on where it was: it repeats only what was in flight.
+Evaluation rows travel as ``eval`` tickets, each on two paths, and count nowhere. Whatever was answered leaves
+a signed receipt (``stage.receipts``), which goes to ``keep`` before the microbatch counts as completed.
+Torch-free.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from pathlib import Path
 
-import attrs
 import trio
 
 from p2p.errors import LocalError
@@ -30,10 +27,11 @@ from p2p.event import Emit
 from p2p.identity import Identity
 from stage.clock import Reading, StepClock
 from stage.config import ModelConfig, TrainingConfig
-from stage.data import ByteSource, Row
+from stage.data import Row, Source
 from stage.events import Evaluated, MicrobatchCompleted, MicrobatchFailed, MicrobatchIssued
 from stage.messages import BASIS, Request
 from stage.nexthop import NextHop, NoReplicaError, Passed
+from stage.progress import Journal
 from stage.receipts import Receipt
 from stage.ticket import Ticket
 
@@ -45,65 +43,9 @@ DRAIN_S = 20.0
 """How long microbatches in flight may still finish once the trainer is told to stop."""
 EVAL_ROWS = 8
 JOURNAL_S = 1.0
-
-
-@attrs.define
-class Journal:
-    """What survives a restart of the trainer."""
-
-    path: Path
-    next_position: int = 0
-    open: set[int] = attrs.field(factory=set)
-    """Positions below ``next_position`` that nobody has answered."""
-    samples: int = 0
-    evaluations: int = 0
-    """Tickets of evaluation so far: their positions grow too."""
-
-    @classmethod
-    def load(cls, path: Path) -> Journal:
-        try:
-            saved = json.loads(path.read_text())
-            evaluations = saved.get("evaluations", 0)
-            journal = cls(path, saved["next_position"], set(saved["open"]), saved["samples"], evaluations)
-            counts = (journal.next_position, journal.samples, evaluations, *journal.open)
-            if not all(type(count) is int and count >= 0 for count in counts):
-                raise ValueError("a count is not a whole number")
-            if max(journal.open, default=-1) >= journal.next_position:
-                raise ValueError("a position is open that was never begun")
-            return journal
-        except FileNotFoundError:
-            return cls(path)
-        except OSError as error:
-            raise LocalError(f"cannot read {path}: {error.strerror or error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LocalError(
-                f"{path} is damaged ({error}); remove it to start the trainer's data from the beginning"
-            ) from None
-
-    def text(self) -> str:
-        fields = {
-            "next_position": self.next_position,
-            "open": sorted(self.open),
-            "samples": self.samples,
-            "evaluations": self.evaluations,
-        }
-        return json.dumps(fields)
-
-    def write(self, text: str) -> None:
-        """Atomically; may run in a thread, since ``text`` was taken before. Raises LocalError."""
-        temporary = self.path.with_suffix(".tmp")
-        try:
-            temporary.write_text(text)
-            temporary.replace(self.path)
-        except OSError as error:
-            raise LocalError(f"cannot write {self.path}: {error.strerror or error}") from None
-
-    def take(self) -> int:
-        """The next position that was never worked on."""
-        position = self.next_position
-        self.next_position += 1
-        self.open.add(position)
-        return position
+"""Between two times that the journal is synced to the disk."""
+AHEAD = 16_384
+"""Most positions that a shard may be ahead of its oldest open one."""
 
 
 class Trainer:
@@ -117,9 +59,9 @@ class Trainer:
         model: ModelConfig,
         training: TrainingConfig,
         clock: StepClock,
-        source: ByteSource,
-        shard: int,
-        goal_samples: int | None,
+        source: Source,
+        shards: Iterable[int],
+        goal: Callable[[int], int | None],
         next_hop: NextHop,
         credits: Callable[[], int],
         journal: Journal,
@@ -129,7 +71,7 @@ class Trainer:
         keep: Callable[[Receipt], None],
         now: Callable[[], float],
     ) -> None:
-        """``keep``: takes the receipt of each answer; ``now``: unix time."""
+        """``goal``: positions that a shard owes; ``keep``: takes receipts; ``now``: unix time."""
         self._identity = identity
         self._run = run
         self._model = model
@@ -139,17 +81,21 @@ class Trainer:
         """Nothing new is issued while it is set."""
         self._clock = clock
         self._source = source
-        self._shard = shard
-        self._goal = goal_samples
+        self._goal = goal
         self._next_hop = next_hop
         self._credits = credits
         self._journal = journal
         self._emit = emit
         self._stopping = stopping
-        self._evaluate = evaluate
+        self.evaluate = evaluate
+        """Whether evaluations are this trainer's."""
         self._keep = keep
         self._now = now
-        self._reopened = sorted(journal.open)
+        self._next: dict[int, int] = {}
+        """Of each shard in work: the next position to look at. Whose turn it is stands first."""
+        self._reading = trio.CapacityLimiter(1)
+        self._preparing = False
+        self._behind, self._due = trio.open_memory_channel[tuple[int, int]](1)
         self._in_flight = 0
         self._changed = trio.Event()
         self._evaluated_at = -1
@@ -157,6 +103,7 @@ class Trainer:
         self._evaluated = 0
         """Evaluations due so far, by the clock."""
         self._evaluation_scope = trio.CancelScope()
+        self._rows_held_out: list[Row] | None = None
         self._scopes: set[trio.CancelScope] = set()
         """One for each microbatch in flight, to give them up by."""
         self.loss: float | None = None
@@ -164,6 +111,15 @@ class Trainer:
         self.evaluated: tuple[int, float] | None = None
         """Step and loss of the last evaluation."""
         self.clock_changed = trio.Event()
+        for shard in shards:
+            self.take(shard)
+
+    def take(self, shard: int) -> None:
+        """Work on that shard too, from where its journal says."""
+        progress = self._journal.shard(shard)
+        self._source.seek(shard, progress.cursor)
+        self._next[shard] = progress.mark
+        self._changed.set()
 
     @property
     def completed(self) -> int:
@@ -180,35 +136,63 @@ class Trainer:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_journal)
+                nursery.start_soon(self._prepare)
                 nursery.start_soon(self._watch_stopping)
                 async with trio.open_nursery() as work:
-                    if self._evaluate and self._journal.samples == 0:
+                    if self.evaluate and self._journal.samples == 0:
                         work.start_soon(self._evaluation, 0)
                     await self._issue(work)
-                if self._evaluate and self._evaluated_at < self._clock.step:
+                if self.evaluate and self._evaluated_at < self._clock.step:
                     await self._evaluation(self._clock.step)
                 nursery.cancel_scope.cancel()
         finally:
-            with suppress(LocalError):  # as in _keep_journal: the one before is there
-                self._journal.write(self._journal.text())
+            with suppress(LocalError):  # as in _keep_journal
+                self._journal.flush()
+                self._journal.sync()
+            self._journal.close()
 
     async def _issue(self, work: trio.Nursery) -> None:
         while not self._stopping.is_set():
-            planned = self._journal.samples + self._in_flight
-            if self._goal is not None and planned >= self._goal:
-                if self._in_flight == 0:
-                    return
-            elif self._in_flight < self._credits() and not self.held:
-                position = self._reopened.pop(0) if self._reopened else self._journal.take()
+            if self._in_flight == 0 and self._over():
+                return
+            may = self._in_flight < self._credits() and not self.held
+            name = self._following() if may else None
+            if name is not None:
                 self._in_flight += 1
-                work.start_soon(self._one, work, position)
+                work.start_soon(self._one, work, *name)
                 continue
             self._changed = trio.Event()
             with trio.move_on_after(1.0):  # credits follow the roster, which tells nobody here
                 await self._changed.wait()
 
-    async def _one(self, work: trio.Nursery, position: int) -> None:
-        row = self._source.row(self._shard, position)
+    def _over(self) -> bool:
+        goals = ((shard, self._goal(shard)) for shard in self._next)
+        return all(goal is not None and self._journal.shard(shard).completed >= goal for shard, goal in goals)
+
+    def _following(self) -> tuple[int, int] | None:
+        """Shard and position of what comes next, if there is something to do."""
+        for shard, position in self._next.items():
+            progress, goal = self._journal.shard(shard), self._goal(shard)
+            while position in progress.done:
+                position += 1
+            if (goal is None or position < goal) and position < progress.mark + AHEAD:
+                del self._next[shard]
+                self._next[shard] = position + 1
+                return shard, position
+        return None
+
+    async def _one(self, work: trio.Nursery, shard: int, position: int) -> None:
+        row = None
+        with trio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                row = await self._row(shard, position)
+            finally:
+                self._scopes.discard(scope)
+        if row is None:
+            self._in_flight -= 1
+            self._changed.set()
+            return
         ticket = self._ticket("train", position, row)
         self._emit(MicrobatchIssued(ticket=ticket.id))
         passed = None
@@ -223,18 +207,39 @@ class Trainer:
         if passed is None:
             self._emit(MicrobatchFailed(ticket=ticket.id, why="the trainer stopped before an answer came"))
             return
-        self._journal.open.discard(position)
-        self._journal.samples += 1
-        self._publish()
         loss = passed.answer.loss
         self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
+        # Said before it is noted down: a trainer that is killed in between repeats it, and skips nothing.
         self._emit(MicrobatchCompleted(ticket=ticket.id, path=list(passed.answer.path), loss=loss))
+        self._journal.complete(shard, position)
+        self._publish()
         step, every = self._clock.step, self.training.eval_every
         # The clock is everybody's: it may pass the very step between two completions of ours.
-        if self._evaluate and every and step // every > self._evaluated:
+        if self.evaluate and every and step // every > self._evaluated:
             self._evaluated = step // every
             if not self._evaluating:
                 work.start_soon(self._evaluation, step)
+
+    async def _row(self, shard: int, position: int) -> Row:
+        """Of the training data; LocalError if they cannot be read any more."""
+        found = self._source.at_hand(shard, position)
+        if found is None:
+            found = await trio.to_thread.run_sync(
+                self._source.row, shard, position, abandon_on_cancel=True, limiter=self._reading
+            )
+        if not self._preparing and self._source.unprepared(shard, position):
+            self._preparing = True
+            self._behind.send_nowait((shard, position))
+        return found
+
+    async def _prepare(self) -> None:
+        """Reads on before it is needed."""
+        async for shard, position in self._due:
+            with suppress(LocalError):  # whoever needs the rows says it
+                await trio.to_thread.run_sync(
+                    self._source.prepare, shard, position, abandon_on_cancel=True, limiter=self._reading
+                )
+            self._preparing = False
 
     async def _through(self, ticket: Ticket, row: Row) -> Passed:
         """Sends one microbatch until it is answered."""
@@ -273,7 +278,7 @@ class Trainer:
             run=self._run,
             trainer=self._identity.peer_id,
             kind=kind,
-            shard=self._shard,
+            shard=row.shard,
             position=position,
             ids_hash=hashlib.sha256(row.ids).digest(),
             weight=1.0,
@@ -289,33 +294,56 @@ class Trainer:
         self._evaluated_at = step
         losses: list[float] = []
 
-        async def one(row: Row) -> None:
-            self._journal.evaluations += 1
-            ticket = self._ticket("eval", self._journal.evaluations, row)
+        async def one(row: Row, number: int) -> None:
+            ticket = self._ticket("eval", number, row)
             losses.append((await self._through(ticket, row)).answer.loss)
 
-        rows = min(EVAL_ROWS, self._source.eval_rows)
+        rows: list[Row] = []
         try:
             with trio.move_on_after(0.0 if self._stopping.is_set() else CALL_S) as self._evaluation_scope:
-                for number in range(rows):
+                rows = await self._held_out()
+                first = self._journal.evaluate(2 * len(rows))
+                for number, row in enumerate(rows):
                     async with trio.open_nursery() as pair:
-                        for _path in range(2):
-                            pair.start_soon(one, self._source.eval_row(number))
+                        for path in range(2):
+                            pair.start_soon(one, row, first + 2 * number + path)
         finally:
             self._evaluating = False
-        if len(losses) == 2 * rows:
+        if rows and len(losses) == 2 * len(rows):
             loss = math.fsum(losses) / len(losses)
             self.evaluated = step, loss
             self.clock_changed.set()
-            self._emit(Evaluated(step=step, loss=loss, rows=rows))
+            self._emit(Evaluated(step=step, loss=loss, rows=len(rows)))
+
+    async def _held_out(self) -> list[Row]:
+        if self._rows_held_out is None:
+            self._rows_held_out = await trio.to_thread.run_sync(
+                self._source.held_out, EVAL_ROWS, abandon_on_cancel=True, limiter=self._reading
+            )
+        return self._rows_held_out
 
     async def _keep_journal(self) -> None:
         while True:
             await trio.sleep(JOURNAL_S)
             try:
-                await trio.to_thread.run_sync(self._journal.write, self._journal.text())
+                self._journal.flush()
+                await trio.to_thread.run_sync(self._journal.sync)
+                if self._read_on() or self._journal.long:
+                    copy = self._journal.copy()
+                    await trio.to_thread.run_sync(copy.write)
+                    self._journal.replace(copy)
             except LocalError:
                 pass  # a disk that is full for a while: only a restart now would repeat more than it has to
+
+    def _read_on(self) -> bool:
+        """Whether a shard's oldest open position has come to another window of the data."""
+        moved = False
+        for shard in self._next:
+            progress = self._journal.shard(shard)
+            cursor = self._source.cursor(shard, progress.mark)
+            moved = moved or cursor != progress.cursor
+            progress.cursor = cursor
+        return moved
 
     async def _watch_stopping(self) -> None:
         await self._stopping.wait()

@@ -10,15 +10,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import attrs
 import click
 
+from agorad import trainer_data
 from agorad.demo import layout, report
 from agorad.demo.layout import Layout, Plan
 from agorad.demo.swarm import STALL_S, TICK_S, DemoFailed, Swarm, ended_cleanly
 from agorad.demo.view import View
 from agorad.usage import NamedPath
 from p2p.errors import LocalError
-from stage.data import ByteSource
 
 DEFAULT_STEPS = 60
 
@@ -29,7 +30,9 @@ DEFAULT_STEPS = 60
 @click.option("--trainers", default=1, show_default=True, help="Trainers, each with its share of the data.")
 @click.option("--steps", type=int, help=f"Steps of the run's clock.  [default: {DEFAULT_STEPS}]")
 @click.option("--seconds", type=float, help="Train for this long instead.")
-@click.option("--data", type=NamedPath(), help="Text file or folder; else Python's own source.")
+@click.option(
+    "--data", type=NamedPath(), help="Text, JSONL or parquet, or a folder; else Python's own source."
+)
 @click.option("--dir", "folder", type=NamedPath(), help="Folder for everything; else temporary.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Override one setting.")
 @click.option("--keep", is_flag=True, help="Keep a temporary folder.")
@@ -57,7 +60,8 @@ def demo(
         seconds=seconds, data=data, assignments=assignments,
     )  # fmt: skip
     manifest = layout.check(plan)
-    source = ByteSource(data, manifest.model.seq, manifest.training.seed, shards=trainers)
+    settings = attrs.evolve(layout.trainer_settings(plan), data=data)  # as it was typed, for errors
+    source = trainer_data.source(settings, manifest, shards=trainers)
     temporary = folder is None
     folder, created = _folder(folder)
     outcome = None

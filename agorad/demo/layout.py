@@ -20,6 +20,7 @@ import attrs
 
 from agorad import config as node_config
 from agorad import run as manifest_file
+from agorad.config import TrainerSection
 from agorad.run import Manifest, NodeRef, RunInfo
 from agorad.settings import nearest, override, unstructure
 from p2p.errors import LocalError
@@ -162,11 +163,23 @@ def prepare(plan: Plan, folder: Path) -> Layout:
                 "snapshot_every": SNAPSHOT_EVERY,
             }  # fmt: skip
         elif node.role == "trainer":
-            data = None if plan.data is None else str(plan.data.absolute())
-            trainer = {"data": data, "steps": plan.steps, "seconds": plan.seconds}
-            extra["trainer"] = {key: value for key, value in trainer.items() if value is not None}
+            extra["trainer"] = _trainer(plan)
         _write_toml(node.config, _node_table(plan, node_section, extra))
     return Layout(folder=folder, manifest_path=manifest_path, manifest=manifest, nodes=tuple(nodes))
+
+
+def trainer_settings(plan: Plan) -> TrainerSection:
+    """What every trainer of the demo is told."""
+    table = _node_table(
+        plan, {"role": "trainer", "run": "run.toml", "state": "."}, {"trainer": _trainer(plan)}
+    )
+    return node_config.from_table(table, Path.cwd()).trainer
+
+
+def _trainer(plan: Plan) -> dict[str, Any]:
+    data = None if plan.data is None else str(plan.data.absolute())
+    trainer = {"data": data, "steps": plan.steps, "seconds": plan.seconds}
+    return {key: value for key, value in trainer.items() if value is not None}
 
 
 def _check_name(assignment: str) -> None:
@@ -221,6 +234,9 @@ def _node_table(plan: Plan, node: dict[str, Any], extra: dict[str, Any]) -> dict
     """A node's config table, ``--set`` laid over it and checked."""
     mine = [text for text in plan.assignments if text.partition(".")[0].strip() in NODE_SECTIONS]
     table = override(node_config.Config, {"node": node, **extra}, mine)
+    tokenizer = table.get("trainer", {}).get("tokenizer")
+    if isinstance(tokenizer, str):  # meant from where it is typed
+        table["trainer"]["tokenizer"] = str(Path(tokenizer).expanduser().absolute())
     node_config.from_table(table, Path("/"))
     return table
 

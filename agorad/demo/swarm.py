@@ -28,6 +28,7 @@ import attrs
 
 from agorad.ask import CommandFailed, NoAnswer, Unreachable, ask
 from agorad.demo.layout import DemoNode, Layout
+from stage.progress import JOURNAL, samples_of
 
 UP_S: Final = 120.0
 STALL_S: Final = 120.0
@@ -173,13 +174,8 @@ class Swarm:
 
     def final_step(self) -> int:
         """Where the trainers left the clock, from their journals: they may end between two polls."""
-        samples = 0
-        for running in self.of_role("trainer"):
-            try:
-                samples += json.loads((running.node.folder / "journal.json").read_text())["samples"]
-            except (OSError, ValueError, KeyError):
-                continue
-        return int(samples // self.layout.manifest.training.target_batch)
+        samples = sum(samples_of(running.node.folder / JOURNAL) for running in self.of_role("trainer"))
+        return samples // self.layout.manifest.training.target_batch
 
     def settle(self, step: int) -> None:
         """Wait until every replica that answers has reached the last step and ended its round."""

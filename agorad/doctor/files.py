@@ -195,7 +195,7 @@ _KEPT: Final = {
     manifests.FILE: stat.S_ISREG,
     "certificate": stat.S_ISREG,
     "receipts": stat.S_ISDIR,
-    "journal.json": stat.S_ISREG,
+    "journal.jsonl": stat.S_ISREG,
     "authority.sqlite": stat.S_ISREG,
     "snapshots": stat.S_ISDIR,
 }

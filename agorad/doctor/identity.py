@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from agorad import trainer_data
 from agorad.authority import accounts
 from agorad.doctor.patient import Patient
 from agorad.join.findings import Finding
@@ -12,7 +13,6 @@ from agorad.words import duration
 from p2p.errors import LocalError, P2PError
 from p2p.files import read_small
 from p2p.membership import CERTIFICATE_LIMIT, CLOCK_SKEW_S, Certificate
-from stage.data import require_text
 
 
 def look(patient: Patient) -> Iterator[Finding]:
@@ -97,13 +97,13 @@ def _listed(patient: Patient) -> Iterator[Finding]:
                 remedy="start its server, correct authority.database, or put a copy back; it holds "
                 "grants and points",
             )  # fmt: skip
-    if patient.role == "trainer" and settings.trainer.data is not None:
+    if patient.role == "trainer" and manifest is not None:
         try:
-            require_text(settings.trainer.data)
+            trainer_data.check(settings.trainer, manifest)
         except LocalError as error:
             yield Finding(
                 name="data", verdict="fail", found=str(error),
-                remedy="correct trainer.data, or mount the disk that it is on",
+                remedy="correct what [trainer] says of it, or mount the disk that it is on",
             )  # fmt: skip
 
 

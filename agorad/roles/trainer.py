@@ -12,6 +12,7 @@ import random
 
 import trio
 
+from agorad import trainer_data
 from agorad.clockwatch import watch_clock
 from agorad.metrics.readings import Readings
 from agorad.node import Node
@@ -20,11 +21,11 @@ from agorad.points import Submitter
 from p2p.errors import LocalError
 from p2p.records import ClockRecord, clock_key
 from stage.clock import StepClock
-from stage.data import ByteSource
 from stage.nexthop import NextHop
+from stage.progress import JOURNAL, Journal
 from stage.roster import Roster, StageView
 from stage.router import Router
-from stage.trainer import Journal, Trainer
+from stage.trainer import Trainer
 
 CREDITS_FIRST = 4
 PUBLISH_S = 0.5
@@ -44,7 +45,7 @@ async def run(node: Node) -> None:
         )
     shard = trainers.index(node.identity.peer_id)
     source = await trio.to_thread.run_sync(
-        lambda: ByteSource(settings.data, manifest.model.seq, manifest.training.seed, shards=len(trainers))
+        lambda: trainer_data.source(settings, manifest, shards=len(trainers))
     )
     trust = node.trust
     clock = StepClock(manifest.run.id, frozenset(trainers), manifest.training.target_batch)
@@ -62,10 +63,15 @@ async def run(node: Node) -> None:
         replicas = sum(len(view.serving()) for view in stages)
         return max(CREDITS_FIRST, 2 * replicas // len(trainers))
 
-    goal = None
-    if settings.steps is not None:
+    def goal(shard: int) -> int | None:
+        """Each shard owes an equal part of the steps."""
+        if settings.steps is None:
+            return None
         samples = settings.steps * manifest.training.target_batch
-        goal = samples * (shard + 1) // len(trainers) - samples * shard // len(trainers)
+        return samples * (shard + 1) // len(trainers) - samples * shard // len(trainers)
+
+    journal = Journal.load(node.config.node.state / JOURNAL, source.fingerprint)
+    journal.start()
     outbox = await trio.to_thread.run_sync(Outbox, node.config.node.state / "receipts")
     submitter = Submitter(node, outbox)
     ending = trio.Event()
@@ -76,11 +82,11 @@ async def run(node: Node) -> None:
         training=manifest.training,
         clock=clock,
         source=source,
-        shard=shard,
-        goal_samples=goal,
+        shards=[shard],
+        goal=goal,
         next_hop=next_hop,
         credits=credits,
-        journal=Journal.load(node.config.node.state / "journal.json"),
+        journal=journal,
         emit=node.emit,
         stopping=ending,
         evaluate=shard == 0,

@@ -60,6 +60,12 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "binary").write_bytes(bytes(range(256)) * 64)
     (tmp_path / "short.txt").write_text("hello\n")
     (tmp_path / "good.txt").write_text("All work and no play makes Jack a dull boy.\n" * 4000)
+    (tmp_path / "no.jsonl").write_text("text that is no JSON\n" * 900)
+    (tmp_path / "fields.jsonl").write_text('{"content": "All work and no play"}\n' * 900)
+    (tmp_path / "huge.jsonl").write_text('{"text": "' + "x" * (5 << 20))
+    (tmp_path / "bad").mkdir()
+    for path in (tmp_path / "no.parquet", tmp_path / "bad" / "no.parquet"):
+        path.write_bytes(b"PAR1" + b"text" * 999)
     (tmp_path / "no-text").mkdir()
     (tmp_path / "no-text" / "picture").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "secret.txt").write_text("text " * 9000)
@@ -80,6 +86,18 @@ def place(tmp_path: Path) -> Path:
         (("--data", "/dev/zero"), "/dev/zero is empty or not text"),
         (("--data", "short.txt"), "too few for 2 sequences"),
         (("--data", "no-text"), "no-text has no readable text file"),
+        (("--data", "no.jsonl"), "900 lines left out that are no JSON"),
+        (("--data", "fields.jsonl"), "900 lines left out without a text in 'text'"),
+        (("--data", "huge.jsonl"), "1 lines left out with more than 4 MiB"),
+        (("--data", "no.parquet"), "cannot read no.parquet as parquet"),
+        (("--data", "bad"), "bad has no readable text file (cannot read bad/no.parquet as parquet"),
+        (("--set", "data.tokens=tokenizer"), "name the run's tokenizer.json in trainer.tokenizer"),
+        (("--set", "trainer.tokenizer=good.txt"), "this run's data.tokens is 'bytes'"),
+        (
+            ("--set", "data.tokens=tokenizer", "--set", "trainer.tokenizer=good.txt"),
+            "good.txt is no tokenizer",
+        ),
+        (("--set", "data.tokenizer_sha256=12"), "must be 64 lower-case hexadecimal digits"),
         (("--data", ""), "the path is empty"),
         pytest.param(("--data", "secret.txt"), "secret.txt: Permission denied", marks=NEEDS_A_USER),
         (("--stages", "0"), "--stages 0: between 1 and 32"),

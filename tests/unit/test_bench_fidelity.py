@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from stage.config import ModelConfig
-from stage.data import ByteSource
+from stage.data import Source
 
 torch.set_num_threads(1)  # OpenMP spins while it waits, and other tests need the cores
 
@@ -37,7 +37,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_every_arm_trains(suite: Any, text: Path) -> None:
-    source = ByteSource(text, BASE.seq, 1)
+    source = Source(text, BASE.seq, 1)
     losses = {}
     for name, arm in suite.arms(BASE).items():
         how = suite.training(arm, 1e-2, 1, 2, 4)
@@ -63,7 +63,7 @@ def test_it_reports_the_best_learning_rate_of_each_arm(
     suite: Any, monkeypatch: pytest.MonkeyPatch, text: Path
 ) -> None:
     monkeypatch.setitem(suite.SIZES, "small", BASE)
-    monkeypatch.setattr(suite, "ByteSource", lambda path, seq, seed: ByteSource(text, seq, seed))
+    monkeypatch.setattr(suite, "Source", lambda path, seq, seed: Source(text, seq, seed))
     options = ["--arm", "subspace", "--steps", "2", "--batch", "2", "--lr", "1e-3", "--lr", "1e-2"]
     options += ["--seed", "1", "--seed", "2"]
     result = CliRunner().invoke(suite.main, [*options, "--json"], catch_exceptions=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -18,12 +19,13 @@ from p2p.event import Event
 from p2p.identity import Identity
 from stage.clock import Reading, StepClock
 from stage.config import ModelConfig, TrainingConfig
-from stage.data import ByteSource, Row
+from stage.data import Cursor, Row, Source
 from stage.events import Evaluated, MicrobatchCompleted, MicrobatchFailed, MicrobatchIssued
 from stage.messages import Answer, Request
 from stage.nexthop import NextHop, NoReplicaError, Passed
+from stage.progress import LINES, Journal, samples_of
 from stage.receipts import Receipt, sign
-from stage.trainer import EVAL_ROWS, Journal, Trainer
+from stage.trainer import EVAL_ROWS, Trainer
 
 TRAINER = Identity.generate(bytes([1]) * 32)
 MATE = Identity.generate(bytes([2]) * 32)
@@ -33,6 +35,7 @@ MODEL = ModelConfig(
     d=16, k=4, layers=(1, 1), heads=2, kv_heads=1, head_dim=8, ffn=16, seq=4
 )  # fmt: skip
 BATCH = 4
+DATA = "0123456789abcdef"
 
 
 class Pipeline:
@@ -71,15 +74,22 @@ class Pipeline:
 
 
 class Rows:
-    """Stands for ``ByteSource``."""
+    """Stands for ``Source``."""
 
-    eval_rows = EVAL_ROWS
+    def seek(self, shard: int, cursor: Cursor) -> None:
+        pass
 
-    def row(self, shard: int, position: int) -> Row:
+    def cursor(self, shard: int, position: int) -> Cursor:
+        return Cursor(window=position // 16, begin=position - position % 16)
+
+    def at_hand(self, shard: int, position: int) -> Row:
         return Row(shard, position, position.to_bytes(5, "little"), ())
 
-    def eval_row(self, number: int) -> Row:
-        return Row(0, number, bytes([255] * 4 + [number]), ())
+    def unprepared(self, shard: int, position: int) -> bool:
+        return False
+
+    def held_out(self, count: int) -> list[Row]:
+        return [Row(0, number, bytes([255] * 4 + [number]), ()) for number in range(count)]
 
 
 @attrs.define
@@ -98,18 +108,20 @@ class Bench:
     receipts: list[Receipt] = attrs.field(factory=list)
 
     def trainer(self) -> Trainer:
+        journal = Journal.load(self.folder / "journal.jsonl", DATA)
+        journal.start()
         return Trainer(
             identity=TRAINER,
             run="run",
             model=MODEL,
             training=TrainingConfig(seed=1, target_batch=BATCH, eval_every=self.eval_every),
             clock=self.clock,
-            source=cast(ByteSource, Rows()),
-            shard=0,
-            goal_samples=self.goal,
+            source=cast(Source, Rows()),
+            shards=[0],
+            goal=lambda _shard: self.goal,
             next_hop=cast(NextHop, self.pipeline),
             credits=lambda: self.credits,
-            journal=Journal.load(self.folder / "journal.json"),
+            journal=journal,
             emit=self.events.append,
             stopping=self.stopping,
             evaluate=self.evaluate,
@@ -135,9 +147,8 @@ class Bench:
     def tickets(self, kind: type[Any]) -> list[str]:
         return [event.ticket for event in self.events if isinstance(event, kind)]
 
-    def saved(self) -> dict[str, Any]:
-        read: dict[str, Any] = json.loads((self.folder / "journal.json").read_text())
-        return read
+    def saved(self) -> Journal:
+        return Journal.load(self.folder / "journal.jsonl", DATA)
 
 
 def test_it_ends_at_its_goal_with_every_microbatch_completed(tmp_path: Path) -> None:
@@ -148,7 +159,9 @@ def test_it_ends_at_its_goal_with_every_microbatch_completed(tmp_path: Path) -> 
     assert bench.tickets(MicrobatchFailed) == []
     assert bench.pipeline.most_at_work == 3
     assert (trainer.completed, trainer.in_flight, bench.clock.samples) == (10, 0, 10)
-    assert bench.saved() == {"next_position": 10, "open": [], "samples": 10, "evaluations": 0}
+    saved = bench.saved()
+    assert (saved.samples, saved.evaluations) == (10, 0)
+    assert (saved.shards[0].mark, saved.shards[0].done) == (10, set())
     for receipt in bench.receipts:  # one each, and they are true
         receipt.check("run", LISTED, 1)
         assert receipt.at == 1e9
@@ -185,12 +198,13 @@ def test_told_to_stop_it_drains_gives_up_the_rest_and_a_restart_takes_it_up(tmp_
     assert len(issued) == len(set(issued))
     assert set(issued) == set(bench.tickets(MicrobatchCompleted)) | stuck
     saved = bench.saved()
-    assert (saved["open"], saved["samples"]) == ([5, 6], len(issued) - 2)
-    again = Bench(tmp_path, goal=saved["samples"] + 4)
+    assert (saved.shards[0].mark, saved.samples) == (5, len(issued) - 2)
+    assert saved.shards[0].done == set(range(7, len(issued)))
+    again = Bench(tmp_path, goal=saved.samples + 4)
     again.run()
     assert stuck <= set(again.tickets(MicrobatchIssued)[: again.credits])
     assert set(again.tickets(MicrobatchIssued)) & set(issued) == stuck
-    assert again.saved()["open"] == []
+    assert (again.saved().shards[0].mark, again.saved().shards[0].done) == (saved.samples + 4, set())
 
 
 def test_evaluation_takes_each_row_on_two_paths_and_counts_nowhere(tmp_path: Path) -> None:
@@ -237,50 +251,128 @@ def test_a_stop_does_not_wait_for_an_evaluation_that_nobody_answers(tmp_path: Pa
     assert not [event for event in bench.events if isinstance(event, Evaluated)]
 
 
+HEAD = '{"format":2,"data":"%s","samples":0,"evaluations":0,"shards":{%s}}\n'
+SHARD = '"0":{"mark":%s,"done":%s,"cursor":%s}'
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{", "3", "[]", "{}", '{"next_position": 1, "open": []}',
-        '{"next_position": "1", "open": [], "samples": 0}', '{"next_position": 1, "open": 3, "samples": 0}',
-        '{"next_position": 1, "open": "0", "samples": 0}', '{"next_position": 1, "open": [1], "samples": 0}',
-        '{"next_position": 1, "open": [-1], "samples": 0}', '{"next_position": 1, "open": [], "samples": -1}',
-        '{"next_position": 1, "open": [[0]], "samples": 0}',
-        '{"next_position": true, "open": [], "samples": 0}',
-        "\udcff",
+        "", "{", "{\n", "3\n", "[]\n", "{}\n", HEAD[:-1], "\udcff\n",
+        HEAD.replace("2", "1") % (DATA, ""), HEAD.replace("0,", "-1,", 1) % (DATA, ""),
+        HEAD.replace("0,", "true,", 1) % (DATA, ""),
+        *(
+            HEAD % (DATA, SHARD % fields)
+            for fields in [
+                ('"1"', "[]", "[0,0,0,0]"), ("1", "3", "[0,0,0,0]"), ("1", '"0"', "[0,0,0,0]"),
+                ("1", "[0]", "[0,0,0,0]"), ("1", "[1]", "[0,0,0,0]"), ("0", "[-1]", "[0,0,0,0]"),
+                ("1", "[[2]]", "[0,0,0,0]"), ("1", "[]", "[0,0,0,2]"), ("1", "[]", "[0,0,0,0,0]"),
+                ("1", "[]", '[0,0,"",0]'),
+            ]
+        ),
+        *(HEAD % (DATA, "") + line for line in ("\n", "[0]\n", "[0,-1]\n", "[0,true]\n", "{}\n", "x\n")),
     ],
 )  # fmt: skip
 def test_a_damaged_journal_is_one_clear_sentence(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "journal.json"
+    path = tmp_path / "journal.jsonl"
     path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(LocalError, match="remove it"):
-        Journal.load(path)
+    with pytest.raises(LocalError, match=r"damaged .*remove it"):
+        Journal.load(path, DATA)
 
 
 def test_an_unreadable_journal_is_one_too(tmp_path: Path) -> None:
     with pytest.raises(LocalError, match="cannot read"):
-        Journal.load(tmp_path)
+        Journal.load(tmp_path, DATA)
+    assert samples_of(tmp_path) == samples_of(tmp_path / "none") == 0
 
 
-def test_a_full_disk_stops_no_training(tmp_path: Path) -> None:
+def test_a_journal_of_other_data_is_refused(tmp_path: Path) -> None:
+    Journal(tmp_path / "journal.jsonl", DATA).start()
+    with pytest.raises(LocalError, match="about other data"):
+        Journal.load(tmp_path / "journal.jsonl", "another")
+
+
+class FullDisk:
+    """``os.write`` of a disk that has room for so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def __call__(self, descriptor: int, data: bytes) -> int:
+        fits = data[: self.room]
+        self.room -= len(fits)
+        if not fits:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return WRITE(descriptor, fits)
+
+
+WRITE = os.write
+
+
+def test_a_full_disk_stops_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(tmp_path, goal=40)
-    blocked = tmp_path / "journal.tmp"
-    blocked.mkdir()  # what cannot be written to
+    disk = FullDisk(12 * len("[0,0]\n") + 3)
+    monkeypatch.setattr("stage.progress.os.write", disk)
 
     async def repair(trainer: Trainer) -> None:
-        while trainer.completed < 38:  # noqa: ASYNC110
+        (tmp_path / "journal.new").mkdir()  # no copy can be made
+        while trainer.completed < 35:  # noqa: ASYNC110
             await trio.sleep(0.1)
-        assert trio.current_time() > 1.1, "the journal was due by now"
-        blocked.rmdir()
+        before = bench.saved()
+        assert 11 <= before.samples <= 12  # and no half line
+        disk.room = 1 << 20
+        (tmp_path / "journal.new").rmdir()
+        await trio.sleep(1.5)
+        assert bench.saved().samples >= 35
+        assert trainer.completed >= 35
 
     bench.run(repair)
-    assert bench.saved()["samples"] == 40
+    assert bench.saved().samples == bench.saved().shards[0].mark == 40
 
 
-def test_a_journal_is_written_whole_and_read_back(tmp_path: Path) -> None:
-    journal = Journal.load(tmp_path / "journal.json")
-    assert [journal.take() for _ in range(3)] == [0, 1, 2]
-    journal.open.discard(1)
-    journal.samples = 1
-    journal.write(journal.text())
-    assert Journal.load(journal.path) == journal
-    assert [path.name for path in tmp_path.iterdir()] == ["journal.json"]
+def test_a_journal_may_be_cut_off_anywhere(tmp_path: Path) -> None:
+    """What a power cut leaves: some of the lines, the last one perhaps in part."""
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, DATA)
+    journal.start()
+    head = path.stat().st_size
+    order = [3, 0, 1, 7, 2, 5, 4, 9, 8, 6]
+    for position in order:
+        journal.complete(0, position)
+    assert journal.evaluate(16) == 1
+    text = path.read_bytes()
+    ends = [index for index, byte in enumerate(text) if byte == ord("\n")]
+    for size in range(head, len(text) + 1):
+        path.write_bytes(text[:size])
+        read = Journal.load(path, DATA)
+        known = order[: sum(end < size for end in ends[1:])]
+        assert read.samples == len(known)
+        shard = read.shard(0)
+        assert set(range(shard.mark)) | shard.done == set(known)
+        assert shard.mark not in shard.done
+    assert read.evaluations == 16
+
+
+def test_a_journal_is_made_short_while_it_is_written_to(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, DATA)
+    journal.start()
+    for position in range(LINES):
+        assert not journal.long
+        journal.complete(1, position)
+    assert journal.long
+    copy = journal.copy()
+    journal.complete(1, LINES + 5)
+    copy.write()
+    journal.complete(1, LINES)
+    assert Journal.load(path, DATA).samples == LINES + 2  # the old one is whole until the new one is
+    journal.replace(copy)
+    journal.complete(1, LINES)  # a microbatch that was repeated counts once
+    journal.complete(1, LINES + 2)
+    journal.sync()
+    journal.close()
+    read = Journal.load(path, DATA)
+    assert (read.samples, read.shards[1].mark) == (LINES + 3, LINES + 1)
+    assert read.shards[1].done == {LINES + 2, LINES + 5}
+    assert len(path.read_bytes().splitlines()) == 5
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
