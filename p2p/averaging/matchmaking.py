@@ -22,11 +22,13 @@ round seconds apart, hence: announcements to a leader that has not begun are kep
 ``hold``; a follower waits ``patience_s`` for it, then gives it up, tells it so, and the next hash leads. A
 leader that learns at its start that it was given up follows its successor instead of splitting the round.
 
+In a stage of more than ``cells.GATHER`` all this happens a cell at a time (``cells``).
+
 A member has one leader at a time and takes a commit only from it and only for the draft it accepted, so it
 is in one group a round. If the leader dies before the commit, the member seeks on among the others. Members
 that got the commit before the leader died run the round and drop those who did not.
 
-Limits: 256 candidates and followers, groups of at most ``group_size``; all waits end at ``deadline``.
+Limits: 256 candidates and followers a leader, groups of at most ``group_size``; waits end at ``deadline``.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from p2p.averaging import fields, shares
+from p2p.averaging import cells, fields, shares
 from p2p.averaging.deadline import exchange_seconds
 from p2p.averaging.lobby import (
     MAX_CANDIDATES,
@@ -80,7 +82,8 @@ class Matchmaker:
         self._mine = mine
         self._key = mine.key
         self._me = mine.candidate.peer
-        self._expected = frozenset(expected) - {self._me}
+        self._halved = cells.halvings(len(expected))
+        self._expected = cells.mates(self._key, self._me, self._halved, expected)
         self._config = config
         self._sign = sign
         self._verify = verify
@@ -120,7 +123,7 @@ class Matchmaker:
 
     def found(self, peer: PeerId, addrs: tuple[str, ...], now: float) -> None:
         """Somebody is a candidate according to the hash table."""
-        if not self.done:
+        if not self.done and cells.mates(self._key, self._me, self._halved, [peer]):
             self._learn(peer, addrs)
             self._seek(now)
 
@@ -319,8 +322,8 @@ class Matchmaker:
         self._accepted = {self._me}
         self._since = now
         for roster in self._proposed:
-            for peer in set(roster.peers) - {self._me}:
-                self.out.append(Tell(peer, {"t": "propose", "roster": roster.encoded}))
+            told = {"t": "propose", "roster": roster.encoded}
+            self.out += [Tell(peer, told) for peer in roster.peers if peer != self._me]
 
     def _maybe_commit(self, now: float) -> None:
         if not self._proposed or self.done:

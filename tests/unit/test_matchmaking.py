@@ -33,9 +33,11 @@ def verify(peer: str, domain: str, data: bytes, signature: bytes) -> bool:
     return signature == sign_as(peer)(domain, data)
 
 
-def announcement(peer: str, weight: float = 1.0, floats: int = 5000, seconds: float = 20.0) -> Announcement:
+def announcement(
+    peer: str, weight: float = 1.0, floats: int = 5000, seconds: float = 20.0, key: RoundKey = KEY
+) -> Announcement:
     candidate = Candidate(peer=peer, addrs=(f"/{peer}",), bandwidth=1e6, weight=weight)  # type: ignore[arg-type]
-    return Announcement(key=KEY, slice_index=4, floats=floats, seconds=seconds, candidate=candidate)
+    return Announcement(key=key, slice_index=4, floats=floats, seconds=seconds, candidate=candidate)
 
 
 class Member:
@@ -49,13 +51,16 @@ class Member:
         self.ended: float | None = None
         self.outgoing: set[str] = set()
 
+    def announcement(self) -> Announcement:
+        return announcement(self.peer, self.weight, self.town.floats, key=self.town.key)
+
     def begin(self) -> None:
         if self.dead or self.deaf:
             return
         now = self.town.now
-        waiting, notes = self.lobby.take(KEY)
+        waiting, notes = self.lobby.take(self.town.key)
         self.maker = Matchmaker(
-            announcement(self.peer, self.weight),
+            self.announcement(),
             self.expected,  # type: ignore[arg-type]
             given_up_by=notes,
             config=self.town.config,
@@ -74,7 +79,7 @@ class Member:
         for action in out:
             if isinstance(action, Announce):
                 self.outgoing.add(action.peer)
-                self.town.send(self.peer, action.peer, "announce", announcement(self.peer, self.weight))
+                self.town.send(self.peer, action.peer, "announce", self.announcement())
             elif isinstance(action, Leave):
                 self.outgoing.discard(action.peer)
                 self.town.send(self.peer, action.peer, "leave", action.gave_up)
@@ -117,7 +122,7 @@ class Member:
                 self.lobby.add(value, now)
                 self.town.send(self.peer, sender, "from leader", {"t": "hold", "started": False})
             elif kind in ("leave", "lost"):
-                self.lobby.left(KEY, sender, value is True)  # type: ignore[arg-type]
+                self.lobby.left(self.town.key, sender, value is True)  # type: ignore[arg-type]
             return
         if kind == "announce":
             maker.announced(value, now, now)
@@ -144,7 +149,11 @@ class Town:
         *,
         config: RoundConfig = RoundConfig(),
         expected: bool = True,
+        key: RoundKey = KEY,
+        floats: int = 5000,
     ) -> None:
+        self.key = key
+        self.floats = floats
         self.rng = random.Random(seed)
         self.now = 0.0
         self.config = config
@@ -153,10 +162,13 @@ class Town:
         self._last: dict[tuple[str, str], float] = {}
         names = [f"m{i}" for i in range(len(weights))]
         self.members = {
-            name: Member(self, name, weight, names if expected else [])
+            name: self.member(name, weight, names if expected else [])
             for name, weight in zip(names, weights, strict=True)
         }
-        self.order = sorted(names, key=lambda name: KEY.rank(name))  # type: ignore[arg-type]
+        self.order = sorted(names, key=lambda name: key.rank(name))  # type: ignore[arg-type]
+
+    def member(self, name: str, weight: float, expected: Sequence[str]) -> Member:
+        return Member(self, name, weight, expected)
 
     def at(self, when: float, what: Callable[[], None]) -> None:
         self._count += 1
@@ -176,7 +188,7 @@ class Town:
     def run(self, starts: Sequence[float]) -> None:
         for member, start in zip(self.members.values(), starts, strict=False):
             self.at(start, member.begin)
-        for _ in range(200_000):
+        for _ in range(10_000 * len(self.members)):
             if not self._queue:
                 return
             self.now, _, what = heapq.heappop(self._queue)
