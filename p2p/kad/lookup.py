@@ -27,6 +27,7 @@ memory. Sources: Kademlia (2002), section 2.3; Baumgart and Mies, *S/Kademlia* (
 from __future__ import annotations
 
 import enum
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from typing import Final, final
@@ -206,6 +207,10 @@ class Lookup:
                 if len(found) == self.need:
                     break
         return found
+
+    def nearest(self, count: int) -> list[PeerId]:
+        """The nearest candidates that have not failed, whether they were asked or not."""
+        return [candidate.contact.peer for candidate in self._nearest(self._order, count, -math.inf, None)]
 
     def spread(self) -> list[Contact]:
         """As ``result``, but no more than half from one path where the others found enough."""

@@ -1,9 +1,8 @@
 """The hash table as its users know it: store, get, and staying part of it.
 
 ``store`` signs, keeps a copy at once (so a local ``get`` sees it), and sends it to the ``replicas``
-nearest nodes, in the search for them; who they are is remembered for ``ROUTE_LIFE_S`` or until somebody
-nearer turns up, because swarm records are stored again every few seconds. ``get`` merges the answers of
-the ``quorum`` nearest nodes that can be heard, and asks up to ``WIDE`` when all of them came back empty.
+nearest nodes, in the search for them (``placing``). ``get`` merges the answers of the ``quorum`` nearest
+nodes that can be heard, and asks up to ``WIDE`` when all of them came back empty.
 
 ``run`` joins (seeds, and contacts lost earlier; jittered back-off, for ever), refreshes stale buckets,
 asks a missing seed now and then so that two halves of a swarm find each other again, and at half the
@@ -11,9 +10,9 @@ life of a long-lived record of ours that was not replaced sends the *same* recor
 nearest by then. Its end never moves: a record that its owner stops storing is over at its ttl. What this node
 keeps of others it hands to newcomers nearer to it, and to its heirs when it leaves (``handover``).
 
-Limits: ``MAX_OWN`` own records, ``MAX_ROUTES`` remembered routes and as many answers, and those of the
-parts. Times of records are the clock's that was given; waiting uses trio's. Sources: Kademlia (2002);
-peers that fall apart into two tables of the same seeds are hivemind's issue 624.
+Limits: ``MAX_OWN`` own records, ``MAX_RECENT`` remembered answers, and those of the parts. Times of records
+are the clock's that was given; waiting uses trio's. Sources: Kademlia (2002); peers that fall apart into two
+tables of the same seeds are hivemind's issue 624.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -34,10 +33,12 @@ from p2p.identity import Identity, PeerId
 from p2p.kad.events import DhtIsolated, DhtJoined, RecordRefused
 from p2p.kad.exchange import Exchange, remember
 from p2p.kad.handover import Handover
-from p2p.kad.ids import BITS, key_id, random_in_bucket
+from p2p.kad.ids import key_id, random_in_bucket
 from p2p.kad.lookup import Lookup
 from p2p.kad.merge import Merge
+from p2p.kad.placing import WIDE, Placing
 from p2p.kad.record import Record, seal
+from p2p.kad.search import KadLimits, drive
 from p2p.kad.table import MAX_ADDRS, Contact, Table
 from p2p.multiaddr import Multiaddr
 
@@ -47,35 +48,15 @@ if TYPE_CHECKING:
 Seeds = Sequence[tuple[PeerId, Sequence[Multiaddr]]]
 
 MAX_OWN: Final = 256
-MAX_ROUTES: Final = 256
-ROUTE_LIFE_S: Final = 30.0
+MAX_RECENT: Final = 256
 RECENT_S: Final = 5.0
 """Age up to which ``get(fresh=False)`` answers from what it read last."""
-WIDE: Final = 6
 RENEW_FROM_S: Final = 60.0
 """Life from which a record is sent again at its half; shorter ones are replaced or over by then."""
 REFRESH_S: Final = 60.0
 STALE_S: Final = 600.0
-EVERYWHERE: Final = 1 << BITS
-"""A distance that nobody is beyond."""
 RETRY_FIRST_S: Final = 0.5
 RETRY_MOST_S: Final = 30.0
-
-
-@attrs.frozen(kw_only=True)
-class KadLimits:
-    """What an operator or a test may want otherwise."""
-
-    k: int = 20
-    alpha: int = 3
-    replicas: int = 8
-    """Nodes that keep a record. All of k would cost 2.5 times the stores and gain nothing: with a third
-    of the nodes dead at once, one record in 15,000 is out of reach until its owner stores it again."""
-    quorum: int = 3
-    hop_s: float = 1.0
-    """Deadline of one question."""
-    patience_s: float = 0.4
-    """A peer silent for this long no longer holds a lookup up."""
 
 
 @attrs.define
@@ -113,7 +94,6 @@ class Dht:
         self._seeds: dict[PeerId, Contact] = {}
         self._own: OrderedDict[tuple[str, str], _Own] = OrderedDict()
         self._own_changed = trio.Event()
-        self._routes: OrderedDict[str, tuple[float, list[Contact]]] = OrderedDict()
         self._recent: OrderedDict[str, tuple[float, dict[str, Record]]] = OrderedDict()
         self.asked = {"store": (0, 0.0), "get": (0, 0.0)}
         """How often this node stored or read something, and the seconds that took."""
@@ -129,6 +109,9 @@ class Dht:
             newcomer=self._newcomer,
             keeps=self._keeps,
         )
+        self._placing = Placing(
+            self._exchange, self.table, limits, emit=emit, keeps=self._keeps, lookup=self._lookup
+        )
         self._handover = Handover(self._exchange, self.table, clock=clock, replicas=limits.replicas)
         self.records = self._exchange.records
         """What this node keeps for the swarm."""
@@ -136,9 +119,10 @@ class Dht:
     # Asking
 
     async def store(self, key: str, subkey: str, value: Any, *, ttl: float, deadline: float) -> int:
-        """Sign and place a record; the number of nodes that keep it, this one included.
+        """Sign and place a record; the number of nodes that keep it so far, this one included.
 
-        ``deadline`` is in seconds from now; what was not placed by then is not counted. Only
+        Returns once ``placing.KEPT`` do, so that every read finds it, or when no more can be had. The rest
+        of its nodes is told while ``run`` runs, within the ``deadline``, which is in seconds from now. Only
         ``LocalError`` is raised: a record that nobody else took is sent again once somebody is there.
         """
         now = self._clock()
@@ -157,9 +141,14 @@ class Dht:
         self._own_changed.set()
         began = trio.current_time()
         try:
-            return 1 + await self._place(record, deadline)
+            return 1 + await self._placing.place(record, deadline)
         finally:
             self._asked("store", began)
+
+    @property
+    def placing(self) -> int:
+        """Records of ours of which not all nodes that should keep them have been told yet."""
+        return self._placing.at_work
 
     async def store_many(
         self, values: Mapping[tuple[str, str], Any], *, ttl: float, deadline: float
@@ -207,7 +196,7 @@ class Dht:
         began = trio.current_time()
         try:
             with trio.move_on_after(deadline):
-                await self._drive(lookup, ask)
+                await drive(lookup, ask)
         finally:
             self._asked("get", began)
         self.hops[lookup.hops] += 1
@@ -215,7 +204,7 @@ class Dht:
             raise PeerGone(f"no node of the hash table answered ({lookup.queries} were asked)")
         now = self._clock()
         found = merge.alive(now)
-        remember(self._recent, key, (now, found), MAX_ROUTES)
+        remember(self._recent, key, (now, found), MAX_RECENT)
         return dict(found)
 
     def _asked(self, operation: str, began: float) -> None:
@@ -245,7 +234,7 @@ class Dht:
             return await self._exchange.find_node(contact, target)
 
         with trio.move_on_after(deadline):
-            await self._drive(lookup, ask)
+            await drive(lookup, ask)
         return lookup.result()
 
     # Keeping up
@@ -260,6 +249,7 @@ class Dht:
         if not self._seeds:
             self.joined.set()
         async with trio.open_nursery() as nursery:
+            await nursery.start(self._placing.run)
             await nursery.start(self._stay_joined)
             nursery.start_soon(self._renew)
             nursery.start_soon(self._handover.run)
@@ -307,7 +297,7 @@ class Dht:
             hop_s = 5 * self._limits.hop_s
             return await self._exchange.find_node(contact, self.table.own_id, hop_s=hop_s)
 
-        await self._drive(lookup, ask)
+        await drive(lookup, ask)
         if len(self.table) == 0:
             return False
         self.joined.set()
@@ -345,8 +335,8 @@ class Dht:
             due = [own for own in self._own.values() if own.again_at <= now]
             for own in due:
                 own.again_at = math.inf
-                self._routes.pop(own.record.key, None)
-                await self._place(own.record, 10 * self._limits.hop_s)
+                self._placing.forget(own.record.key)
+                await self._placing.place(own.record, 10 * self._limits.hop_s)
             if not due:
                 next_at = min((own.again_at for own in self._own.values()), default=math.inf)
                 with trio.move_on_after(max(0.05, next_at - now)):
@@ -354,7 +344,7 @@ class Dht:
 
     def _send_all_again(self) -> None:
         """What was stored while nobody was there has only been kept by ourselves."""
-        self._routes.clear()
+        self._placing.forget_all()
         for own in self._own.values():
             own.again_at = -math.inf
         self._own_changed.set()
@@ -363,67 +353,6 @@ class Dht:
         for place in [place for place, own in self._own.items() if own.record.expires <= now]:
             del self._own[place]
 
-    # Placing
-
-    async def _place(self, record: Record, deadline: float) -> int:
-        """Send a record to its nearest nodes but us; how many took it.
-
-        One search, whose questions to nodes that are likely to be among the nearest are the store itself.
-        """
-        target = key_id(record.key)
-        now = trio.current_time()
-        known, reach = self._routes.get(record.key), self._reach()
-        if known is not None and now < known[0] + ROUTE_LIFE_S:
-            start, reach = known[1], EVERYWHERE
-        else:
-            start = self.table.nearest(target, self._limits.k)
-        here = bool(start) and start[0].id ^ target <= reach
-        alpha = self._limits.replicas if here else self._limits.alpha
-        need = self._limits.replicas - self._keeps(target)
-        lookup = self._lookup(target, need=need, start=start or None, alpha=alpha)
-        asked: set[PeerId] = set()
-        taken = 0
-
-        async def store(contact: Contact) -> tuple[Sequence[Contact], bool]:
-            nonlocal taken
-            asked.add(contact.peer)
-            try:
-                nodes, member = await self._exchange.store(contact, record)
-            except Refused as error:
-                self._emit(RecordRefused(peer=contact.peer, key=record.key, code=error.code))
-                return (), contact.peer in self.table  # only members are in there
-            taken += member
-            return nodes, member
-
-        async def ask(contact: Contact) -> tuple[Sequence[Contact], bool]:
-            if contact.id ^ target <= reach:
-                return await store(contact)
-            return await self._exchange.find_node(contact, target)
-
-        async def catch_up(contact: Contact) -> None:
-            try:
-                await store(contact)
-            except (P2PError, trio.TooSlowError):
-                self._routes.pop(record.key, None)
-
-        with trio.move_on_after(deadline):
-            await self._drive(lookup, ask)
-            # The nearest, where a reader looks first, and those that no single liar can have named alone.
-            route = list(dict.fromkeys([*lookup.result(), *lookup.spread()]))
-            if route:
-                remember(self._routes, record.key, (now, route), MAX_ROUTES)
-            async with trio.open_nursery() as nursery:
-                for contact in route:
-                    if contact.peer not in asked:
-                        nursery.start_soon(catch_up, contact)
-        return taken
-
-    def _reach(self) -> int:
-        """The distance from any place within which about ``replicas`` nodes are: as far as our own are."""
-        nearest = self.table.nearest(self.table.own_id, self._limits.replicas)
-        full = len(nearest) == self._limits.replicas
-        return nearest[-1].id ^ self.table.own_id if full else EVERYWHERE
-
     def _keeps(self, target: int) -> bool:
         """Whether we are one of the nodes that should keep what lies there."""
         nearest = self.table.nearest(target, self._limits.replicas)
@@ -431,16 +360,10 @@ class Dht:
         return not full or self.table.own_id ^ target < nearest[-1].id ^ target
 
     def _newcomer(self, contact: Contact) -> None:
-        """Routes that a contact new to the table would be part of are to be found again."""
         if self._alone:
             self._nudge.set()
         self._handover.newcomer(contact)
-        for key, (_, route) in list(self._routes.items()):
-            target = key_id(key)
-            if len(route) < self._limits.replicas or contact.id ^ target < max(
-                keeper.id ^ target for keeper in route
-            ):
-                del self._routes[key]
+        self._placing.newcomer(contact)
 
     # Looking up
 
@@ -461,27 +384,3 @@ class Dht:
             alpha=alpha or self._limits.alpha,
             patience=self._limits.patience_s,
         )
-
-    async def _drive(
-        self, lookup: Lookup, ask: Callable[[Contact], Awaitable[tuple[Sequence[Contact], bool]]]
-    ) -> None:
-        """Run a lookup to its end; questions still open then are given up."""
-        changed = trio.Event()
-
-        async def one(contact: Contact) -> None:
-            try:
-                nodes, member = await ask(contact)
-                lookup.answered(contact.peer, nodes, counts=member)
-            except (P2PError, trio.TooSlowError):
-                lookup.failed(contact.peer)
-            changed.set()
-
-        async with trio.open_nursery() as nursery:
-            while not lookup.done(now := trio.current_time()):
-                for contact in lookup.due(now):
-                    nursery.start_soon(one, contact)
-                timer = lookup.timer(now)
-                with trio.move_on_at(math.inf if timer is None else timer):
-                    await changed.wait()
-                changed = trio.Event()
-            nursery.cancel_scope.cancel()

@@ -70,8 +70,13 @@ class Swarm:
                 nursery.start_soon(self.add)
 
     async def put(self, index: int, key: str, value: Any) -> int:
+        """How many nodes keep it in the end."""
         node = self.nodes[index]
-        return await node.store(key, node.table.own, value, ttl=600.0, deadline=5.0)
+        await node.store(key, node.table.own, value, ttl=600.0, deadline=5.0)
+        while node.placing:  # noqa: ASYNC110 (of virtual time)
+            await trio.sleep(0.02)
+        kept = [other.records.get(key, self.net.clock()).get(node.table.own) for other in self.nodes]
+        return sum(record is not None and record.value == value for record in kept)
 
     async def read(self, index: int, key: str) -> list[Any]:
         return [record.value for record in (await self.nodes[index].get(key, deadline=5.0)).values()]
