@@ -160,6 +160,10 @@ _LINES: Final[dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]]] = {
     "bad_output": ("BATCH", lambda e: f"step {e['step']}: what was computed here is not finite"),
     "bad_gradient": ("STEP", lambda e: f"step {e['step']}: a gradient that is not finite was thrown away"),
     "round_finished": ("ROUND", _round),
+    "gradients_averaged": (
+        "ROUND",
+        lambda e: f"stage {e['stage']}: gradients of step {e['step']}, {len(e['members'])} replicas",
+    ),
     "round_abandoned": ("ROUND", lambda e: f"round {e['round']} of stage {e['stage']}: {e['why']}"),
     "phase": ("PHASE", lambda e: f"{e['from']} → {e['to']}: {e['why']}"),
     "saved": ("DISK", lambda e: f"snapshot of step {e['step']}, {e['bytes'] / 1e6:.1f} MB"),

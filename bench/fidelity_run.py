@@ -70,6 +70,16 @@ class Chain:
 
     def step(self, step: int, rows: list[Row]) -> None:
         """Forward, backward, an update of every stage."""
+        self.accumulate(rows)
+        self.update(step, len(rows))
+
+    def update(self, step: int, samples: int) -> None:
+        """An update of every stage with what is accumulated."""
+        for optimizer in self.optimizers:
+            optimizer.step(step, samples)
+
+    def accumulate(self, rows: list[Row]) -> None:
+        """Forward and backward."""
         ids, docs = self._tensors(rows)
         held: list[tuple[Version, Tensor | None, Tensor | TailLoss]] = []
         c: Tensor | None = None
@@ -88,8 +98,6 @@ class Chain:
                 torch.autograd.backward(out, self._wire(dc, self.training.wire_dtype_backward))
             dc = None if c_in is None else c_in.grad
             version.release()
-        for optimizer in self.optimizers:
-            optimizer.step(step, len(rows))
 
     def watch(self) -> None:
         """Gather from now on the gradients that say where the basis should move."""

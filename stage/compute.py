@@ -20,15 +20,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
 from p2p.averaging import Outcome
 from p2p.errors import LocalError, Refused
 from p2p.event import Emit, ignore
-from stage import boundary, genesis, kernels
+from p2p.identity import PeerId
+from stage import boundary, genesis
 from stage.config import ModelConfig, TrainingConfig
-from stage.events import Computing
+from stage.events import BadGradient, Computing
 from stage.memory import Memory
 from stage.merging import Merger, PackedSlice
 from stage.messages import MAX_LOSS, Request
@@ -37,6 +39,7 @@ from stage.model import Stage, TailLoss, document_index
 from stage.optimizer import Held as HeldState
 from stage.optimizer import Optimizer, StepTaken
 from stage.placement import Peak, SavedBytes, compiles, compute_dtype, memory_budget
+from stage.powersgd import Contribution, PowerSGD, Projected
 from stage.settings import ComputeSettings
 from stage.snapshot import State
 from stage.weights import CHUNK, MAX_VERSIONS, Version
@@ -125,7 +128,12 @@ class StageCompute:
             self.weights, training, stage=stage, stages=model.stages,
             kind=settings.optimizer, basis=self.stage.U, emit=emit,
         )  # fmt: skip
-        self._merger = Merger(training, self.weights)
+        self._merger = Merger(training, self.weights, stage)
+        self._powersgd: PowerSGD | None = None
+        if training.averaging == "powersgd":
+            rank, gradient = training.powersgd_rank, self.weights.gradient
+            self._powersgd = PowerSGD(self.weights.layout, rank, training.seed, gradient)
+        self._emit = emit
         self.retain = 0 if settings.graph == "recompute" else in_flight
         """Graphs that may wait for their gradient at a time; the rest is computed again."""
         if compiles(settings.compile, self.device):
@@ -308,17 +316,56 @@ class StageCompute:
 
     def forget(self) -> None:
         """Throw away what is accumulated: the replica fell behind and its gradients with it."""
-        if self.samples:
+        if self.samples or self._powersgd is not None:
             self.weights.zero_gradient()
             self.samples = 0
 
+    # Synchronous steps; see ``stage.synchronous``
+
+    def project(self, step: int) -> Projected:
+        """What the first round of the update that leads to ``step`` averages."""
+        assert self._powersgd is not None
+        return self._powersgd.project(self._to_average(step))
+
+    def contribute(self, step: int, first: Outcome | None, weigh: bool) -> Contribution:
+        """What its second round averages; ``first``: what the first brought, None where there was none."""
+        assert self._powersgd is not None
+        mean = torch.frombuffer(first.vector, dtype=torch.float32) if first else torch.zeros(0)
+        samples = self._to_average(step) if weigh else 0
+        sent = self._powersgd.contribute(mean, first.averaged if first else [], samples)
+        return attrs.evolve(sent, generation=self._generation)
+
+    def step_averaged(self, step: int, sent: Contribution, outcome: Outcome, me: PeerId) -> int:
+        """Take the update with the mean that ``outcome`` holds: own samples that are in it.
+
+        Raises LocalError if the whole state was replaced since ``contribute``.
+        """
+        assert self._powersgd is not None
+        if sent.generation != self._generation:
+            raise LocalError("the state was replaced while the round went on")
+        self._make_writable()
+        ours = [(start, stop) for start, stop, members in outcome.contributors if me in members]
+        mean = torch.frombuffer(outcome.vector, dtype=torch.float32)
+        gradient = self._powersgd.finish(sent, mean, outcome.averaged, ours)
+        used = sent.samples if ours else 0
+        self.samples -= used
+        self.last_step = self.optimizer.apply(step, gradient)
+        return used
+
+    def _to_average(self, step: int) -> int:
+        """Samples of the accumulator that may leave it; one that is not finite is thrown away."""
+        if self.samples and not self.optimizer.sound():
+            self._emit(BadGradient(stage=self.index, step=step, samples=self.samples))
+            self.forget()
+        return self.samples if self.samples >= self.training.min_step_samples else 0
+
     def pack(self, number: int) -> PackedSlice:
-        """Slice of round ``number``."""
-        slices = self.training.slices
-        cycle, index = divmod(number, slices)
-        key = kernels.slice_key(self.training.seed, self.index, cycle)
-        values = kernels.slice_pack(self.weights.flat, index, slices, key).cpu()
-        return PackedSlice(number, index, key, values, self._generation)
+        """Slice of round ``number``; ``merge`` or ``give_up`` has to follow."""
+        return self._merger.pack(number, self._generation)
+
+    def give_up(self, packed: PackedSlice) -> None:
+        """The round of this slice brought nothing."""
+        self._merger.give_up(packed)
 
     def merge(self, packed: PackedSlice, outcome: Outcome) -> float:
         """Merge what was averaged; relative distance of our slice to the average.
@@ -326,6 +373,7 @@ class StageCompute:
         Raises LocalError if the whole state was replaced since the slice was packed.
         """
         if packed.generation != self._generation:
+            self._merger.give_up(packed)
             raise LocalError("the state was replaced while the round went on")
         self._make_writable()
         average = torch.frombuffer(outcome.vector, dtype=torch.float32)
@@ -377,6 +425,8 @@ class StageCompute:
         }
         on_host = self.settings.optimizer == "host"
         masters = {"weights": weights.flat.nbytes, "optimizer": optimizer.moments.nbytes}
+        if self._powersgd is not None:
+            device["factors"] = self._powersgd.nbytes
         if self._merger.drift is not None:
             masters["drift"] = self._merger.drift.nbytes
         if on_host and optimizer.staging is not None:

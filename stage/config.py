@@ -39,6 +39,7 @@ _TRAINING_BOUNDS: Final = {
     "min_step_samples": (1, 1 << 24),
     "average_every": (1, 1 << 20),
     "slice_fraction": (0.001, 1.0),
+    "powersgd_rank": (1, 1 << 12),
     "max_stale_steps": (1, 1 << 20),
     "warm_steps": (0, 1 << 20),
     "lr": (0.0, 100.0),
@@ -53,10 +54,6 @@ _TRAINING_BOUNDS: Final = {
 }
 MAX_STAGES: Final = 256
 _MAX_LAYERS: Final = 4096
-_LATER: Final = {
-    ("averaging", "powersgd"): "sparta",
-}
-"""Words of the interface that this version cannot honour yet, and what to write instead."""
 
 
 @attrs.frozen(kw_only=True)
@@ -138,6 +135,9 @@ class TrainingConfig:
     """Of the boundary c, forward."""
     wire_dtype_backward: WireDtype = "fp32"
     averaging: Literal["sparta", "powersgd"] = "sparta"
+    """What keeps the replicas of a stage together: slices of weights, or gradients as well, every step."""
+    powersgd_rank: int = 64
+    """Columns of a matrix's factors, where ``averaging = "powersgd"``; see ``stage.powersgd``."""
     robust: Literal["none", "clip", "trimmed", "centered-clip"] = "none"
     lr: float = 3e-3
     warmup_steps: int = 5
@@ -160,11 +160,6 @@ class TrainingConfig:
 
     def __attrs_post_init__(self) -> None:
         _check_bounds("training", self, _TRAINING_BOUNDS)
-        for (name, value), instead in _LATER.items():
-            if getattr(self, name) == value:
-                raise LocalError(
-                    f"training.{name} = {value!r} is not available in this version; use {instead!r}"
-                )
         if self.warmup_steps > self.total_steps:
             raise LocalError(
                 f"training.warmup_steps = {self.warmup_steps} must not exceed "

@@ -135,6 +135,18 @@ class RoundAbandoned(Event):
 
 
 @attrs.frozen(kw_only=True)
+class GradientsAveraged(Event):
+    """A synchronous step: its gradient is the mean of these replicas'; ``bytes`` of payload sent for it."""
+
+    round: int
+    step: int
+    stage: int
+    members: list[str]
+    fraction: float
+    bytes: int
+
+
+@attrs.frozen(kw_only=True)
 class Phase(Event):
     """A replica's sync phase changed."""
 

@@ -137,30 +137,40 @@ class Optimizer:
             return StepTaken(step, "empty", 0)
         if samples < self.config.min_step_samples:
             return StepTaken(step, "carried", 0)
-        norm = self._norm() / samples
+        taken = self._take(step, self.weights.gradient, samples)
+        self.weights.zero_gradient()
+        return taken
+
+    def apply(self, step: int, gradient: Tensor) -> StepTaken:
+        """An update with this mean gradient (flat; it is used up); the accumulator is left alone."""
+        return self._take(step, gradient, 1)
+
+    def _take(self, step: int, gradient: Tensor, samples: int) -> StepTaken:
+        norm = self._norm(gradient) / samples
         if not math.isfinite(norm):
-            self.weights.zero_gradient()
             self.emit(BadGradient(stage=self.stage, step=step, samples=samples))
             return StepTaken(step, "not finite", samples)
         lr = learning_rate(step, self.config)
         clip = min(1.0, self.max_norm / norm) if self.max_norm and norm else 1.0
-        self._update(lr, clip / samples)
-        self.weights.zero_gradient()
+        self._update(lr, clip / samples, gradient)
         return StepTaken(step, "updated", samples, lr, norm)
 
-    def _norm(self) -> float:
-        """Of the accumulator; pieces are joined in double precision."""
-        gradient = self.weights.gradient
+    def sound(self) -> bool:
+        """Whether the accumulator is finite."""
+        return math.isfinite(self._norm(self.weights.gradient))
+
+    def _norm(self, gradient: Tensor) -> float:
+        """Of a flat vector; pieces are joined in double precision."""
         norms = [torch.linalg.vector_norm(part) for part in torch.split(gradient, CHUNK)]
         return float(torch.linalg.vector_norm(torch.stack(norms).double()))
 
-    def _update(self, lr: float, factor: float) -> None:
+    def _update(self, lr: float, factor: float, whole: Tensor) -> None:
         self._take_back()
         flat = self.weights.writable()
         self.writable_moments()
         size, window = self.weights.layout.size, self.moments.window
         pieces = [(start, min(start + window, size)) for start in range(0, size, window)]
-        gradients = self._gradients() if self.staging is None else self.staging.gradients(pieces)
+        gradients = _pieces(whole) if self.staging is None else self.staging.gradients(whole, pieces)
         for start, stop in pieces:
             gradient = gradients(start, stop)
             moments = self.moments.open(start, stop)
@@ -170,7 +180,7 @@ class Optimizer:
                 self.weights.refresh(start, stop)
             else:
                 self.staging.refresh(start, stop)
-        self._update_constrained(flat, lr)
+        self._update_constrained(flat, whole, lr)
         self.updates += 1
 
     def writable_moments(self) -> FullMoments | Moments8:
@@ -178,9 +188,6 @@ class Optimizer:
         if any(held.moments is self.moments for held in self._held):
             self.moments = self.moments.copy()
         return self.moments
-
-    def _gradients(self) -> Callable[[int, int], Tensor]:
-        return lambda start, stop: self.weights.gradient[start:stop]
 
     def _adamw(
         self, flat: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], start: int, lr: float
@@ -211,12 +218,12 @@ class Optimizer:
                     maximize=False,
                 )
 
-    def _update_constrained(self, flat: Tensor, lr: float) -> None:
+    def _update_constrained(self, flat: Tensor, gradients: Tensor, lr: float) -> None:
         if not self.weights.layout.constrained:
             return
         config, moments = self.config, self.moments
         assert isinstance(moments, FullMoments)
-        vectors = (flat, self.weights.gradient, moments.exp_avg, moments.exp_avg_sq)
+        vectors = (flat, gradients, moments.exp_avg, moments.exp_avg_sq)
         for weight, gradient, first, second in zip(
             *map(self.weights.layout.constrained_views, vectors), strict=True
         ):
@@ -308,23 +315,23 @@ class HostStaging:
         """Bytes of the buffers, in host memory."""
         return sum(buffer.nbytes for buffer in (*self._in, *self._out))
 
-    def gradients(self, pieces: Sequence[tuple[int, int]]) -> Callable[[int, int], Tensor]:
-        """A function that gives the gradient of each piece, in this order."""
+    def gradients(self, whole: Tensor, pieces: Sequence[tuple[int, int]]) -> Callable[[int, int], Tensor]:
+        """A function that gives the gradient of each piece of ``whole``, in this order."""
         following = dict(itertools.pairwise(pieces))
-        self._fetch(*pieces[0])
+        self._fetch(whole, *pieces[0])
 
         def get(start: int, stop: int) -> Tensor:
             if (start, stop) in following:
-                self._fetch(*following[start, stop])
+                self._fetch(whole, *following[start, stop])
             if self._cuda:
                 self._arrived.pop(start).synchronize()
             return self._in[start // CHUNK % 2][: stop - start]
 
         return get
 
-    def _fetch(self, start: int, stop: int) -> None:
+    def _fetch(self, whole: Tensor, start: int, stop: int) -> None:
         room = self._in[start // CHUNK % 2][: stop - start]
-        room.copy_(self._weights.gradient[start:stop], non_blocking=True)
+        room.copy_(whole[start:stop], non_blocking=True)
         if self._cuda:
             self._arrived[start] = _now()
 
@@ -340,6 +347,10 @@ class HostStaging:
         compute[start:stop].copy_(room, non_blocking=True)
         if self._cuda:
             self._left[turn] = _now()
+
+
+def _pieces(whole: Tensor) -> Callable[[int, int], Tensor]:
+    return lambda start, stop: whole[start:stop]
 
 
 def _now() -> torch.cuda.Event:

@@ -16,6 +16,11 @@ rounds may bring it closer for one cycle, since another download would be as old
 Rounds never stop training: a slice is packed right after a step, averaged in the background, and the
 difference is merged whenever it arrives. One round at a time, so a slice is never packed again before its
 last correction landed. The samples behind a contribution are forgotten only when a round succeeded.
+
+With synchronous steps (``averaging = "powersgd"``, ``stage.synchronous``) an update waits for the mean of
+the stage's gradients, and every ``average_every`` steps for a slice. Then steps are late together where
+rounds are slow, so who fell behind is told by the mates' steps and not by the clock; and a SYNCING replica
+whose state is recent takes the others' updates.
 """
 
 from __future__ import annotations
@@ -36,7 +41,8 @@ from stage.clock import StepClock
 from stage.config import TrainingConfig
 from stage.device import STEP, Device
 from stage.events import FetchFailed, Phase, RoundAbandoned, RoundFinished, SaveFailed, SettingsTaken, Step
-from stage.roster import MATES, Entry, StageView
+from stage.roster import MATES, SERVING, Entry, StageView
+from stage.synchronous import ROUNDS, SLICE, SynchronousSteps
 
 ROUND_S = 30.0
 """Deadline of a whole round, matchmaking included."""
@@ -72,6 +78,9 @@ class ReplicaCompute(Protocol):
 
     def pack(self, number: int) -> PackedSlice: ...
 
+    def give_up(self, packed: Any) -> None:
+        """The packed slice's round brought nothing."""
+
     def merge(self, packed: Any, outcome: Outcome) -> float:
         """Merge; the packed slice's relative distance to the average."""
 
@@ -106,6 +115,7 @@ class Replica:
         device: Device,
         compute: ReplicaCompute,
         averager: Averager,
+        steps: SynchronousSteps | None = None,
         mates: StageView,
         refresh_mates: Callable[[], Awaitable[None]],
         fetch_state: Callable[[Sequence[PeerId], int], Awaitable[Fetched]],
@@ -124,6 +134,8 @@ class Replica:
         self._device = device
         self._compute = compute
         self._averager = averager
+        self._steps = steps
+        """Where updates are taken together; None: each replica for itself."""
         self._mates = mates
         self._refresh_mates = refresh_mates
         self._fetch_state = fetch_state
@@ -157,7 +169,7 @@ class Replica:
         self._samples_since_round = 0.0
         self._last_round_number = 0
         self._mates_round = 0
-        """Newest round that a mate is known to be at."""
+        """Newest round that a mate is known to be at; with synchronous steps the newest step."""
         self._round_wanted = trio.Event()
         averager.later_round = self._mate_is_at
 
@@ -234,29 +246,47 @@ class Replica:
         self._last_round_number = self._clock.step // self._training.average_every
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_clock, nursery)
-            nursery.start_soon(self._run_rounds)
+            if self._steps is None:
+                nursery.start_soon(self._run_rounds)
             nursery.start_soon(self._synchronise)
 
     # Steps
 
     async def _follow_clock(self, nursery: trio.Nursery) -> None:
         while True:
-            target = self._clock.step
+            target = self._target()
             if target <= self.step:
                 self._advanced = trio.Event()
-                if self._clock.step <= self.step:
+                if self._target() <= self.step:
                     await self._advanced.wait()
                 continue
             await self._take_up(target)
-            if self.serving and target - self.step > self._training.max_stale_steps and self._active_mates():
+            behind = self._behind(target)
+            if self.serving and behind > self._training.max_stale_steps and self._active_mates():
                 self._fresh = False
-                self.set_phase("syncing", f"{target - self.step} steps behind the clock")
-            if self.phase in ("syncing", "paused"):
+                self.set_phase("syncing", f"{behind} steps behind the clock")
+            if not self.serving and not self._following:
                 await self._device.run(STEP, self._compute.forget)
                 self.step = target
             else:
                 await self._update(target, nursery)
             self._round_wanted.set()
+
+    def _target(self) -> int:
+        """The step to go to: the clock's, or a later one whose update a mate is taking already."""
+        clock = self._clock.step
+        return clock if self._steps is None else max(clock, min(self._mates_round, clock + AHEAD))
+
+    def _behind(self, target: int) -> int:
+        if self._steps is None:
+            return target - self.step
+        mates = [entry.record.step for entry in self._active_mates().values()]
+        return min(target, max(mates, default=0)) - self.step
+
+    @property
+    def _following(self) -> bool:
+        """SYNCING, with a state that the others' updates can be made to."""
+        return self._steps is not None and self.phase == "syncing" and self._fresh
 
     async def _take_up(self, target: int) -> None:
         if self._newer is None:
@@ -269,7 +299,13 @@ class Replica:
         self._emit(SettingsTaken(step=target, settings=settings))
 
     async def _update(self, target: int, nursery: trio.Nursery) -> None:
-        samples = await self._device.run(STEP, self._compute.step, target)
+        if self._steps is None:
+            samples = await self._device.run(STEP, self._compute.step, target)
+        else:
+            mates = set(self._mates.in_phase(*SERVING)) - {self.peer_id}
+            samples = await self._steps.step(target, mates, weigh=self.phase == "active")
+            if self.phase == "warming":
+                await self._device.run(STEP, self._compute.forget)
         before, self.step, self.state_step = self.step, target, target
         self._samples_since_round += samples
         self._emit(Step(stage=self.stage, replica=self.peer_id, step=target, samples=samples))
@@ -278,6 +314,9 @@ class Replica:
         every = self._snapshot_every
         if every and target // every > before // every:  # the clock may pass over the very step
             nursery.start_soon(self._save, target)
+        every = self._training.average_every
+        if self._steps is not None and target // every > before // every:
+            await self._round(target // every, ROUNDS * target + SLICE)
 
     async def _save(self, step: int) -> None:
         """A snapshot while training goes on: a slow disk skips some, a full one costs no replica."""
@@ -313,6 +352,8 @@ class Replica:
         """
         if self._held:
             return False
+        if self._steps is not None:
+            return self._mate_steps_to(number // ROUNDS)
         ahead = number - self._clock.step // self._training.average_every
         if ahead > (AHEAD_SYNCING if self.phase == "syncing" else AHEAD):
             return False
@@ -320,32 +361,46 @@ class Replica:
         self._round_wanted.set()
         return True
 
-    async def _round(self, number: int) -> None:
-        mates = set(self._mates.in_phase(*MATES)) - {self.peer_id}
+    def _mate_steps_to(self, step: int) -> bool:
+        """The same for an update that a mate is taking: none waits for one that is over there."""
+        if step - self._clock.step > AHEAD or not (self.serving or self._following):
+            return False
+        self._mates_round = max(self._mates_round, step)
+        self._advanced.set()
+        return True
+
+    async def _round(self, number: int, wire: int | None = None) -> None:
+        """Average slice ``number``, in a round of that number or of number ``wire``."""
+        wire = number if wire is None else wire
+        mates = set(self._mates.in_phase(*(MATES if self._steps is None else SERVING))) - {self.peer_id}
         if not mates or self._held:
             return  # a round of one is not a round
         self.rounds_in_flight += 1
         try:
             weight = self._samples_since_round if self.phase == "active" else 0.0
             packed = await self._device.run(STEP, self._compute.pack, number)
-            outcome = await self._averager.average(
-                number, packed.index, packed.buffer(), weight, expected=mates, deadline=ROUND_S
-            )
+            try:
+                outcome = await self._averager.average(
+                    wire, packed.index, packed.buffer(), weight, expected=mates, deadline=ROUND_S
+                )
+            except (P2PError, trio.TooSlowError):
+                await self._device.run(STEP, self._compute.give_up, packed)
+                raise
             distance = await self._device.run(STEP, self._compute.merge, packed, outcome)
         except NobodyCame:
             return  # a round of one is not a round
         except (P2PError, trio.TooSlowError) as error:
-            self._emit(RoundAbandoned(round=number, stage=self.stage, why=str(error) or "timeout"))
+            self._emit(RoundAbandoned(round=wire, stage=self.stage, why=str(error) or "timeout"))
             return
         finally:
             self.rounds_in_flight -= 1
         self._samples_since_round = max(0.0, self._samples_since_round - weight)
         self.disagreement = distance
         self._sync_news.set()
-        self.last_round = LastRound(number, outcome.fraction, len(outcome.members), self._now())
+        self.last_round = LastRound(wire, outcome.fraction, len(outcome.members), self._now())
         self._emit(
             RoundFinished(
-                round=number,
+                round=wire,
                 stage=self.stage,
                 slice=outcome.slice_index,
                 members=list(outcome.members),
@@ -418,6 +473,7 @@ class Replica:
             # that was as new as can be when its download began has to do.
             self._fresh = fetched.resumed or fetched.step >= oldest
             self._rounds_left = self._training.slices if self.lag > self._training.max_stale_steps else 0
+            self._samples_since_round = 0.0  # what was learned from them is gone with the state before
             self.disagreement = None  # that of older weights
             return
         if self.disagreement is None:

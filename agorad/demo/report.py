@@ -171,7 +171,7 @@ def _gone(session: list[Entry]) -> int:
 def _rounds(workers: list[NodeLog]) -> dict[str, Any]:
     fractions: dict[tuple[int, int], float] = {}
     for log in workers:
-        for event in log.of("round_finished"):
+        for event in (*log.of("round_finished"), *log.of("gradients_averaged")):
             key = (event["stage"], event["round"])
             fractions[key] = min(fractions.get(key, 1.0), event["fraction"])
     abandoned = {(event["stage"], event["round"]) for log in workers for event in log.of("round_abandoned")}

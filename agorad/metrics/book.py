@@ -226,6 +226,7 @@ class Book:
             "chunk_bad": bump(self.bad_chunks),
             "roster_committed": self._round_began,
             "round_finished": self._round_finished,
+            "gradients_averaged": self._averaged,
             "round_abandoned": outcome(self.rounds, "abandoned"),
             "member_dropped": bump(self.drops),
             "connected": lambda e: self.connections.labels("us" if e["dialed"] else "them").inc(),
@@ -270,11 +271,14 @@ class Book:
             del self._began[next(iter(self._began))]
 
     def _round_finished(self, entry: Entry) -> None:
+        self.disagreement.set(entry["disagreement"])
+        self._averaged(entry)
+
+    def _averaged(self, entry: Entry) -> None:
         self.rounds.labels("complete" if entry["fraction"] >= 1 else "partial").inc()
         self.round_fraction.observe(entry["fraction"])
         self.round_members.set(len(entry["members"]))
         self.round_at.set(entry["at"])
-        self.disagreement.set(entry["disagreement"])
         began = self._began.pop(entry["round"], None)
         if began is not None:
             self.round_s.observe(max(0.0, entry["at"] - began))

@@ -56,6 +56,7 @@ from stage.robust import reducer
 from stage.roster import Declaration, Roster
 from stage.router import Router
 from stage.snapshot import SnapshotStore
+from stage.synchronous import SynchronousSteps
 
 DRAIN_S = 10.0
 """How long microbatches in progress may still take once the node is to leave."""
@@ -235,6 +236,16 @@ class _Worker:
             config=RoundConfig(),
             reducer=reducer(manifest.training.robust),
         )
+        steps = None
+        if manifest.training.averaging == "powersgd":
+            steps = SynchronousSteps(
+                me=self.peer_id,
+                stage=stage,
+                device=device,
+                compute=compute,
+                averager=averager,
+                emit=node.emit,
+            )
         self.replica = Replica(
             peer_id=self.peer_id,
             stage=stage,
@@ -243,6 +254,7 @@ class _Worker:
             device=device,
             compute=compute,
             averager=averager,
+            steps=steps,
             mates=self.mates,
             refresh_mates=lambda: self.roster.refresh(self.mates),
             fetch_state=self.fetch_state,

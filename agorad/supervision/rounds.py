@@ -29,7 +29,7 @@ class Rounds(Quiet):
         match event["event"]:
             case "roster_committed":
                 self._members = {event["round"]: len(event["members"])}
-            case "round_finished":
+            case "round_finished" | "gradients_averaged":
                 if self._ours >= MANY:
                     yield Reaction("rounds", "clear")
                 self._ours = 0

@@ -156,9 +156,9 @@ def test_gradients_of_another_stage_end_nobody(swarm: Demo) -> None:
 
 BAD_GRADIENTS = """
 optimizer = the("StageCompute").optimizer
-def spoilt():
-    optimizer.weights.gradient[7] = float("nan")
-    return type(optimizer)._norm(optimizer)
+def spoilt(gradient):
+    gradient[7] = float("nan")
+    return type(optimizer)._norm(optimizer, gradient)
 optimizer._norm = spoilt
 """
 

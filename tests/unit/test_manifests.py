@@ -80,6 +80,7 @@ def test_every_training_setting_is_decided_about() -> None:
     names = {field.name for field in attrs.fields(TrainingConfig)}
     fixed = {
         "seed", "target_batch", "slice_fraction", "wire_dtype", "wire_dtype_backward", "averaging", "robust",
+        "powersgd_rank",
     }  # fmt: skip
     assert names - manifests.LIVE_TRAINING == fixed
 

@@ -410,6 +410,10 @@ def test_rounds_that_fail_or_hang_are_abandoned_and_training_goes_on() -> None:
         def pack(self, number: int) -> Any:
             return PackedSlice(number, 0, 0, torch.zeros(8), 0)
 
+        def give_up(self, packed: Any) -> None:
+            given_up.append(packed.number)
+
+    given_up: list[int] = []
     bench.replica._averager = cast(Averager, Stuck())
     bench.replica._compute = Packing()
     bench.replica._training = attrs.evolve(bench.replica._training, average_every=1)
@@ -429,3 +433,5 @@ def test_rounds_that_fail_or_hang_are_abandoned_and_training_goes_on() -> None:
     failed, hung = bench.of(RoundAbandoned)[:2]
     assert (failed.round, failed.why) == (1, "2 of 3 members are gone")
     assert (hung.round, hung.why) == (asked[1], "timeout")
+    assert given_up == asked[: len(given_up)]  # no slice stays in flight
+    assert len(given_up) >= 2

@@ -116,7 +116,12 @@ def test_a_resigned_manifest_is_another_run() -> None:
         ("training", {"lr": float("nan")}, "training.lr = nan"),
         ("training", {"warm_up_steps": 4}, "did you mean 'warm"),
         ("training", {"merge": "sum"}, "training.merge = 'sum' is none of 'delta', 'ema', 'overwrite'"),
-        ("training", {"averaging": "powersgd"}, "not available in this version; use 'sparta'"),
+        (
+            "training",
+            {"averaging": "powersgb"},
+            "training.averaging = 'powersgb' is none of 'sparta', 'powersgd'",
+        ),
+        ("training", {"powersgd_rank": 0}, "training.powersgd_rank = 0 must be between"),
         ("training", {"warmup_steps": 2000}, "must not exceed"),
         ("run", {"id": "Not/A Key"}, "run.id"),
         ("run", {"format": 2}, "reads format 1"),
