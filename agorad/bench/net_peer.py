@@ -100,7 +100,7 @@ async def send(spec: dict[str, Any]) -> None:
         for number in range(repeat):
             ours.append(await bulk_of(host, peer, size, beside))
             progress(f"run {number + 1} of {repeat}: {size / ours[-1] / 1e6:.0f} MB/s")
-            if spec["bare"]:
+            if number < spec["bare_runs"]:
                 bare.append(await bare_of(spec["address"], int(spec["port"]), size))
     say(
         seconds=ours,

@@ -75,7 +75,8 @@ def kernels(
 def net(size: int, repeat: int, link: str | None, as_json: bool) -> None:
     """Bulk between two processes, encrypted and multiplexed, and small calls beside it.
 
-    Beside it in the same run: a bare loop that only cuts, encrypts and sends, and the cipher alone.
+    Beside it in the same run: a bare loop that only cuts, encrypts and sends, and the cipher alone. Over a
+    line the first run has the ramp of a new TCP connection in it, and so has the bare loop's one run.
     Example: agoractl bench net --bytes 100000000 --link 200/80 --repeat 1
     """
     from agorad.bench import net as benchmark

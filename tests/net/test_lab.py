@@ -82,22 +82,26 @@ def test_three_nodes_reach_each_other_and_leave_nothing() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_one_stream_fills_a_long_line_and_a_small_call_passes_beside_it() -> None:
+    """Packets of 1500 bytes carry 1448: 0.965 of a line is all that TCP can bring over it."""
     tried = []
     for _ in range(3):  # a machine that stands still for a moment spoils a measurement
         done = subprocess.run(
-            [sys.executable, "-m", "agorad.cli", "bench", "net", "--json", "--repeat=1", "--link=200/80"],
+            [sys.executable, "-m", "agorad.cli", "bench", "net", "--json", "--repeat=3", "--link=200/80"],
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=120,
             check=False,
         )
         if "needs" in done.stderr and done.returncode:
             pytest.skip(done.stderr)
         result = json.loads(done.stdout)
-        tried.append((result["mb_per_s"] * 8, result["call_ms"]))
-        if result["mb_per_s"] * 8 >= 180 and result["call_ms"]["p95"] <= 130:
+        print(result)
+        bare = result["bytes"] / result["framing_mb_per_s"] / 1e6
+        tried.append((result["mb_per_s"] * 8, result["call_ms"], result["seconds"], bare))
+        filled = result["mb_per_s"] * 8 >= 180 and result["seconds"][0] <= 1.04 * bare
+        if filled and result["call_ms"]["p95"] <= 130:
             return
     raise AssertionError(tried)
 
