@@ -108,6 +108,8 @@ class Averager:
         self._newest = -1
         self._took: deque[float] = deque(maxlen=REMEMBERED)
         """Seconds of the last exchanges that brought something."""
+        self._mbps: deque[float] = deque(maxlen=REMEMBERED)
+        """What this host sent at in the last exchanges, megabits a second, 0 where that was not measured."""
         self._matches: dict[int, Match] = {}
         self._sessions: dict[bytes, Session] = {}
         self._progress = trio.Event()
@@ -139,7 +141,7 @@ class Averager:
         candidate = Candidate(
             peer=self._host.peer_id,
             addrs=tuple(str(addr.bare()) for addr in self._host.dialable_addrs[:MAX_ADDRS]),
-            bandwidth=0.0,  # not measured yet: shares are equal
+            bandwidth=self._bandwidth(),
             weight=float(weight),
         )
         mine = Announcement(
@@ -168,6 +170,14 @@ class Averager:
         if outcome is None:
             raise failure or RoundFailed("the round was given up")
         return outcome
+
+    def _bandwidth(self) -> float:
+        """Megabits a second that this host can send, by its last rounds and its own limit; 0 is not known."""
+        measured = max(self._mbps, default=0.0)  # a round that waited for others measures too little
+        limit = self._host.upload.rate
+        if limit is None:
+            return measured
+        return min(measured, limit * 8 / 1e6) if measured else limit * 8 / 1e6
 
     def _begin(self, mine: Announcement, expected: Collection[PeerId], nursery: trio.Nursery) -> Match:
         number = mine.key.number
@@ -225,6 +235,7 @@ class Averager:
         try:
             outcome = await session.run()
             self._took.append(session.ended_at - now)
+            self._mbps.append(session.meter.mbps)
         finally:
             del self._sessions[roster.group]
             for peer, why in exchange.drops:

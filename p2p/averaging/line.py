@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from p2p.averaging.meter import Meter
 from p2p.averaging.reducer import Buffer
 from p2p.errors import P2PError, Refused
 from p2p.rpc import Call
@@ -41,7 +42,8 @@ def check_mate(call: Call, host: Host, stage: int) -> None:
 class Outbox:
     """Messages on their way to one peer."""
 
-    def __init__(self) -> None:
+    def __init__(self, meter: Meter | None = None) -> None:
+        self._meter = meter
         self._queue: deque[tuple[dict[str, Any], Buffer]] = deque()
         self._changed = trio.Event()
         self._closed = False
@@ -76,6 +78,8 @@ class Outbox:
                     size += len(messages[-1][1])
                 await call.send_together(messages)
                 self.payload_out += size
+                if self._meter is not None and size:
+                    self._meter.sent(size)
             if self._closed:
                 return
             self._changed = trio.Event()

@@ -204,13 +204,13 @@ def draft(
 ) -> Roster:
     """The roster of these candidates; who cannot be dialled comes first, since the earlier dials the later.
 
-    Weights are clamped here; a member that cannot be dialled reduces nothing unless nobody can be.
+    Weights are clamped here and shares follow bandwidth; a member that cannot be dialled reduces nothing
+    unless nobody can be.
     """
     ordered = sorted(candidates, key=lambda one: (bool(one.addrs), key.rank(one.peer)))
     accepted = shares.clamp([one.weight for one in ordered])
     members = tuple(attrs.evolve(one, weight=w) for one, w in zip(ordered, accepted, strict=True))
-    dialled = [1.0 if one.addrs else 0.0 for one in members]
-    portions = dialled if any(dialled) else [1.0] * len(members)
+    portions = shares.portions([one.bandwidth for one in members], [bool(one.addrs) for one in members])
     reducers = sum(1 for portion in portions if portion)
     return Roster(
         key=key,

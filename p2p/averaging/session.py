@@ -19,6 +19,7 @@ import trio
 
 from p2p.averaging.butterfly import Exchange
 from p2p.averaging.line import Outbox, carry, check_mate
+from p2p.averaging.meter import Meter
 from p2p.averaging.outcome import Outcome, RoundFailed
 from p2p.averaging.verdict import DIGEST
 from p2p.connection import STALL_S
@@ -45,7 +46,8 @@ class Session:
         self._exchange = exchange
         self._clock = clock
         roster = exchange.roster
-        self._outboxes = {peer: Outbox() for i, peer in enumerate(roster.peers) if i != exchange.me}
+        self.meter = Meter(clock)
+        self._outboxes = {peer: Outbox(self.meter) for i, peer in enumerate(roster.peers) if i != exchange.me}
         self._linked = {peer: trio.Event() for peer in self._outboxes}
         self._carrying = 0
         self.ended_at = 0.0

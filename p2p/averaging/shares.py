@@ -5,6 +5,9 @@ part has one reducer; a member reduces a contiguous run of parts in proportion t
 one that nobody can dial (share 0) reduces nothing. Parts are small enough that reducing, sending and
 deputising overlap, and at least one a reducer where the vector allows it.
 
+Shares follow bandwidth (``portions``), so that all members need the same time where that is possible: a
+member sends its own numbers for the rest of the vector, and the means of its share to everybody.
+
 Weights are what members say of themselves (samples since the last round), so the leader bounds them:
 nobody counts more than ``CLAMP`` times the median.
 """
@@ -23,6 +26,8 @@ PARTS_EACH: Final = 4
 ALIGNMENT: Final = 1024
 """Parts end on blocks of 256 floats, the unit that slices are made of."""
 CLAMP: Final = 4.0
+ALIKE: Final = 1.25
+"""Speeds no further apart than this are the same: nobody measures better than that."""
 
 
 def part_size(floats: int, reducers: int, wanted: int) -> int:
@@ -57,6 +62,32 @@ def owners(parts: int, shares: Sequence[float]) -> list[int]:
             reached += shares[member] / total
         result.append(member)
     return result
+
+
+def portions(mbps: Sequence[float], dialled: Sequence[bool]) -> list[float]:
+    """The share of each member, adding up to 1; for who cannot be dialled 0, unless nobody can be.
+
+    ``mbps``: what each says that it can send, 0 where that is not known. Nobody counts as faster or slower
+    than ``CLAMP`` times the median, and the unknown as the median: a boast does not draw everything to one.
+
+    With share s of a vector B long, n members, a member sends and receives B(1 - s) and B(n - 1)s: in time
+    ``(1 + (n - 2)s)B / speed``. Shares make these times equal; who is too slow even without a share has none.
+    """
+    n = len(mbps)
+    reducers = [i for i in range(n) if dialled[i]] or list(range(n))
+    known = [speed for speed in mbps if speed > 0]
+    if n < 3 or not known:  # two send the same whatever they reduce
+        return [1 / len(reducers) if i in reducers else 0.0 for i in range(n)]
+    usual = statistics.median(known)
+    speeds = [min(max(speed / usual, 1 / CLAMP), CLAMP) if speed > 0 else 1.0 for speed in mbps]
+    speeds = [1.0 if 1 / ALIKE <= speed <= ALIKE else speed for speed in speeds]
+    while True:
+        seconds = (n - 2 + len(reducers)) / sum(speeds[i] for i in reducers)
+        slow = [i for i in reducers if seconds * speeds[i] <= 1]
+        if not slow:
+            break
+        reducers = [i for i in reducers if i not in slow]
+    return [(seconds * speeds[i] - 1) / (n - 2) if i in reducers else 0.0 for i in range(n)]
 
 
 def clamp(weights: Sequence[float]) -> list[float]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import struct
 
+import attrs
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2p.averaging import shares
 from p2p.averaging.deadline import FLOOR_S, exchange_seconds
+from p2p.averaging.meter import Meter
 from p2p.averaging.reducer import PlainReducer
 from p2p.averaging.roster import Candidate, Roster, RoundKey, draft
 from p2p.errors import RemoteError
@@ -55,6 +57,67 @@ def test_owners_follow_shares_within_one_part(parts: int, portions: list[float])
         exact = parts * portion / sum(portions)
         assert abs(owners.count(member) - exact) <= 1 + 1e-6
         assert portion or member not in owners
+
+
+SPEEDS = st.lists(
+    st.tuples(st.one_of(st.just(0.0), st.floats(1, 1e4)), st.booleans()), min_size=2, max_size=20
+)
+
+
+def slowest(mbps: list[float], portions: list[float]) -> float:
+    """When the last member is done, in vectors a megabit a second."""
+    n = len(mbps)
+    return max((1 + (n - 2) * share) / speed for speed, share in zip(mbps, portions, strict=True))
+
+
+@given(SPEEDS, st.floats(0.001, 1000))
+def test_portions_are_whole_and_none_for_who_cannot_be_dialled(
+    members: list[tuple[float, bool]], unit: float
+) -> None:
+    mbps, dialled = [speed for speed, _ in members], [reachable for _, reachable in members]
+    portions = shares.portions(mbps, dialled)
+    assert sum(portions) == pytest.approx(1)
+    assert all(portion >= 0 for portion in portions)
+    if any(dialled):
+        assert all(reachable or not portion for reachable, portion in zip(dialled, portions, strict=True))
+    for i, j in itertools.permutations(range(len(members)), 2):
+        if dialled[i] == dialled[j] and 0 < mbps[i] <= mbps[j]:
+            assert portions[i] <= portions[j] + 1e-9
+    assert shares.portions([speed * unit for speed in mbps], dialled) == pytest.approx(portions)
+
+
+@settings(max_examples=50)
+@given(st.data(), st.integers(1, 8))
+def test_no_other_shares_would_be_faster(data: st.DataObject, n: int) -> None:
+    # Around a median of 100, within what is believed, and so far apart that it is believed to differ.
+    speeds = st.sampled_from([30.0, 60.0, 180.0, 350.0])
+    mbps = data.draw(st.lists(speeds, min_size=n, max_size=n)) + [100.0] * (n + 1)
+    dialled = [*data.draw(st.lists(st.booleans(), min_size=2 * n, max_size=2 * n)), True]
+    others = data.draw(st.lists(st.floats(0.01, 1), min_size=2 * n + 1, max_size=2 * n + 1))
+    others = [other if reachable else 0.0 for other, reachable in zip(others, dialled, strict=True)]
+    best = slowest(mbps, shares.portions(mbps, dialled))
+    assert best <= slowest(mbps, [other / sum(others) for other in others]) + 1e-9
+
+
+def test_equal_unknown_and_boasted_speeds() -> None:
+    assert shares.portions([0, 0, 0, 0], [True] * 4) == [0.25] * 4
+    assert shares.portions([90, 100, 110, 0], [True] * 4) == [0.25] * 4  # as exact as measuring is
+    assert shares.portions([100, 100, 100, 1e9], [True] * 4) == shares.portions(
+        [100, 100, 100, 400], [True] * 4
+    )
+    assert shares.portions([100, 100, 100, 1], [True] * 4)[3] == 0  # its own numbers are all that it can send
+    assert shares.portions([1, 1000], [True, True]) == [0.5, 0.5]
+    assert shares.portions([5, 5, 5], [False] * 3) == pytest.approx([1 / 3] * 3)
+
+
+def test_a_fast_member_reduces_more_and_one_without_weight_too() -> None:
+    made = roster(
+        candidate("slow"), attrs.evolve(candidate("fast"), bandwidth=300.0), candidate("usual"),
+        candidate("worker", weight=0.0), candidate("hidden", addrs=()), floats=1_000_000,
+    )  # fmt: skip
+    share = dict(zip(made.peers, made.shares, strict=True))
+    assert share["fast"] > share["slow"] == share["worker"] > share["hidden"] == 0.0  # type: ignore[index]
+    assert set(made.owners) == {i for i, peer in enumerate(made.peers) if peer != "hidden"}
 
 
 def test_nobody_can_reduce() -> None:
@@ -115,3 +178,18 @@ def test_an_exchange_is_given_three_medians_bounded_by_the_slowest_link() -> Non
     # 40 MB of four members at 200 Mbit/s: 60 MB each way take 2.4 s.
     assert exchange_seconds([], 40_000_000, 4, [0, 1000, 200]) == pytest.approx(2 * 2.4 + 2)
     assert exchange_seconds([100.0], 40_000_000, 4, [200]) == pytest.approx(2 * 2.4 + 2)
+
+
+def test_the_meter_finds_the_busiest_second_and_says_nothing_of_shorter_rounds() -> None:
+    now = 0.0
+    meter = Meter(lambda: now)
+    for _ in range(9):  # a slow start
+        meter.sent(100_000)
+        now += 0.1
+    assert meter.mbps == 0.0
+    for _ in range(20):
+        meter.sent(500_000)
+        now += 0.1
+    now = 100.0  # waiting for others
+    meter.sent(1_000_000)
+    assert meter.mbps == pytest.approx(5_000_000 * 8 / 1e6, rel=0.11)  # to one message
