@@ -44,6 +44,7 @@ from stage.device import BACKWARD, FORWARD, Device
 from stage.events import MicrobatchAdded, ReusedStale
 from stage.messages import BASIS, MAX_PATH, Accepted, Answer, BusyReply, NoReplica, Request
 from stage.nexthop import NextHop, NoReplicaError
+from stage.pace import Pace
 from stage.ticket import Ticket
 from stage.traffic import BoundaryCount
 
@@ -51,8 +52,6 @@ MAX_ANSWERS = 512
 MAX_ANSWER_BYTES = 64 << 20
 PAYLOAD_S = 30.0
 """For a header and its payload to arrive; what was promised and does not come must not hold a slot."""
-RETRY_AFTER_S = 0.05
-"""What BUSY suggests: about the time one microbatch takes here; the router spreads callers anyway."""
 LEASE_WAIT_S = 0.1
 """How long to wait for the next ping's answer before looking at the lease again."""
 
@@ -155,6 +154,7 @@ class MicrobatchServer:
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._most_kept = max(1, min(MAX_ANSWERS, MAX_ANSWER_BYTES // max(1, shape.dc_bytes)))
         self.slots_free = slots
+        self._pace = Pace()
         self.shedding = False
         """Takes no microbatch that it does not work on already."""
         self.added = 0
@@ -188,7 +188,7 @@ class MicrobatchServer:
             self._clock_advanced()
         known = request.ticket.id in self._working or request.ticket.id in self._kept
         if not known and (self.slots_free <= 0 or self.shedding):
-            await call.send(BusyReply(retry_after_s=RETRY_AFTER_S).to_wire())
+            await call.send(BusyReply(retry_after_s=self._pace.retry_after_s(trio.current_time())).to_wire())
             return
         self.slots_free -= 1  # held while joining too, so that joins are bounded like work
         try:
@@ -196,6 +196,7 @@ class MicrobatchServer:
                 await self._accepted(call, request, message.payload)
         finally:
             self.slots_free += 1
+            self._pace.ended(trio.current_time())
 
     async def _accepted(self, call: Call, request: Request, payload: memoryview) -> None:
         """With a slot held: the payload, its checks, and the work."""

@@ -9,6 +9,7 @@ from typing import Any, Final, get_args
 import attrs
 import click
 
+from agorad.cli import simulate as simulation
 from agorad.usage import NamedPath
 from p2p.errors import LocalError
 from stage import hardware, presets
@@ -41,6 +42,7 @@ DEFAULT_SLOTS: Final = 8
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Only this, instead of the best that fits.")
 @click.option("--graph", type=click.Choice(GRAPHS), help="Only this, instead of the best that fits.")
 @click.option("--measure", type=int, metavar="STAGE", help="Run this stage here, to compare (--device cpu).")
+@simulation.options
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def plan(
     path: Path | None,
@@ -58,11 +60,16 @@ def plan(
     optimizer: OptimizerPlace | None,
     graph: Graph | None,
     measure: int | None,
+    simulate: bool,
     as_json: bool,
+    **simulated: Any,
 ) -> None:
     """Memory, traffic and speed of every stage on given machines and links.
 
     Example: agoractl run plan --preset 8b --fit vram=24,ram=32
+
+    With --simulate the run is played through in virtual time with the real routing: machines of different
+    speed, lines, and replicas that leave and come back.
     """
     model, training = _described(path, preset)
     if wanted is not None:
@@ -90,11 +97,14 @@ def plan(
         hint = "" if wanted is not None else "; --fit searches a cut that fits"
         raise click.ClickException(f"{error}{hint}") from None
     measured = None if measure is None else _measured(found, measure)
+    run = simulation.simulate(found, **simulated) if simulate else None
     if as_json:
         extra = {} if measured is None else {"measured": measured}
+        if run is not None:
+            extra["simulated"] = simulation.document(*run)
         click.echo(json.dumps(document(found) | extra))
         return
-    click.echo("\n".join(table(found)))
+    click.echo("\n".join(table(found) + ([] if run is None else simulation.lines(*run))))
     if measured is not None:
         planned, peak = measured["planned_bytes"], measured["peak_bytes"]
         click.echo(

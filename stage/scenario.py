@@ -1,0 +1,198 @@
+"""What a simulated run consists of: machines, lines, how they come and go. Torch-free.
+
+``from_plan`` draws a swarm from a plan (``stage.plan``): every replica has the plan's machine and line times
+a factor of its own, drawn log-uniformly: the fastest is ``spread`` times the slowest, the mean 1.
+
+Above ``MAX_HOPS`` crossings of a stage, a simulated microbatch stands for several (``grain``): service times
+and bytes grow with it, the numbers in flight do not. Rates and shares stay what they are; times from end to
+end are then those of such a bundle.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Final
+
+import attrs
+
+from p2p.errors import LocalError
+from stage.hardware import check
+from stage.memory import wire_bytes
+from stage.plan import Plan, StagePlan
+
+MAX_HOPS: Final = 1_000_000
+MAX_REPLICAS: Final = 100_000
+MAX_SECONDS: Final = 30 * 86400.0
+
+
+@attrs.frozen(kw_only=True)
+class Worker:
+    """One replica's machine and line."""
+
+    stage: int
+    speed: float = 1.0
+    """Times that of ``Scenario.stages``."""
+    up: float = math.inf
+    """Bytes a second."""
+    down: float = math.inf
+
+
+@attrs.frozen(kw_only=True)
+class Cost:
+    """What one microbatch costs a replica of speed 1 at one stage."""
+
+    forward_s: float
+    backward_s: float
+    """Both passes at the tail, which makes them in one go."""
+    forward_bytes: int
+    """To the next stage, ids included (0 at the tail)."""
+    backward_bytes: int
+    """To the stage before (0 at the head)."""
+    averaging_bytes: float
+    """Of rounds, each way, this microbatch's share."""
+    state_bytes: int
+    """What a newcomer downloads."""
+
+    @property
+    def seconds(self) -> float:
+        """Both passes."""
+        return self.forward_s + self.backward_s
+
+
+@attrs.frozen(kw_only=True)
+class Churn:
+    """How replicas come and go: exponential lives and absences; infinite: nobody leaves."""
+
+    life_s: float = math.inf
+    away_s: float = 300.0
+    frozen: float = 0.5
+    """Share of departures that close no connection: a cable is pulled, a laptop sleeps."""
+
+
+@attrs.frozen(kw_only=True)
+class Scenario:
+    """A run to be simulated."""
+
+    stages: tuple[Cost, ...]
+    workers: tuple[Worker, ...]
+    seconds: float
+    rtt_s: float = 0.04
+    slots: int = 8
+    """Microbatches that a replica takes at a time."""
+    credits: int = 0
+    """Microbatches in flight; 0: two for every replica, as a trainer begins."""
+    trainers: int = 1
+    churn: Churn = attrs.Factory(Churn)
+    cores: int | None = None
+    """All replicas share one machine with that many cores, one for each pass; None: each has its own."""
+    balance: bool = False
+    grain: int = 1
+    tokens: int = 1
+    """Of one microbatch."""
+
+    def __attrs_post_init__(self) -> None:
+        check("seconds", self.seconds, 1e-3, MAX_SECONDS)
+        check("replicas", len(self.workers), 1, MAX_REPLICAS)
+        check("rtt-ms", self.rtt_s * 1e3, 0, 1e5)
+        check("slots", self.slots, 1, 1024)
+        check("trainers", self.trainers, 1, 256)
+        check("credits", self.credits, 0, 1_000_000)
+        check("frozen", self.churn.frozen, 0, 1)
+        if self.cores is not None:
+            check("cores", self.cores, 1, 4096)
+        present = {worker.stage for worker in self.workers}
+        for stage in range(len(self.stages)):
+            if stage not in present:
+                raise LocalError(f"stage {stage} has no replica: nothing would ever pass it")
+
+
+def from_plan(
+    plan: Plan,
+    *,
+    replicas: Sequence[int],
+    seconds: float,
+    seed: int,
+    spread: float = 1.0,
+    churn: Churn = Churn(),
+    cores: int | None = None,
+    slots: int = 8,
+    credits: int = 0,
+    trainers: int = 1,
+    balance: bool = False,
+) -> Scenario:
+    """The plan's run with so many replicas of each stage. Raises LocalError."""
+    if len(replicas) != len(plan.stages):
+        raise LocalError(f"{len(replicas)} counts of replicas for {len(plan.stages)} stages")
+    check("spread", spread, 1, 1000)
+    check("replicas", sum(replicas), 1, MAX_REPLICAS)
+    rng = random.Random(seed)
+    link = plan.setting.link
+    # one machine: what they say to each other does not leave it
+    line = math.inf if cores is not None else link.bytes_per_s
+    workers = [
+        Worker(stage=stage, speed=_drawn(rng, spread), up=line * _drawn(rng, spread**0.5),
+               down=line * _drawn(rng, spread**0.5))
+        for stage, count in enumerate(replicas)
+        for _ in range(count)
+    ]  # fmt: skip
+    costs = tuple(_cost(plan, stage) for stage in plan.stages)
+    at_most = min(
+        sum(worker.speed for worker in workers if worker.stage == index) / cost.seconds
+        for index, cost in enumerate(costs)
+    )
+    if cores is not None:
+        at_most = min(at_most, cores / sum(cost.seconds for cost in costs))
+    grain = max(1, math.ceil(at_most * seconds * len(costs) / MAX_HOPS))
+    return Scenario(
+        stages=tuple(_grained(cost, grain) for cost in costs),
+        workers=tuple(workers),
+        seconds=seconds,
+        rtt_s=0.0002 if cores is not None else link.rtt_ms / 1e3,
+        slots=slots,
+        credits=credits,
+        trainers=trainers,
+        churn=churn,
+        cores=cores,
+        balance=balance,
+        grain=grain,
+        tokens=plan.setting.model.seq,
+    )
+
+
+def _cost(plan: Plan, stage: StagePlan) -> Cost:
+    last = len(plan.stages) - 1
+    ids = 4 * (plan.setting.model.seq + 1)
+    back = wire_bytes(plan.setting.model, plan.setting.training, backward=True) if stage.stage else 0
+    there = 0 if stage.stage == last else stage.boundary_bytes + ids
+    passes = 3 if stage.mode.graph == "retain" else 4
+    forward = 0.0 if stage.stage == last else stage.compute_s / passes
+    return Cost(
+        forward_s=forward,
+        backward_s=stage.compute_s - forward + stage.step_s,
+        forward_bytes=there,
+        backward_bytes=back,
+        averaging_bytes=max(0.0, stage.up_bytes - there - back),
+        state_bytes=12 * stage.params,
+    )
+
+
+def _grained(cost: Cost, grain: int) -> Cost:
+    return Cost(
+        forward_s=cost.forward_s * grain,
+        backward_s=cost.backward_s * grain,
+        forward_bytes=cost.forward_bytes * grain,
+        backward_bytes=cost.backward_bytes * grain,
+        averaging_bytes=cost.averaging_bytes * grain,
+        state_bytes=cost.state_bytes,
+    )
+
+
+def _drawn(rng: random.Random, spread: float) -> float:
+    """Log-uniform over a range whose ends are ``spread`` apart, with mean 1."""
+    if spread <= 1:
+        return 1.0
+    width = math.log(spread)
+    mean = 2 * math.sinh(width / 2) / width
+    return math.exp(rng.uniform(-width / 2, width / 2)) / mean
