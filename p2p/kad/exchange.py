@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 MAX_PAGES: Final = 48
 MAX_NOTED: Final = 256
 SLOW_STRIKES: Final = 2
-STORE_NODES: Final = 8
-"""Nearest nodes that a store is answered with; as many as keep a record."""
+KEEPERS: Final = 8
+"""Nearest nodes that a store or a read is answered with: as many as keep a record."""
 OWN_ADDRS_S: Final = 1.0
 
 
@@ -232,26 +232,26 @@ class Exchange:
         skew = self._clock_seen(peer, question.now)
         if self._is_member(connection):
             self._heard(peer, question.addrs, question.now)
+        elif isinstance(question, StoreRecords | HandOver):
+            self._host.gate(connection, PROTOCOL)  # raises what is wrong with the certificate
         match question:
             case FindNode():
                 return self._answer(nodes=self._closest(question.target, peer)), b""
             case FindValue():
                 now = self._clock()
                 page, more = self.records.page(question.key, question.after, messages.PAGE, now)
-                nodes = self._closest(key_id(question.key), peer) if question.after is None else ()
+                nodes = self._closest(key_id(question.key), peer, KEEPERS) if question.after is None else ()
                 payload = messages.pack_page([(record.wire, record.expires - now) for record in page])
                 return self._answer(nodes=nodes, more=more), payload
             case StoreRecords():
-                self._host.gate(connection, PROTOCOL)  # raises what is wrong with the certificate
                 batch = messages.read_batch(message.payload)
                 results = tuple(self._keep(peer, wire, skew) for wire in batch)
                 nodes = ()
                 if batch:  # a store is a step of the search for who should keep it
                     target = key_id(self.verifier.open(batch[0]).key)
-                    nodes = self._closest(target, peer, STORE_NODES)
+                    nodes = self._closest(target, peer, KEEPERS)
                 return self._answer(nodes=nodes, results=results), b""
             case HandOver():
-                self._host.gate(connection, PROTOCOL)
                 if question.leaving:
                     remember(self._left, peer, question.now, MAX_NOTED)
                     self._table.failed(peer)

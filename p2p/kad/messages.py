@@ -131,13 +131,7 @@ def read_answer(header: dict[str, Any]) -> Answer:
         raise RemoteError("a hash table answer whose results are not a short list of words")
     if not all(isinstance(word, str) and len(word) <= 32 for word in results):
         raise RemoteError("a hash table answer with a result that is not a short word")
-    contacts = []
-    for node in nodes:
-        match node:
-            case [str(peer), list(listens)] if len(peer) <= 64 and len(listens) <= MAX_ADDRS:
-                contacts.append(_contact(peer, *listens))
-            case _:
-                raise RemoteError("a hash table answer with a node that is not [peer id, addresses]")
+    contacts = [_contact(node) for node in nodes]
     addrs = _addrs(header.get("addrs"))
     return Answer(now=_time(header), addrs=addrs, nodes=tuple(contacts), more=more, results=tuple(results))
 
@@ -189,9 +183,14 @@ def _time(header: dict[str, Any]) -> float:
     return now
 
 
-def _contact(peer: str, *addrs: Any) -> Contact:
+def _contact(node: Any) -> Contact:
+    if type(node) is not list or len(node) != 2:
+        raise RemoteError("a hash table answer with a node that is not [peer id, addresses]")
+    peer, listens = node
+    if type(peer) is not str or len(peer) > 64 or type(listens) is not list or len(listens) > MAX_ADDRS:
+        raise RemoteError("a hash table answer with a node that is not [peer id, addresses]")
     try:
-        return _known_contact(peer, *addrs)
+        return _known_contact(peer, *listens)
     except TypeError as error:  # what cannot be a key of the cache is no text
         raise RemoteError("an address that is not a text") from error
 
