@@ -86,6 +86,11 @@ def follow(known: Manifest, newer: Manifest) -> None:
         raise LocalError(
             "the list of trainers cannot change in a live run, since their shares of the data follow from it"
         )
+    if newer.checkpoint.generation < known.checkpoint.generation:
+        raise LocalError(
+            f"checkpoint.generation may only grow ({known.checkpoint.generation} is in force); go back to an "
+            "earlier step with `agoractl run rollback`"
+        )
     if known.authorities and not newer.authorities:
         raise LocalError("the newer manifest lists no authority; keep one at least")
 
@@ -93,7 +98,7 @@ def follow(known: Manifest, newer: Manifest) -> None:
 def changed(known: Manifest, newer: Manifest) -> list[str]:
     """Names of the settings that differ, sorted; lists of nodes count as one setting each."""
     names = []
-    for section in ("model", "training", "admission", "data"):
+    for section in ("model", "training", "admission", "data", "checkpoint"):
         ours, theirs = getattr(known, section), getattr(newer, section)
         names += [
             f"{section}.{field.name}"

@@ -8,8 +8,8 @@ version makes of them, so that a manifest keeps its hash when later versions add
 the hash in hello, so a manifest re-signed by another operator is another run.
 
 Names: ``[run]``, ``[[authorities]]``, ``[[seeds]]``, ``[[trainers]]``, ``[model]``, ``[training]``,
-``[admission]``, ``[data]``, ``[signature]``; unknown settings are errors. Limits: 1 MiB, 64 nodes a
-list, 16 addresses a node. Source: interfaces "Files", architecture decision 5.
+``[admission]``, ``[data]``, ``[checkpoint]``, ``[signature]``; unknown settings are errors. Limits: 1 MiB, 64
+nodes a list, 16 addresses a node. Source: interfaces "Files", architecture decision 5.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from p2p.errors import LocalError, RemoteError
 from p2p.identity import Identity, PeerId, public_key_of, verify
 from p2p.membership import Trust
 from p2p.multiaddr import Multiaddr
+from stage.checkpoints import Line
 from stage.config import ModelConfig, TrainingConfig
 
 FORMAT: Final = 1
@@ -152,6 +153,49 @@ class Data:
 
 
 @attrs.frozen(kw_only=True)
+class Checkpoint:
+    """``[checkpoint]``: where whole states outlive all replicas; see ``stage.checkpoints``."""
+
+    store: str = ""
+    """A folder, or a URL that fsspec knows: s3://bucket/folder, hf://datasets/owner/name; empty: none."""
+    writers: tuple[PeerId, ...] = ()
+    """Workers of the operator's that write it, one or more a stage; only theirs are believed."""
+    every: int = 200
+    """Steps between two checkpoints of a stage."""
+    keep: int = 3
+    """Newest ones that are kept."""
+    generation: int = 0
+    """How often the run was rolled back; see `agoractl run rollback`."""
+    back_to: int = 0
+    """The step that the last roll-back went back to; the clock goes on."""
+
+    def __attrs_post_init__(self) -> None:
+        for name, low, high in _CHECKPOINT_BOUNDS:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise LocalError(f"checkpoint.{name} = {value} must be between {low} and {high}")
+        for peer in self.writers:
+            _check_peer_id(peer, "checkpoint.writers")
+        if len(self.writers) > _NODES_LIMIT:
+            raise LocalError(f"checkpoint.writers: at most {_NODES_LIMIT}")
+        if self.generation and not self.store:
+            raise LocalError("checkpoint.generation needs checkpoint.store: a roll-back begins there")
+
+    @property
+    def line(self) -> Line:
+        """Which checkpoints count."""
+        return Line(self.generation, self.back_to)
+
+
+_CHECKPOINT_BOUNDS: Final = (
+    ("every", 1, 1 << 40),
+    ("keep", 1, 1000),
+    ("generation", 0, 1 << 31),
+    ("back_to", 0, 1 << 40),
+)
+
+
+@attrs.frozen(kw_only=True)
 class Signature:
     """``[signature]``: the operator's, over everything else."""
 
@@ -171,6 +215,7 @@ class Manifest:
     training: TrainingConfig
     admission: Admission = Admission()
     data: Data = Data()
+    checkpoint: Checkpoint = Checkpoint()
     signature: Signature | None = None
     _content: bytes = attrs.field(default=b"", repr=False, eq=False)
     """Canonical bytes of the tables as they were read; empty for one made in memory."""

@@ -81,6 +81,8 @@ class StageRecord:
     """Microbatches in progress."""
     round: tuple[int, float, int, float] | None = None
     """Its last averaging: number, fraction averaged, members, unix time."""
+    generation: int = 0
+    """Roll-backs of the run that its state has seen."""
 
     def to_value(self) -> dict[str, Any]:
         last = None if self.round is None else list(self.round)
@@ -101,6 +103,7 @@ class StageRecord:
             and (value.get("snapshot_step") is None or _is_count(value["snapshot_step"], MAX_STEP))
             and (value.get("working") is None or _is_count(value["working"], MAX_SLOTS))
             and (value.get("round") is None or _is_round(value["round"]))
+            and _is_count(value.get("generation", 0), MAX_STEP)
         ):
             raise RemoteError("a stage record that is not what its key promises")
         disagreement = value.get("disagreement")
@@ -115,6 +118,7 @@ class StageRecord:
             snapshot_step=value.get("snapshot_step"),
             working=value.get("working"),
             round=None if value.get("round") is None else tuple(value["round"]),
+            generation=value.get("generation", 0),
         )
 
 

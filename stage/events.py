@@ -187,6 +187,31 @@ class Resumed(Event):
 
 
 @attrs.frozen(kw_only=True)
+class CheckpointSaved(Event):
+    """This replica wrote its stage's state to the run's checkpoint store."""
+
+    step: int
+    bytes: int
+    seconds: float
+
+
+@attrs.frozen(kw_only=True)
+class CheckpointFailed(Event):
+    """The checkpoint store could not be written or read; training goes on."""
+
+    why: str
+
+
+@attrs.frozen(kw_only=True)
+class Restored(Event):
+    """A replica without mates, or after a roll-back, took its state from the checkpoint store."""
+
+    step: int
+    bytes: int
+    seconds: float
+
+
+@attrs.frozen(kw_only=True)
 class StateFetching(Event):
     """A newcomer is downloading the state of a stage-mate: ``bytes`` of ``size`` so far."""
 

@@ -40,7 +40,16 @@ from p2p.identity import PeerId
 from stage.clock import StepClock
 from stage.config import TrainingConfig
 from stage.device import STEP, Device
-from stage.events import FetchFailed, Phase, RoundAbandoned, RoundFinished, SaveFailed, SettingsTaken, Step
+from stage.events import (
+    CheckpointFailed,
+    FetchFailed,
+    Phase,
+    RoundAbandoned,
+    RoundFinished,
+    SaveFailed,
+    SettingsTaken,
+    Step,
+)
 from stage.roster import MATES, SERVING, Entry, StageView
 from stage.synchronous import ROUNDS, SLICE, SynchronousSteps
 
@@ -119,6 +128,7 @@ class Replica:
         mates: StageView,
         refresh_mates: Callable[[], Awaitable[None]],
         fetch_state: Callable[[Sequence[PeerId], int], Awaitable[Fetched]],
+        restore_state: Callable[[], Awaitable[None]],
         take_snapshot: Callable[[int], Awaitable[None]],
         snapshot_every: int,
         phase_changed: Callable[[], None],
@@ -139,6 +149,7 @@ class Replica:
         self._mates = mates
         self._refresh_mates = refresh_mates
         self._fetch_state = fetch_state
+        self._restore_state = restore_state
         self._take_snapshot = take_snapshot
         self._snapshot_every = snapshot_every
         self._phase_changed = phase_changed
@@ -178,7 +189,7 @@ class Replica:
         self._newer = training
 
     def resumed(self, step: int) -> None:
-        """Before ``run``: the weights are those of an own snapshot of ``step``."""
+        """The weights are those of a snapshot of ours, or of a checkpoint, of ``step``; not while ACTIVE."""
         self.step = self.state_step = step
 
     def resync(self, why: str) -> bool:
@@ -427,8 +438,7 @@ class Replica:
             if not donors:
                 alone_since = alone_since if alone_since is not None else trio.current_time()
                 if trio.current_time() - alone_since >= PROMOTE_S and self._freshest():
-                    self.state_step = self.step
-                    self.set_phase("active", f"no mate was active for {PROMOTE_S:.0f} s")
+                    await self._promote()
             else:
                 alone_since = None
                 await self._catch_up(donors)
@@ -436,6 +446,18 @@ class Replica:
                 self._sync_news = trio.Event()
                 with trio.move_on_after(SYNC_RETRY_S):
                     await self._sync_news.wait()
+
+    async def _promote(self) -> None:
+        """Nobody else has a better state, but perhaps the run's checkpoint store."""
+        try:
+            await self._restore_state()
+        except LocalError as error:
+            self._emit(CheckpointFailed(why=str(error)))
+            if not self.state_step:
+                return  # ACTIVE with weights of genesis would undo the run
+        if not self._active_mates() and self.phase == "syncing":
+            self.step = self.state_step = max(self.step, self._clock.step)
+            self.set_phase("active", f"no mate was active for {PROMOTE_S:.0f} s")
 
     def _active_mates(self) -> dict[PeerId, Entry]:
         mates = self._mates.in_phase("active")

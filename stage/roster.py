@@ -43,8 +43,10 @@ class Entry:
 class StageView:
     """The live replicas of one stage."""
 
-    def __init__(self, stage: int) -> None:
+    def __init__(self, stage: int, generation: Callable[[], int] = lambda: 0) -> None:
+        """``generation``: roll-backs that the run has seen; states of others are not those of mates."""
         self.stage = stage
+        self._generation = generation
         self.entries: dict[PeerId, Entry] = {}
         self._changed = trio.Event()
 
@@ -53,7 +55,12 @@ class StageView:
         return {peer: e.seen_at for peer, e in self.entries.items() if e.record.phase in SERVING}
 
     def in_phase(self, *phases: str) -> dict[PeerId, Entry]:
-        return {peer: entry for peer, entry in self.entries.items() if entry.record.phase in phases}
+        """Replicas in one of these phases whose state is of this node's generation."""
+        return {
+            peer: entry
+            for peer, entry in self.entries.items()
+            if entry.record.phase in phases and entry.record.generation == self._generation()
+        }
 
     def addrs(self, peer: PeerId) -> list[Multiaddr]:
         entry = self.entries.get(peer)
@@ -72,7 +79,10 @@ class StageView:
 class Roster:
     """Views of several stages, refreshed from the DHT."""
 
-    def __init__(self, dht: Dht, trust: Trust, now: Callable[[], float]) -> None:
+    def __init__(
+        self, dht: Dht, trust: Trust, now: Callable[[], float], generation: Callable[[], int] = lambda: 0
+    ) -> None:
+        self._generation = generation
         self._dht = dht
         self._trust = trust
         self._now = now
@@ -80,7 +90,7 @@ class Roster:
 
     def view(self, stage: int) -> StageView:
         """The view of a stage; from the first call on it is kept fresh."""
-        return self._views.setdefault(stage, StageView(stage))
+        return self._views.setdefault(stage, StageView(stage, self._generation))
 
     async def run(self) -> None:
         """Keeps the views fresh until cancelled."""

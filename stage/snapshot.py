@@ -95,6 +95,11 @@ class SnapshotFile:
         """Chunks cannot be read any more."""
         self._file.close()
 
+    @property
+    def readable(self) -> Path:
+        """A path at which its data can be opened, as long as this is open."""
+        return Path(f"/proc/self/fd/{self._file.fileno()}")
+
     def chunk(self, index: int) -> bytes:
         """Chunk ``index``, verified."""
         if not 0 <= index < len(self.manifest.chunks):

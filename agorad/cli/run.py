@@ -19,6 +19,7 @@ import click
 
 from agorad import run as manifests
 from agorad.authority import accounts
+from agorad.cli.checkpoints import checkpoints, rollback
 from agorad.cli.plan import plan
 from agorad.config import PAGE_PORT
 from agorad.hosts import kind_of
@@ -38,10 +39,12 @@ FIRST_PORT: Final = 49170
 
 @click.group()
 def run() -> None:
-    """Create, sign, show and plan a run; give people accounts."""
+    """Create, sign, show and plan a run; give people accounts; go back to a checkpoint."""
 
 
 run.add_command(plan)
+run.add_command(checkpoints)
+run.add_command(rollback)
 
 
 @run.command()

@@ -4,7 +4,8 @@ Everything lies in one folder, so that each node can be stopped and started agai
 ``agorad --config FILE`` and so that removing the folder removes the swarm. Ports are chosen by the kernel:
 each is reserved by binding it and is let go just before its node starts, which keeps addresses in the
 manifest and in ``swarm.json`` true across restarts. ``--set`` reaches the manifest (``model``,
-``training``, ``admission``, ``data``) and the nodes (``node``, ``worker``, ``trainer``, ``authority``).
+``training``, ``admission``, ``data``, ``checkpoint``) and the nodes (``node``, ``worker``, ``trainer``,
+``authority``).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from stage.config import split_layers
 from stage.presets import DEMO_LAYERS
 from stage.presets import demo as demo_preset
 
-MANIFEST_SECTIONS: Final = ("model", "training", "admission", "data")
+MANIFEST_SECTIONS: Final = ("model", "training", "admission", "data", "checkpoint")
 SNAPSHOT_EVERY: Final = 5
 """Steps between snapshots: a demo is short, and a killed worker should have one to come back with."""
 NODE_SECTIONS: Final = ("node", "worker", "trainer", "authority", "metrics")

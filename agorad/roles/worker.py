@@ -18,6 +18,7 @@ import torch
 import trio
 
 from agorad import neighbours, points
+from agorad.checkpoints import Checkpoints, remove_older, snapshots_of
 from agorad.clockwatch import read_clock, watch_clock
 from agorad.events import Trouble
 from agorad.exitcodes import DaemonExit, ExitCode, hardware
@@ -45,7 +46,7 @@ from stage.compute import NOT_FINITE, StageCompute, wire_shape
 from stage.device import STEP, Device
 from stage.donor import PROTOCOL as STATE_PROTOCOL
 from stage.donor import Donor
-from stage.events import BadOutput, Resumed, Saved, SaveFailed
+from stage.events import BadOutput, CheckpointFailed, Resumed, Saved, SaveFailed
 from stage.fetch import Fetch, Source
 from stage.microbatch import MicrobatchServer
 from stage.nexthop import NextHop
@@ -67,7 +68,7 @@ async def run(node: Node) -> None:
     """Serve one stage until asked to stop."""
     torch.set_num_threads(node.config.node.threads)
     manifest = node.manifest
-    store = SnapshotStore(node.config.node.state / "snapshots")
+    store = SnapshotStore(snapshots_of(node.config.node.state, manifest.checkpoint.generation))
     # Before it takes a place that others wait for.
     await trio.to_thread.run_sync(_device, node.config.node.device)
     certificate = await _join(node, store)
@@ -126,7 +127,7 @@ async def _join(node: Node, store: SnapshotStore) -> Certificate | None:
     """The certificate; a node that waits for it downloads the state of its probable stage meanwhile."""
     ahead = Ahead(
         host=node.host,
-        roster=Roster(node.dht, node.trust, node.clock),
+        roster=Roster(node.dht, node.trust, node.clock, lambda: node.manifest.checkpoint.generation),
         store=store,
         model=node.manifest.model,
         stale_steps=lambda: node.manifest.training.max_stale_steps,
@@ -212,7 +213,9 @@ class _Worker:
         self.saving = trio.Lock()
         self.saved_bytes = 0
         self.rate = Rate()
-        self.roster = Roster(node.dht, node.trust, node.clock)
+        self.checkpoints = Checkpoints(node, stage, floats=compute.floats, fingerprint=compute.fingerprint)
+        generation = self.checkpoints.generation
+        self.roster = Roster(node.dht, node.trust, node.clock, lambda: generation)
         self.mates = self.roster.view(stage)
         self.declaration = Declaration(node.dht, manifest.run.id, stage, self.peer_id, self.describe)
         self.donor = Donor(node.identity, self.store, stage, self.donated, node.host.membership)
@@ -228,7 +231,7 @@ class _Worker:
             node.host,
             node.dht,
             node.identity,
-            run=manifest.run.id,
+            run=manifest.run.id if generation == 0 else f"{manifest.run.id}+{generation}",
             stage=stage,
             emit=node.emit,
             clock=trio.current_time,
@@ -258,6 +261,7 @@ class _Worker:
             mates=self.mates,
             refresh_mates=lambda: self.roster.refresh(self.mates),
             fetch_state=self.fetch_state,
+            restore_state=self.restore,
             take_snapshot=self.take_snapshot,
             snapshot_every=node.config.worker.snapshot_every,
             phase_changed=self.declaration.changed,
@@ -291,11 +295,16 @@ class _Worker:
         node.host.handle(STATE_PROTOCOL, self.donor.handle, open_to_all=True)
         async with trio.open_nursery() as nursery:
             await self.roster.refresh(self.mates)
+            await self.begin_at_checkpoint()
+            if node.stopping.is_set():
+                nursery.cancel_scope.cancel()
+                return
             nursery.start_soon(self.roster.run)
+            nursery.start_soon(self.checkpoints.run, self.store, self.active_step, self.take_snapshot)
             nursery.start_soon(neighbours.keep, node, self.roster, self.stage)
             nursery.start_soon(watch_clock, node, self.clock, self.replica.clock_advanced)
             nursery.start_soon(self.replica.run)
-            node.manifest_taken.append(lambda: self.replica.configure(node.manifest.training))
+            node.manifest_taken.append(self.take_manifest)
             if node.manifest.training != self.compute.training:  # it changed while this node began
                 self.replica.configure(node.manifest.training)
             node.update_status = self.update_status
@@ -348,6 +357,49 @@ class _Worker:
                 "again: it fetches the state of another replica",
             )
 
+    async def begin_at_checkpoint(self) -> None:
+        """Where no mate could give its state: that of the run's store, if it is newer than ours."""
+        if self.mates.in_phase("active"):
+            return
+        try:
+            async with trio.open_nursery() as nursery:
+
+                async def give_up() -> None:
+                    await self.node.stopping.wait()
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(give_up)
+                await self.restore()
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            error = plain(group)
+            if not isinstance(error, LocalError):
+                raise error from None
+            if not self.replica.state_step and (self.clock.step or self.checkpoints.generation):
+                raise DaemonExit(
+                    ExitCode.NETWORK,
+                    f"no other replica of stage {self.stage} is up, this one has no state, and {error}",
+                ) from None
+            self.node.emit(CheckpointFailed(why=str(error)))
+
+    async def restore(self) -> None:
+        """The run's newest checkpoint, if it is newer than our state. Raises LocalError."""
+        file = await self.checkpoints.restore(self.store, self.replica.state_step or None)
+        if file is not None:
+            with file:
+                await self.device.run(STEP, self.compute.load, file.mapped())
+            self.replica.resumed(file.manifest.step)
+
+    def take_manifest(self) -> None:
+        """A newer one is in force."""
+        self.replica.configure(self.node.manifest.training)
+        if self.checkpoints.rolled_back():
+            self.node.restart()
+
+    def active_step(self) -> int | None:
+        """Step of the state while this replica is ACTIVE."""
+        return self.replica.step if self.replica.phase == "active" else None
+
     async def read_first_clock(self) -> None:
         """The run's step decides the phase to begin in, so it has to be known, not guessed."""
         while not self.node.stopping.is_set():
@@ -371,6 +423,7 @@ class _Worker:
             disagreement=self.replica.disagreement,
             snapshot_step=self.replica.state_step,
             working=self.server.in_progress,
+            generation=self.checkpoints.generation,
             round=None if last is None else (last.number, last.fraction, last.members, last.at),
         )
 
@@ -384,6 +437,7 @@ class _Worker:
                 held.release()
         self.saved_bytes = size
         self.node.emit(Saved(step=step, bytes=size))
+        await trio.to_thread.run_sync(remove_older, self.node.config.node.state, self.checkpoints.generation)
 
     async def donated(self) -> None:
         """A newcomer asks for state: give it one of about now, not the last snapshot, however old.
@@ -454,6 +508,7 @@ class _Worker:
         with trio.move_on_after(DRAIN_S):
             await self.declaration.withdraw()
             await self.server.wait_idle()
+        # One of before a roll-back goes into a folder that nobody begins with.
         spoilt = self.node.ending is not None and self.node.ending.code == ExitCode.NUMERICAL
         if self.replica.phase in ("active", "warming") and not spoilt:
             try:

@@ -32,6 +32,7 @@ CANDIDATE = CandidateRecord(addrs=(), bandwidth=1e6, weight=0.0, certificate=b""
 ALL: list[StageRecord | ClockRecord | CandidateRecord] = [
     STAGE,
     attrs.evolve(STAGE, disagreement=None, snapshot_step=None),
+    attrs.evolve(STAGE, generation=2),
     attrs.evolve(STAGE, working=3, round=(4, 0.5, 2, 1e9)),
     CLOCK,
     attrs.evolve(CLOCK, loss=2.5, evaluated=(40, 2.25)),
@@ -62,8 +63,8 @@ NONSENSE: list[Any] = [
     ["a"] * 9,
     {},
 ]
-OPTIONAL = ("disagreement", "snapshot_step", "working", "round", "loss", "evaluated")
-FINE = {("at", -1), *((name, None) for name in OPTIONAL)}
+OPTIONAL = ("disagreement", "snapshot_step", "working", "round", "loss", "evaluated", "generation")
+FINE = {("at", -1), *((name, None) for name in OPTIONAL if name != "generation")}
 FOR_PEOPLE = ("loss", "evaluated")
 """Nonsense here must not make a trainer's count unreadable."""
 

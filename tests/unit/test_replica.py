@@ -66,6 +66,8 @@ class Bench:
     donated_step: int = 0
     fetch_s: float = 0.0
     resumes: bool = False
+    restores: int = 0
+    store_is_down: bool = False
     fetches: list[int] = attrs.field(factory=list)
     """The oldest step that each fetch would go on with."""
     events: list[Event] = attrs.field(factory=list)
@@ -100,12 +102,19 @@ class Bench:
             mates=self.mates,
             refresh_mates=refresh,
             fetch_state=fetch,
+            restore_state=self.restore,
             take_snapshot=take_snapshot,
             snapshot_every=self.snapshot_every,
             phase_changed=lambda: None,
             now=lambda: 0.0,
             emit=self.events.append,
         )
+
+    async def restore(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.restores += 1
+        if self.store_is_down:
+            raise LocalError("the store is down")
 
     def mate(self, phase: str) -> None:
         record = StageRecord(
@@ -284,6 +293,31 @@ def test_alone_and_old_it_is_promoted_after_its_time() -> None:
         ("joining", "syncing"),
         ("syncing", "active"),
     ]
+
+
+def test_weights_of_genesis_are_not_promoted_while_the_store_cannot_be_read() -> None:
+    bench = Bench(store_is_down=True)
+    bench.clock.observe([Reading.signed(TRAINER, "run", 50)])
+
+    async def body() -> None:
+        await trio.sleep(PROMOTE_S + 6.0)
+        assert bench.replica.phase == "syncing"
+        assert bench.restores > 0
+        bench.store_is_down = False
+        await trio.sleep(6.0)
+        assert bench.replica.phase == "active"
+
+    bench.live(body)
+    # With a state of its own it goes on without the store.
+    other = Bench(store_is_down=True)
+    other.clock.observe([Reading.signed(TRAINER, "run", 50)])
+    other.replica.resumed(30)
+
+    async def wait() -> None:
+        await trio.sleep(PROMOTE_S + 6.0)
+        assert other.replica.phase == "active"
+
+    other.live(wait)
 
 
 def test_a_clock_that_passes_over_a_snapshots_step_passes_over_no_snapshot() -> None:

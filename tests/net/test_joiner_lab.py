@@ -1,0 +1,94 @@
+"""A newcomer behind a line of 200 Mbit/s, in a lab: how soon it works, and what that costs its donor.
+
+Lines are long and microbatches in flight are few, so that training waits for the lines and not for this
+machine's cores; what a download takes of the donor's line and cores shows in its microbatches.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agorad.demo import layout
+from agorad.lab.network import Line, NoLab, lab
+from tests.net.lab_swarms import LabSwarm
+
+MBPS = 200.0
+LINE = Line(up_mbps=MBPS, down_mbps=MBPS, delay_ms=10)
+FIRST = ("seed", "authority", "trainer-0", "worker-0-0", "worker-1-0")
+JOINER = "worker-0-1"
+DONOR = "worker-0-0"
+BEFORE_S = 20.0
+"""Training that the donor's rate during the download is held against."""
+PLAN = layout.Plan(
+    stages=2, workers=2, trainers=1, steps=100_000, seconds=None, data=None,
+    assignments=(
+        "model.d=512", "model.k=16", "model.heads=8", "model.kv_heads=2", "model.ffn=2048", "model.seq=8",
+        "model.layers=[3, 1]", "training.target_batch=16", "training.lr=1e-4", "trainer.credits=3",
+        "worker.snapshot_every=0",
+    ),
+)  # fmt: skip
+
+
+def until(condition: Any, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, condition
+        time.sleep(0.5)
+
+
+def rate(swarm: LabSwarm, began: float, ended: float) -> float:
+    """The donor's microbatches a second."""
+    added = [e for e in swarm.events(DONOR, "microbatch_added") if began <= e["at"] < ended]
+    return len(added) / (ended - began)
+
+
+def step_s(swarm: LabSwarm, began: float, ended: float) -> float:
+    """Seconds a step."""
+    steps = [e for e in swarm.events(DONOR, "step") if began <= e["at"] < ended]
+    return (ended - began) / max(1, len(steps))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_newcomer_is_active_as_soon_as_its_line_allows_and_its_donor_trains_on(tmp_path: Path) -> None:
+    names = (*FIRST, JOINER, "worker-1-1")  # which nobody starts
+    try:
+        with lab([LINE] * len(names)) as places:
+            swarm = LabSwarm(tmp_path, dict(zip(names, places, strict=True)))
+            swarm.write(PLAN)
+            with swarm.running(FIRST):
+                until(lambda: len(swarm.events(DONOR, "step")) >= 3, 240)
+                time.sleep(BEFORE_S)
+                with swarm.running([JOINER]):
+                    until(lambda: any(e["to"] == "active" for e in swarm.events(JOINER, "phase")), 200)
+                figures = measured(swarm)
+    except NoLab as error:
+        pytest.skip(str(error))
+    print(figures)
+    assert figures["active_s"] <= figures["allowed_s"], figures
+    assert figures["donor"] >= 0.9, figures
+
+
+def measured(swarm: LabSwarm) -> dict[str, float]:
+    (fetched,) = swarm.events(JOINER, "state_fetched")
+    began = fetched["at"] - fetched["seconds"]
+    phases = {e["to"]: e["at"] for e in swarm.events(JOINER, "phase")}
+    step = step_s(swarm, began - BEFORE_S, began)
+    rounds_s = 2 * 2 * step  # average_every is 2
+    warm_s = 2 * step
+    line_s = fetched["bytes"] * 8 / (MBPS * 1e6)
+    return {
+        "bytes": fetched["bytes"],
+        "line_bytes": fetched["line"],
+        "download_s": fetched["seconds"],
+        "line_s": line_s,
+        "step_s": step,
+        "active_s": phases["active"] - phases["syncing"],
+        "allowed_s": 1.3 * line_s + rounds_s + warm_s,
+        "rate_before": rate(swarm, began - BEFORE_S, began),
+        "donor": rate(swarm, began, fetched["at"]) / rate(swarm, began - BEFORE_S, began),
+    }
