@@ -26,6 +26,7 @@ DEBUG: Final = frozenset(
         "microbatch_added",
         "microbatch_completed",
         "busy",
+        "reused",
         "traffic",
         "connected",
         "disconnected",

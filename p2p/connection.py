@@ -123,6 +123,8 @@ class Connection:
         """Hash of the manifest that was in force when the hello was judged."""
         self.rtt: float | None = None
         """Seconds that the last answered ping took."""
+        self.fell_silent = False
+        """Closed by us since the peer said or took nothing: it may not know, and still be at work for us."""
         self.bytes_out = 0
         self.bytes_in = 0
         self.presented: bytes | None = None
@@ -454,10 +456,12 @@ class Connection:
             silence = now - max(self._heard, since)
             self._patience.woke(late)
             if silence > self._patience.with_peer(limits.watched_silence_s if watched else limits.silence_s):
+                self.fell_silent = True
                 raise PeerGone(f"the peer was silent for {silence:.1f} s")
             if self._sending_since is not None:
                 stuck = now - max(self._sending_since, since)
                 if stuck > limits.stuck_s:
+                    self.fell_silent = True
                     raise PeerGone(f"the peer took nothing for {stuck:.1f} s")
 
     # streams and pings

@@ -60,6 +60,15 @@ class Busy(Event):
 
 
 @attrs.frozen(kw_only=True)
+class Reused(Event):
+    """A call joined work that another one had brought, or got the answer that was kept of it."""
+
+    ticket: str
+    stage: int
+    replica: str
+
+
+@attrs.frozen(kw_only=True)
 class ReusedStale(Event):
     """A cached answer that belongs to another ``c`` was given (once) to a replacement caller."""
 

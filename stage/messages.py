@@ -2,9 +2,10 @@
 
     caller                                   callee (a replica of the next stage)
     microbatch {header} [ids, c]   ->
-                                   <-        busy | no_replica | accepted {slots}
+                                   <-        busy | no_replica | accepted {load}
     payload [ids, c]               ->        only where the payload did not come with the header
-                                   <-        answer {loss, c_hash, path, slots, stale, receipts} [dc]
+                                   <-        progress {path}, any number of times
+                                   <-        answer {loss, c_hash, path, load, stale, receipts} [dc]
 
 Payload forward: T+1 little-endian uint32 ids, then ``c`` packed by ``stage.boundary`` (absent towards
 the head). Payload back: ``dc`` packed likewise (absent towards the trainer and for evaluation). Everything
@@ -57,6 +58,8 @@ class Request:
     """Whether the payload follows this message at once, or only after ``accepted``."""
     deadline_s: float
     """How long the caller will wait, counted from now."""
+    hint: list[PeerId] = attrs.field(factory=list)
+    """Who works on it already in the stages after the callee's, or did: to be asked first. May be empty."""
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -71,6 +74,7 @@ class Request:
             "dtype_back": self.dtype_back,
             "inline": self.inline,
             "deadline": self.deadline_s,
+            "hint": list(self.hint),
         }
 
     @classmethod
@@ -88,6 +92,7 @@ class Request:
                 "dtype_back": str(dtype_back),
                 "inline": bool(inline),
                 "deadline": float(deadline_s),
+                "hint": list(hint),
             }:
                 pass
             case _:
@@ -96,14 +101,15 @@ class Request:
             raise RemoteError(f"microbatch: unknown wire dtype {dtype!r} or {dtype_back!r}")
         if not (_whole(tokens, MAX_TOKENS) and tokens and _whole(basis, 2**31) and 0 < deadline_s < 86_400):
             raise RemoteError("microbatch: tokens, deadline or basis out of range")
-        if not _is_path(path):
-            raise RemoteError(f"microbatch: path is not a list of at most {MAX_PATH} peer ids")
+        if not _is_path(path) or not _is_path(hint):
+            raise RemoteError(f"microbatch: path or hint is not a list of at most {MAX_PATH} peer ids")
         if len(documents) > MAX_DOCUMENTS or not _ascending(documents, tokens):
             raise RemoteError("microbatch: document boundaries are not ascending positions in [1, T)")
         return cls(
             ticket=Ticket.from_wire(ticket), clock=readings_from_wire(clock), basis=basis,
             path=[PeerId(peer) for peer in path], tokens=tokens, documents=documents,
             dtype=dtype, dtype_back=dtype_back, inline=inline, deadline_s=deadline_s,
+            hint=[PeerId(peer) for peer in hint],
         )  # fmt: skip
 
 
@@ -124,13 +130,36 @@ def _ascending(documents: list[Any], tokens: int) -> bool:
     return True
 
 
+@attrs.frozen
+class Load:
+    """How busy the callee is, by its own word."""
+
+    slots: int
+    """Free slots, this microbatch and what is on its way to it not counted."""
+    working: int = 0
+    """Microbatches in progress there, of all callers."""
+    service_s: float = 0.0
+    """Seconds of its device that a microbatch takes, lately; 0 before the first."""
+
+    def to_wire(self) -> list[Any]:
+        return [self.slots, self.working, self.service_s]
+
+
+def _load(value: Any) -> Load:
+    match value:
+        case [slots, working, float(service_s)] if (
+            _whole(slots, MAX_SLOTS) and _whole(working, MAX_SLOTS) and 0.0 <= service_s < 86_400
+        ):
+            return Load(slots, working, service_s)
+    raise RemoteError("microbatch: load is not [slots, working, seconds] within their bounds")
+
+
 @attrs.frozen(kw_only=True)
 class Accepted:
-    slots: int
-    """Free slots left at the callee after this microbatch."""
+    load: Load
 
     def to_wire(self) -> dict[str, Any]:
-        return {"t": "accepted", "slots": self.slots}
+        return {"t": "accepted", "load": self.load.to_wire()}
 
 
 @attrs.frozen(kw_only=True)
@@ -152,6 +181,17 @@ class NoReplica:
 
 
 @attrs.frozen(kw_only=True)
+class Progress:
+    """The callee handed the microbatch on, and its next stage accepted it."""
+
+    path: list[PeerId]
+    """Who works on it in the stages after the callee's, the next stage first, as far as is known."""
+
+    def to_wire(self) -> dict[str, Any]:
+        return {"t": "progress", "path": list(self.path)}
+
+
+@attrs.frozen(kw_only=True)
 class Answer:
     """The microbatch is done from the callee to the tail; ``dc`` is the payload of this message."""
 
@@ -161,7 +201,7 @@ class Answer:
     """SHA-256 of the packed ``c`` that the answer belongs to (empty towards the trainer)."""
     path: list[PeerId]
     """All that worked on it, the trainer first."""
-    slots: int
+    load: Load
     stale: bool
     """True if somewhere downstream a cached answer for another ``c`` was used."""
     receipts: list[bytes] = attrs.field(factory=list, repr=False)
@@ -170,40 +210,39 @@ class Answer:
     def to_wire(self) -> dict[str, Any]:
         return {
             "t": "answer", "loss": self.loss, "c_hash": self.c_hash,
-            "path": list(self.path), "slots": self.slots, "stale": self.stale,
+            "path": list(self.path), "load": self.load.to_wire(), "stale": self.stale,
             "receipts": list(self.receipts),
         }  # fmt: skip
 
 
-Reply = Accepted | BusyReply | NoReplica | Answer
+Reply = Accepted | BusyReply | NoReplica | Progress | Answer
 
 
 def reply_from_wire(header: dict[str, Any]) -> Reply:
     """Reads any message of the callee. Raises RemoteError."""
     match header:
-        case {"t": "accepted", "slots": slots} if _whole(slots, MAX_SLOTS):
-            return Accepted(slots=slots)
+        case {"t": "accepted", "load": load}:
+            return Accepted(load=_load(load))
         case {"t": "busy", "retry_after": float(retry_after_s)} if 0.0 <= retry_after_s <= 600.0:
             return BusyReply(retry_after_s=retry_after_s)
         case {"t": "no_replica", "stage": stage} if _whole(stage, MAX_PATH):
             return NoReplica(stage=stage)
+        case {"t": "progress", "path": list(path)} if path and _is_path(path):
+            return Progress(path=[PeerId(peer) for peer in path])
         case {
             "t": "answer",
             "loss": float(loss),
             "c_hash": bytes(c_hash),
             "path": list(path),
-            "slots": slots,
+            "load": load,
             "stale": bool(stale),
             "receipts": list(receipts),
-        } if (
-            _whole(slots, MAX_SLOTS)
-            and _is_path(path)
-            and len(c_hash) in (0, 32)
-            and are_signatures(receipts)
-        ):
+        } if _is_path(path) and len(c_hash) in (0, 32) and are_signatures(receipts):
             # A loss that is not finite would poison every mean that it enters.
             if not 0.0 <= loss < MAX_LOSS:
                 raise RemoteError("answer: loss is not a sensible number")
             peers = [PeerId(peer) for peer in path]
-            return Answer(loss=loss, c_hash=c_hash, path=peers, slots=slots, stale=stale, receipts=receipts)
-    raise RemoteError("microbatch: a reply that is none of accepted, busy, no_replica, answer")
+            return Answer(
+                loss=loss, c_hash=c_hash, path=peers, load=_load(load), stale=stale, receipts=receipts
+            )
+    raise RemoteError("microbatch: a reply that is none of accepted, busy, no_replica, progress, answer")

@@ -1,10 +1,18 @@
 """Handing a microbatch to a replica of the next stage and awaiting its gradient: the caller's side.
 
 One ``send`` is one microbatch. It chooses a replica, calls, and, if that replica does not answer, chooses
-another with the same payload, until the deadline. A replica that fell silent is abandoned no sooner than
-``LEASE_S`` after it last answered, because until then it may still commit (architecture, decision 3); it is
-told at once that it was abandoned, in case it hears us. One that refused or had no room has added nothing
-and is left at once. What an answer says of itself is checked: it continues the path of its request, every
+another with the same payload, until the deadline. One whose connection is closed is left at once. One that
+lives and does not answer is given up after some times what its answers usually take, within bounds; it is
+told so, and the microbatch goes elsewhere no sooner than ``LEASE_S`` after it was last heard, because until
+then it may still commit (architecture, decision 3). One that refused or had no room has added nothing and is
+left at once.
+
+*The hint.* A replica tells by whom it had a microbatch accepted. If it is lost, the one that replaces it is
+told so, and asks there first: what was done further down is joined or answered again instead of done again.
+The same list, kept for the last ``MAX_PATHS`` microbatches, makes a caller that sends one again ask the same
+replica.
+
+What an answer says of itself is checked: it continues the path of its request, every
 stage from here on signed that it worked (``stage.receipts``), and it belongs to the ``c`` that was sent
 unless it says that it is stale. An attempt is charged to the router when chosen and corrected by its reply.
 Torch-free: trainers use it for stage 0.
@@ -13,7 +21,8 @@ Torch-free: trainers use it for stage 0.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -26,11 +35,13 @@ from p2p.identity import PeerId
 from p2p.rpc import Call
 from stage.events import Busy, Rerouted
 from stage.messages import (
+    MAX_PATH,
     PROTOCOL,
     Accepted,
     Answer,
     BusyReply,
     NoReplica,
+    Progress,
     Reply,
     Request,
     reply_from_wire,
@@ -44,6 +55,11 @@ LEASE_S = 1.5
 DIAL_S = 5.0
 ACCEPT_S = 10.0
 """A replica accepts or says BUSY at once; silence for this long is a failure."""
+ANSWER_LEAST_S = 10.0
+"""Times the stages that are still to come: so a fault further down is noticed by who is next to it."""
+MAX_PROGRESS = 4 * MAX_PATH
+"""Messages about one microbatch's way; a replica that sends more makes them up."""
+MAX_PATHS = 1024
 PATIENCE_S = 5.0
 """How long all replicas of a stage may be failing before the stage counts as empty."""
 
@@ -64,6 +80,14 @@ class Passed:
     dc: memoryview
     """Packed gradient of ``c`` (empty for the trainer and for evaluation)."""
     peer: PeerId
+
+
+@attrs.define
+class _Way:
+    """Who works on one microbatch, or did last, from this stage on, as far as it is known."""
+
+    ticket: str
+    path: list[PeerId]
 
 
 class NextHop:
@@ -89,13 +113,26 @@ class NextHop:
         self._router = router
         self._emit = emit
         self._count = count
+        self._paths: OrderedDict[str, list[PeerId]] = OrderedDict()
+        """By ticket: who worked on it last, from this stage on."""
 
-    async def send(self, request: Request, payload: Sequence[Any], *, back_bytes: int) -> Passed:
+    async def send(
+        self,
+        request: Request,
+        payload: Sequence[Any],
+        *,
+        back_bytes: int,
+        passed_on: Callable[[list[PeerId]], None] = lambda _path: None,
+    ) -> Passed:
         """Returns when some replica has answered.
 
-        ``payload``: buffers of ids and packed ``c``; ``back_bytes``: exact size of the packed ``dc``.
-        Raises NoReplicaError, or trio.TooSlowError after ``request.deadline_s``.
+        ``payload``: buffers of ids and packed ``c``; ``back_bytes``: exact size of the packed ``dc``;
+        ``passed_on`` is told who works on it from this stage on, whenever more of that is known. The
+        request's ``hint`` begins with this stage. Raises NoReplicaError, or trio.TooSlowError after
+        ``request.deadline_s``.
         """
+        way = _Way(request.ticket.id, list(request.hint or self._paths.get(request.ticket.id, ())))
+        prefer = way.path[0] if way.path else None
         failed: tuple[PeerId, str] | None = None
         patience = trio.current_time() + PATIENCE_S
         with trio.fail_after(request.deadline_s):
@@ -103,19 +140,26 @@ class NextHop:
                 self._router.update(self._view.serving())
                 if self._router.empty():
                     raise NoReplicaError(self._view.stage)
-                choice = self._router.choose(trio.current_time())
+                choice = self._router.choose(trio.current_time(), prefer=prefer)
                 if choice is None:
                     await self._wait_for_somebody(patience)
                     continue
-                peer = choice.peer
+                peer, knew, prefer = choice.peer, choice.peer == prefer, None
                 if failed is not None:
                     if failed[0] != peer:
                         self._emit(
                             Rerouted(ticket=request.ticket.id, from_=failed[0], to=peer, why=failed[1])
                         )
                     failed = None
+
+                def heard(path: list[PeerId]) -> None:
+                    way.path = path
+                    self._remember(way)
+                    passed_on(path)
+
+                asked = attrs.evolve(request, inline=choice.room, hint=way.path[1:])
                 try:
-                    outcome = await self._attempt(choice, request, payload, back_bytes)
+                    outcome = await self._attempt(choice, asked, payload, back_bytes, heard, knew)
                 except (P2PError, trio.TooSlowError) as error:
                     self._router.failed(choice, trio.current_time())
                     failed = (peer, _why(error))
@@ -132,6 +176,12 @@ class NextHop:
                 self._router.busy(choice, trio.current_time(), outcome.retry_after_s)
                 self._emit(Busy(ticket=request.ticket.id, replica=peer))
 
+    def _remember(self, way: _Way) -> None:
+        self._paths[way.ticket] = way.path
+        self._paths.move_to_end(way.ticket)
+        while len(self._paths) > MAX_PATHS:
+            self._paths.popitem(last=False)
+
     async def _wait_for_somebody(self, patience: float) -> None:
         now = trio.current_time()
         wait_s = self._router.wait_s(now)
@@ -142,18 +192,25 @@ class NextHop:
             await self._view.wait_changed()
 
     async def _attempt(
-        self, choice: Choice, request: Request, payload: Sequence[Any], back_bytes: int
+        self,
+        choice: Choice,
+        request: Request,
+        payload: Sequence[Any],
+        back_bytes: int,
+        heard: Callable[[list[PeerId]], None],
+        knew: bool,
     ) -> Passed | BusyReply | NoReplica:
+        """One replica asked. ``heard`` is told the way from it on; ``knew``: it was chosen for knowing the
+        microbatch."""
         began = trio.current_time()
-        peer, inline = choice.peer, choice.room
-        asked = attrs.evolve(request, inline=inline)
+        peer = choice.peer
         async with await self._host.call(
             peer, PROTOCOL, addrs=self._view.addrs(peer), deadline=DIAL_S
         ) as call:
             try:
                 async with call.connection.watched():
-                    await call.send(asked.to_wire(), payload if inline else b"")
-                    if inline:
+                    await call.send(request.to_wire(), payload if request.inline else b"")
+                    if request.inline:
                         self._count_forward(payload)
                     with trio.fail_after(ACCEPT_S):
                         reply, _ = await _receive(call)
@@ -161,11 +218,14 @@ class NextHop:
                         return reply
                     if not isinstance(reply, Accepted):
                         raise RemoteError("microbatch: neither accepted nor busy")
-                    self._router.room(choice, reply.slots)
-                    if not inline:
+                    self._router.accepted(choice, trio.current_time(), reply.load)
+                    heard([peer, *request.hint])
+                    if not request.inline:
                         await call.send({"t": "payload"}, payload)
                         self._count_forward(payload)
-                    reply, dc = await _receive(call, back_bytes)
+                    least = ANSWER_LEAST_S * (self._stages - self._view.stage)
+                    with trio.fail_after(self._router.patience_s(peer, least, request.deadline_s)):
+                        reply, dc = await self._result(call, back_bytes, heard)
             except Refused:
                 raise
             except (P2PError, trio.TooSlowError):
@@ -189,8 +249,21 @@ class NextHop:
             peers=reply.path[len(request.path) - 1 :],
             signatures=reply.receipts,
         )
-        self._router.answered(choice, trio.current_time() - began, reply.slots)
+        now = trio.current_time()
+        rtt_s = call.connection.rtt or 0.0
+        self._router.answered(choice, now, None if knew else now - began, reply.load, rtt_s)
         return Passed(reply, dc, peer)
+
+    async def _result(
+        self, call: Call, back_bytes: int, heard: Callable[[list[PeerId]], None]
+    ) -> tuple[Reply, memoryview]:
+        """The first message that is not about the microbatch's way."""
+        for _ in range(MAX_PROGRESS):
+            reply, dc = await _receive(call, back_bytes)
+            if not isinstance(reply, Progress):
+                return reply, dc
+            heard([call.peer, *reply.path])
+        raise RemoteError("microbatch: too many messages about its way")
 
     def _count_forward(self, payload: Sequence[Any]) -> None:
         if self._count is not None:
@@ -198,8 +271,11 @@ class NextHop:
 
 
 def _lease_left(call: Call) -> float:
-    """Seconds until the peer's lease surely ran out."""
-    return max(0.0, LEASE_S - call.connection.silence)
+    """Seconds until the peer's lease surely ran out; none if it has ended the connection, and so its work."""
+    connection = call.connection
+    if connection.why_closed is not None and not connection.fell_silent:
+        return 0.0
+    return max(0.0, LEASE_S - connection.silence)
 
 
 def _hash_of_c(payload: Sequence[Any]) -> bytes:

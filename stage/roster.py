@@ -8,7 +8,7 @@ record every ``DECLARE_S``, and at once when something that others act on has ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import attrs
 import trio
@@ -48,11 +48,12 @@ class StageView:
         self.stage = stage
         self._generation = generation
         self.entries: dict[PeerId, Entry] = {}
+        self._serving: dict[PeerId, float] = {}
         self._changed = trio.Event()
 
-    def serving(self) -> dict[PeerId, float]:
-        """Replicas that take microbatches, and when each last spoke."""
-        return {peer: e.seen_at for peer, e in self.entries.items() if e.record.phase in SERVING}
+    def serving(self) -> Mapping[PeerId, float]:
+        """Replicas that take microbatches, and when each last spoke; the same object until that changes."""
+        return self._serving
 
     def in_phase(self, *phases: str) -> dict[PeerId, Entry]:
         """Replicas in one of these phases whose state is of this node's generation."""
@@ -69,6 +70,7 @@ class StageView:
     def replace(self, entries: dict[PeerId, Entry]) -> None:
         if entries != self.entries:
             self.entries = entries
+            self._serving = {peer: e.seen_at for peer, e in entries.items() if e.record.phase in SERVING}
             changed, self._changed = self._changed, trio.Event()
             changed.set()
 

@@ -211,6 +211,7 @@ class Book:
             "microbatch_added": outcome(self.microbatches, "added"),
             "microbatch_completed": outcome(self.microbatches, "completed"),
             "microbatch_failed": outcome(self.microbatches, "failed"),
+            "reused": outcome(self.microbatches, "reused"),
             "reused_stale": outcome(self.microbatches, "reused_stale"),
             "busy": outcome(self.microbatches, "busy"),
             "rerouted": bump(self.reroutes),

@@ -294,6 +294,7 @@ class _Worker:
         node.host.handle(messages.PROTOCOL, self.server.handle, max_payload=self.server.request_bytes)
         node.host.handle(STATE_PROTOCOL, self.donor.handle, open_to_all=True)
         async with trio.open_nursery() as nursery:
+            await nursery.start(self.server.run)
             await self.roster.refresh(self.mates)
             await self.begin_at_checkpoint()
             if node.stopping.is_set():

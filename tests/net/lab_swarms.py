@@ -29,8 +29,8 @@ class LabSwarm:
     folder: Path
     places: Mapping[str, Place]
 
-    def write(self, plan: layout.Plan) -> None:
-        """The plan's files, and no test of ports at the door."""
+    def write(self, plan: layout.Plan) -> layout.Layout:
+        """The plan's files, and no test of ports at the door. What it returns has the addresses of before."""
         made = layout.prepare(plan, self.folder)
         addrs = {}
         for number, node in enumerate(made.nodes):
@@ -54,6 +54,7 @@ class LabSwarm:
         )
         manifest = run.from_table(unstructure(changed))  # with a content of its own to sign
         run.save(manifest.signed(Identity.load(self.folder / "operator.key")), made.manifest_path)
+        return made
 
     @contextmanager
     def running(self, names: Iterable[str]) -> Iterator[dict[str, subprocess.Popen[bytes]]]:

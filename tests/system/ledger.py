@@ -2,10 +2,56 @@
 
 from __future__ import annotations
 
-from tests.system.swarms import Demo
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any, Protocol
+
+import attrs
+
+SETTLED_S = 10.0
+"""After a fault has ended: what was held up by it is answered, or asked for elsewhere, by then."""
 
 
-def check_ledger(swarm: Demo, stages: int) -> None:
+class Logged(Protocol):
+    """A swarm whose nodes' events can be read."""
+
+    @property
+    def nodes(self) -> list[dict[str, Any]]: ...
+
+    def events(self, name: str) -> list[dict[str, Any]]: ...
+
+
+@attrs.define
+class Fault:
+    """What was done to a worker, and when, in unix time."""
+
+    name: str
+    how: str
+    at: float
+    until: float
+
+
+@attrs.frozen
+class Added:
+    """One gradient that one replica added."""
+
+    name: str
+    at: float
+
+
+def additions(swarm: Logged) -> dict[tuple[int, str], list[Added]]:
+    """By stage and ticket, in order of time."""
+    found: dict[tuple[int, str], list[Added]] = {}
+    for node in swarm.nodes:
+        for event in swarm.events(node["name"]):
+            if event["event"] == "microbatch_added":
+                place = found.setdefault((event["stage"], event["ticket"]), [])
+                place.append(Added(node["name"], event["at"]))
+    return {key: sorted(each, key=lambda one: one.at) for key, each in found.items()}
+
+
+def check_ledger(swarm: Logged, stages: int) -> None:
     """Every completed microbatch was added at every stage by the replica that the path names."""
     done = {
         event["ticket"]: event["path"]
@@ -21,3 +67,35 @@ def check_ledger(swarm: Demo, stages: int) -> None:
         assert len(path) == stages + 1
         for stage in range(stages):
             assert path[stage + 1] in added.get((stage, ticket), set()), (ticket, stage)
+
+
+def check_chaos(swarm: Logged, stages: int, faults: Iterable[Fault]) -> dict[str, Any]:
+    """Each issued microbatch ended once; each completed one was in before its answer, and twice only where
+    the replica that added it first suffered a fault meanwhile: once a fault. Returns what was counted."""
+    trainer = swarm.events("trainer-0")
+    issued = Counter(e["ticket"] for e in trainer if e["event"] == "microbatch_issued")
+    ends = {e["ticket"]: e for e in trainer if e["event"] in ("microbatch_completed", "microbatch_failed")}
+    assert set(issued) == set(ends), sorted(set(issued) ^ set(ends))
+    assert all(end["why"] for end in ends.values() if end["event"] == "microbatch_failed")
+    added = additions(swarm)
+    for ticket, end in ends.items():
+        if end["event"] == "microbatch_completed":
+            for stage in range(stages):
+                assert added[stage, ticket][0].at <= end["at"], (stage, ticket)
+    charged: Counter[int] = Counter()
+    blame = dict(enumerate(faults))
+    unexplained = []
+    for (stage, ticket), each in added.items():
+        for first, again in pairwise(each):
+            suspects = [
+                number
+                for number, fault in blame.items()
+                if fault.name == first.name
+                and fault.at - SETTLED_S <= again.at
+                and first.at <= fault.until + SETTLED_S
+            ]
+            if suspects:
+                charged[min(suspects, key=lambda number: charged[number])] += 1
+            else:
+                unexplained.append((stage, ticket, each))
+    return {"twice": sum(charged.values()), "a_fault": dict(charged), "unexplained": unexplained}

@@ -21,7 +21,9 @@ from stage.messages import (
     Accepted,
     Answer,
     BusyReply,
+    Load,
     NoReplica,
+    Progress,
     Reply,
     Request,
     reply_from_wire,
@@ -82,6 +84,7 @@ def test_the_largest_request_fits_a_header() -> None:
     request = made(
         clock=[Reading.signed(who, "run", 2**62) for who in many],
         path=[who.peer_id for who in many],
+        hint=[who.peer_id for who in many],
         tokens=MAX_TOKENS,
         documents=list(range(MAX_TOKENS - MAX_DOCUMENTS, MAX_TOKENS)),
     )
@@ -95,7 +98,8 @@ def test_the_largest_request_fits_a_header() -> None:
     [
         ("t", "other"), ("ticket", None), ("ticket", []), ("clock", {}), ("clock", [1]), ("basis", -1),
         ("basis", True), ("basis", 2**40), ("path", "me"), ("path", [1]), ("path", ["x" * 65]),
-        ("path", [""]), ("path", ["x"] * (MAX_PATH + 1)), ("tokens", 0), ("tokens", -1), ("tokens", True),
+        ("path", [""]), ("path", ["x"] * (MAX_PATH + 1)), ("hint", None), ("hint", [1]), ("hint", [""]),
+        ("hint", ["x"] * (MAX_PATH + 1)), ("tokens", 0), ("tokens", -1), ("tokens", True),
         ("tokens", 16.0), ("tokens", MAX_TOKENS + 1), ("documents", None), ("documents", [0]),
         ("documents", [16]), ("documents", [3, 3]), ("documents", [4, 3]), ("documents", [True]),
         ("documents", ["3"]), ("documents", [1.5]), ("dtype", "fp64"), ("dtype", b"fp32"),
@@ -140,14 +144,18 @@ def test_nonsense_in_a_field_is_a_remote_error_or_within_bounds(field: str, valu
     msgpack.packb(request.to_wire())
 
 
-ANSWER = Answer(loss=5.5, c_hash=bytes(32), path=[TRAINER.peer_id, WORKER.peer_id], slots=3, stale=False)
+ANSWER = Answer(
+    loss=5.5, c_hash=bytes(32), path=[TRAINER.peer_id, WORKER.peer_id], load=Load(3, 2, 0.5), stale=False
+)
 
 
 @pytest.mark.parametrize(
     "reply",
     [
-        Accepted(slots=0), Accepted(slots=MAX_SLOTS), BusyReply(retry_after_s=0.05), NoReplica(stage=2),
-        ANSWER, Answer(loss=0.0, c_hash=b"", path=[], slots=0, stale=True),
+        Accepted(load=Load(0)), Accepted(load=Load(MAX_SLOTS, MAX_SLOTS, 9.5)), BusyReply(retry_after_s=0.05),
+        NoReplica(stage=2),
+        ANSWER, Answer(loss=0.0, c_hash=b"", path=[], load=Load(0), stale=True),
+        Progress(path=[WORKER.peer_id]), Progress(path=[WORKER.peer_id] * MAX_PATH),
     ],
 )  # fmt: skip
 def test_a_reply_survives_the_wire(reply: Reply) -> None:
@@ -160,7 +168,11 @@ def test_a_reply_survives_the_wire(reply: Reply) -> None:
         {"t": "maybe"}, {"loss": 1}, {"loss": -0.1}, {"loss": float("nan")}, {"loss": float("inf")},
         {"loss": 1e6}, {"c_hash": "x" * 32}, {"c_hash": bytes(31)}, {"c_hash": bytes(60_000)},
         {"path": None}, {"path": [1]}, {"path": ["x" * 65]}, {"path": ["x"] * (MAX_PATH + 1)},
-        {"slots": -1}, {"slots": True}, {"slots": 2.0}, {"slots": MAX_SLOTS + 1}, {"stale": 0},
+        {"stale": 0}, {"load": None}, {"load": []}, {"load": [1, 1]}, {"load": [1, 1, 1.0, 1]}, {"load": 3},
+        {"load": [-1, 0, 0.0]}, {"load": [True, 0, 0.0]}, {"load": [2.0, 0, 0.0]},
+        {"load": [MAX_SLOTS + 1, 0, 0.0]}, {"load": [1, -1, 0.0]}, {"load": [1, MAX_SLOTS + 1, 0.0]},
+        {"load": [1, None, 0.0]}, {"load": [1, 1, -0.1]}, {"load": [1, 1, float("nan")]},
+        {"load": [1, 1, float("inf")]}, {"load": [1, 1, 1]}, {"load": [1, 1, 86_400.0]},
     ],
 )  # fmt: skip
 def test_every_field_of_an_answer_has_its_bounds(changes: dict[str, Any]) -> None:
@@ -171,7 +183,10 @@ def test_every_field_of_an_answer_has_its_bounds(changes: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     "header",
     [
-        {}, {"t": "accepted"}, {"t": "accepted", "slots": -1}, {"t": "accepted", "slots": 2**70},
+        {}, {"t": "accepted"}, {"t": "accepted", "load": [-1, 0, 0.0]},
+        {"t": "accepted", "load": [2**70, 0, 0.0]},
+        {"t": "accepted", "slots": 1}, {"t": "progress"}, {"t": "progress", "path": []},
+        {"t": "progress", "path": [1]}, {"t": "progress", "path": ["x"] * (MAX_PATH + 1)},
         {"t": "busy"}, {"t": "busy", "retry_after": -0.1}, {"t": "busy", "retry_after": 601.0},
         {"t": "busy", "retry_after": float("nan")}, {"t": "busy", "retry_after": 1},
         {"t": "no_replica", "stage": -1}, {"t": "no_replica", "stage": False},
@@ -185,8 +200,8 @@ def test_other_bad_replies_are_remote_errors(header: dict[str, Any]) -> None:
 
 @settings(deadline=None)
 @given(
-    st.dictionaries(st.sampled_from(["slots", "stage", "loss", "path", "stale", "c_hash"]), NONSENSE),
-    st.sampled_from(["accepted", "busy", "no_replica", "answer", "microbatch", ""]),
+    st.dictionaries(st.sampled_from(["load", "stage", "loss", "path", "stale", "c_hash"]), NONSENSE),
+    st.sampled_from(["accepted", "busy", "no_replica", "progress", "answer", "microbatch", ""]),
 )
 def test_nonsense_replies_are_remote_errors_or_within_bounds(header: dict[str, Any], kind: str) -> None:
     try:
@@ -194,8 +209,9 @@ def test_nonsense_replies_are_remote_errors_or_within_bounds(header: dict[str, A
     except RemoteError:
         return
     match reply:
-        case Accepted(slots=slots) | Answer(slots=slots):
-            assert 0 <= slots <= MAX_SLOTS
+        case Accepted(load=load) | Answer(load=load):
+            assert 0 <= load.slots <= MAX_SLOTS
+            assert 0 <= load.service_s < 86_400
         case NoReplica(stage=stage):
             assert 0 <= stage <= MAX_PATH
         case _:

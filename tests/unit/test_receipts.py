@@ -23,7 +23,7 @@ from p2p.errors import LocalError, RemoteError
 from p2p.identity import Identity, PeerId
 from p2p.limits import Limits
 from stage.config import ModelConfig
-from stage.messages import Answer, reply_from_wire
+from stage.messages import Answer, Load, reply_from_wire
 from stage.parameters import forward_flops, parameter_specs, ticket_flops
 from stage.presets import preset
 from stage.receipts import MAX_STAGES, RECEIPT_LIMIT, Receipt, check_chain, sign
@@ -205,7 +205,7 @@ def test_what_32_stages_sign_fits_a_header() -> None:
     whole = receipt(issued, workers=workers)
     whole.check("run", RULES.trainers, 32)
     answer = Answer(
-        loss=1.0, c_hash=b"", path=[TRAINER.peer_id, *whole.peers], slots=1, stale=False,
+        loss=1.0, c_hash=b"", path=[TRAINER.peer_id, *whole.peers], load=Load(1), stale=False,
         receipts=list(whole.statements),
     )  # fmt: skip
     wire = msgpack.packb(answer.to_wire())

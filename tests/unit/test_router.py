@@ -1,9 +1,7 @@
-"""The router in virtual time: shares follow speed, nobody is flooded, failures are left and forgiven."""
+"""One router, step by step: charges, corrections, failures. Many of them: test_router_swarm."""
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import random
 from collections import Counter
 
@@ -12,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2p.identity import PeerId
+from stage.messages import Load
 from stage.router import BACKOFF_FIRST_S, BACKOFF_MOST_S, Choice, Router
 
 A, B, C = PeerId("a"), PeerId("b"), PeerId("c")
@@ -29,74 +28,9 @@ def choose(router: Router, now: float = 0.0) -> Choice:
     return choice
 
 
-class Simulation:
-    """A caller with ``credits`` microbatches in flight and replicas that work on one at a time or more."""
-
-    def __init__(self, router: Router, seconds: dict[PeerId, float], credits: int) -> None:
-        self.router = router
-        self.seconds = seconds
-        self.now = 0.0
-        self.asked: Counter[PeerId] = Counter()
-        self.order: list[PeerId] = []
-        self._ends: list[tuple[float, int, Choice, float]] = []
-        self._count = itertools.count()
-        self._free = credits
-
-    def run(self, microbatches: int) -> None:
-        for _ in range(microbatches):
-            while self._free == 0 or (choice := self.router.choose(self.now)) is None:
-                self.now, _, ended, began = heapq.heappop(self._ends)
-                self.router.answered(ended, self.now - began, 4)
-                self._free += 1
-            self._free -= 1
-            self.asked[choice.peer] += 1
-            self.order.append(choice.peer)
-            end = self.now + self.seconds[choice.peer]
-            heapq.heappush(self._ends, (end, next(self._count), choice, self.now))
-
-
-@pytest.mark.parametrize("credits", [1, 4, 16])
-def test_twice_as_fast_gets_about_twice_the_work(credits: int) -> None:
-    simulation = Simulation(router_of(A, B), {A: 0.1, B: 0.2}, credits)
-    simulation.run(600)
-    assert simulation.asked[A] / simulation.asked[B] == pytest.approx(2.0, rel=0.1)
-    # Interleaved, not in blocks.
-    longest = max(len(list(run)) for _, run in itertools.groupby(simulation.order[-300:]))
-    assert longest <= 4
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.floats(0.02, 2.0), min_size=2, max_size=5),
-    st.integers(1, 12),
-    st.integers(0, 2**32),
-)
-def test_shares_are_inverse_to_response_times(times: list[float], credits: int, seed: int) -> None:
-    peers = [PeerId(str(number)) for number in range(len(times))]
-    simulation = Simulation(router_of(*peers, seed=seed), dict(zip(peers, times, strict=True)), credits)
-    simulation.run(200)  # until every average is known
-    simulation.asked.clear()
-    simulation.run(1000)
-    speed = sum(1 / t for t in times)
-    for peer, t in zip(peers, times, strict=True):
-        fair = 1000 / t / speed
-        assert abs(simulation.asked[peer] - fair) <= 0.2 * fair + 5 + credits
-
-
 def test_equal_replicas_share_equally_from_the_first() -> None:
     router = router_of(A, B, C)
     assert Counter(choose(router).peer for _ in range(30)) == {A: 10, B: 10, C: 10}
-
-
-def test_a_newcomer_is_not_flooded() -> None:
-    router = router_of(A, B)
-    simulation = Simulation(router, {A: 0.1, B: 0.1, C: 0.1}, 4)
-    simulation.run(500)
-    router.update({A: 1.0, B: 1.0, C: 1.0})
-    simulation.asked.clear()
-    simulation.run(30)
-    assert 6 <= simulation.asked[C] <= 14
-    assert "ccc" not in "".join(simulation.order[-30:])
 
 
 @pytest.mark.parametrize("how", ["busy", "failed"])
@@ -108,7 +42,7 @@ def test_one_that_comes_back_is_not_flooded_either(how: str) -> None:
         for _ in range(microbatches):
             choice = choose(router, now)
             asked[choice.peer] += 1
-            router.answered(choice, 0.1, 4)
+            router.answered(choice, now, 0.1, Load(4, 0, 0.1))
         return asked
 
     work(0.0, 20)
@@ -128,16 +62,20 @@ def test_a_wrong_first_guess_is_corrected_exactly() -> None:
     early = [choose(router) for _ in range(8)]
     router.update({A: 0.0, B: 0.0})  # enters at A's charged level
     for choice in early:
-        router.answered(choice, 0.1, 4)
+        router.answered(choice, 0.0, 0.1, Load(4, 0, 0.1))
     # A owes 0.8 s for eight microbatches and B stands at 8.0: A is to be asked until it is level.
-    turns = [choose(router, 1.0).peer for _ in range(60)]
+    turns = []
+    for _ in range(60):
+        choice = choose(router, 1.0)
+        turns.append(choice.peer)
+        router.answered(choice, 1.0, 0.1, Load(4, 0, 0.1))
     assert turns == [A] * 60
 
 
 def test_an_unused_choice_costs_nothing() -> None:
     router = router_of(A, B)
     first = choose(router)
-    router.answered(first, 1.0, 4)
+    router.answered(first, 1.0, 1.0, Load(4, 0, 1.0))
     other = choose(router)
     assert other.peer != first.peer
     for _ in range(10):
@@ -203,7 +141,7 @@ def test_one_failure_is_forgiven_by_a_fresh_record_a_series_only_by_an_answer() 
     assert router.choose(0.0) is None, "a record is cheap: two failures weigh more"
     wait = router.wait_s(0.0)
     assert wait is not None
-    router.answered(choose(router, wait), 0.1, 1)
+    router.answered(choose(router, wait), wait, 0.1, Load(1, 0, 0.1))
     router.failed(choose(router, wait), wait)
     again = router.wait_s(wait)
     assert again is not None
@@ -216,8 +154,8 @@ def test_who_left_the_roster_is_forgotten_and_late_replies_of_it_change_nothing(
     router.update({B: 1.0})
     for choice in gone:
         if choice.peer == A:
-            router.room(choice, 5)
-            router.answered(choice, 1.0, 5)
+            router.accepted(choice, 0.0, Load(5))
+            router.answered(choice, 1.0, 1.0, Load(5, 0, 1.0))
             router.busy(choice, 0.0, 1.0)
             router.failed(choice, 0.0)
             router.unused(choice)
@@ -237,12 +175,12 @@ def test_room_is_known_room_less_what_was_sent() -> None:
     router = router_of(A)
     first = choose(router)
     assert not first.room, "nothing is known yet"
-    router.room(first, 2)
+    router.accepted(first, 0.0, Load(2))
     assert [choose(router).room for _ in range(3)] == [True, True, False]
-    router.answered(first, 0.1, 1)
+    router.answered(first, 0.1, 0.1, Load(1, 0, 0.1))
     last = choose(router)
     assert last.room
-    router.room(last, 9)
+    router.accepted(last, 0.1, Load(9))
     router.busy(last, 0.0, 0.0)
     assert not choose(router).room
 
@@ -270,7 +208,7 @@ def test_any_course_of_events_keeps_time_forward_and_somebody_reachable(
         elif choice is not None:
             match word:
                 case "a":
-                    router.answered(choice, amount, number)
+                    router.answered(choice, now, amount, Load(number, number, amount / 2))
                 case "b":
                     router.busy(choice, now, amount)
                 case "f":
@@ -281,3 +219,42 @@ def test_any_course_of_events_keeps_time_forward_and_somebody_reachable(
     assert wait is not None
     assert 0 <= wait <= 1.25 * BACKOFF_MOST_S
     assert router.choose(now + wait + 1e-6) is not None
+
+
+def test_who_knows_the_microbatch_is_asked_first_unless_it_failed() -> None:
+    router = router_of(A, B)
+    for _ in range(5):
+        choice = router.choose(0.0, prefer=B)
+        assert choice is not None
+        assert choice.peer == B
+    router.busy(choice, 0.0, 5.0)
+    again = router.choose(1.0, prefer=B)
+    assert again is not None
+    assert again.peer == B, "who is busy joins what it works on all the same"
+    router.failed(again, 1.0)
+    for prefer in (B, C):
+        other = router.choose(1.0, prefer=prefer)
+        assert other is not None
+        assert other.peer == A
+
+
+def test_an_answer_that_was_kept_says_nothing_of_speed() -> None:
+    router = router_of(A)
+    router.answered(choose(router), 1.0, 1.0, Load(4, 0, 0.5))
+    patience = router.patience_s(A, 0.0, 100.0)
+    for _ in range(50):
+        router.answered(choose(router), 2.0, None, Load(4, 0, 0.5))
+    assert router.patience_s(A, 0.0, 100.0) == patience
+
+
+def test_patience_follows_what_answers_take_between_its_bounds() -> None:
+    router = router_of(A)
+    assert router.patience_s(A, 10.0, 120.0) == 120.0, "nothing is known yet"
+    for _ in range(40):
+        router.answered(choose(router), 0.0, 5.0, Load(4, 0, 0.1))
+    assert 30.0 <= router.patience_s(A, 10.0, 120.0) < 40.0
+    assert router.patience_s(A, 50.0, 120.0) == 50.0
+    assert router.patience_s(A, 1.0, 20.0) == 20.0
+    for number in range(40):
+        router.answered(choose(router), 0.0, 1.0 + 8.0 * (number % 2), Load(4, 0, 0.1))
+    assert router.patience_s(A, 10.0, 120.0) > 45.0, "answers that vary are waited for longer"

@@ -21,7 +21,7 @@ from stage.clock import Reading, StepClock
 from stage.config import ModelConfig, TrainingConfig
 from stage.data import Cursor, Row, Source
 from stage.events import Evaluated, MicrobatchCompleted, MicrobatchFailed, MicrobatchIssued
-from stage.messages import Answer, Request
+from stage.messages import Answer, Load, Request
 from stage.nexthop import NextHop, NoReplicaError, Passed
 from stage.progress import LINES, Journal, samples_of
 from stage.receipts import Receipt, sign
@@ -66,7 +66,7 @@ class Pipeline:
             loss=2.0,
             c_hash=b"",
             path=[*request.path, WORKER.peer_id],
-            slots=1,
+            load=Load(1),
             stale=False,
             receipts=[sign(WORKER, request.ticket, 0, TRAINER.peer_id)],
         )
