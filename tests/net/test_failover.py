@@ -238,7 +238,7 @@ def test_an_orphan_makes_room_for_who_needs_its_slot() -> None:
                     await until(lambda: waiting_at(body) == 0)
                     assert body.server.in_progress == 1
                 nursery.start_soon(ask, other, body, late, [IDS, C])
-                await until(lambda: waiting_at(body) == 1)
+                await until(lambda: waiting_at(body) == 1 and waiting_at(tail) == 0)
                 unlock(made.tails)
             assert body.added == tail.added == [late.ticket.id]
 

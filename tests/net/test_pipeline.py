@@ -120,6 +120,9 @@ class Pipeline:
             clock_advanced=lambda: None,
             count=count,
         )
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(nursery.cancel_scope.cancel)
+        await nursery.start(server.run)
         host.handle(PROTOCOL, server.handle, max_payload=server.request_bytes)
         self.replicas.insert(0, Replica(host, compute, server, count))
         record = StageRecord(
