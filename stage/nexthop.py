@@ -131,7 +131,7 @@ class NextHop:
         request's ``hint`` begins with this stage. Raises NoReplicaError, or trio.TooSlowError after
         ``request.deadline_s``.
         """
-        way = _Way(request.ticket.id, list(request.hint or self._paths.get(request.ticket.id, ())))
+        way = _Way(request.ticket.id, list(request.hint or self._paths.get(request.ticket.id, [])))
         prefer = way.path[0] if way.path else None
         failed: tuple[PeerId, str] | None = None
         patience = trio.current_time() + PATIENCE_S
