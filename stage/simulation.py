@@ -26,6 +26,7 @@ import attrs
 
 from p2p.identity import PeerId
 from stage.balance import Move, propose
+from stage.messages import Load
 from stage.pace import Pace
 from stage.router import Choice, Router
 from stage.scenario import Cost, Scenario, Worker
@@ -245,12 +246,12 @@ class Simulation:
             self._forget(sender, known)
         sender.view[replica.peer] = self._now
         replica.known_by[sender.number] = sender
-        sender.router.update(sender.view)
+        sender.router.update(dict(sender.view))
 
     def _forget(self, sender: _Sender, replica: _Replica) -> None:
         if sender.view.pop(replica.peer, None) is not None:
             replica.known_by.pop(sender.number, None)
-            sender.router.update(sender.view)
+            sender.router.update(dict(sender.view))
 
     def _arrive(self, replica: _Replica) -> None:
         """The replica serves from now on."""
@@ -409,12 +410,18 @@ class Simulation:
             return
         replica.slots -= 1
         if hop.choice is not None:
-            self._router_of(hop).room(hop.choice, replica.slots)
+            self._router_of(hop).accepted(hop.choice, self._now, self._load(replica))
         if replica.cost.forward_s:
             replica.forward.append(hop)
         else:
             replica.back.append(hop)
         self._compute(replica)
+
+    def _load(self, replica: _Replica) -> Load:
+        """What it tells its callers."""
+        cost = replica.cost
+        took_s = (cost.forward_s + cost.backward_s) * replica.scale
+        return Load(replica.slots, self._scenario.slots - replica.slots, took_s)
 
     def _told_busy(self, hop: _Hop) -> None:
         self._busy += 1
@@ -527,7 +534,8 @@ class Simulation:
         if caller is not None and caller.dead:
             return
         if hop.choice is not None:
-            self._router_of(hop).answered(hop.choice, self._now - hop.asked_at, hop.replica.slots)
+            load, took_s = self._load(hop.replica), self._now - hop.asked_at
+            self._router_of(hop).answered(hop.choice, self._now, took_s, load, self._rtt())
         if caller is None:
             self._completed += 1
             if self._now > self._from:
