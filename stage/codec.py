@@ -27,6 +27,8 @@ Floats = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
 class Bf16Codec:
     """The upper half of fp32, rounded to nearest, ties to even."""
 
+    error = 2.0**-8
+
     def size(self, n: int) -> int:
         return n // 2
 
@@ -42,6 +44,8 @@ class Bf16Codec:
 
 class Int8Codec:
     """Whole steps of a block's scale, scales first. A number that is not finite makes its block NaN."""
+
+    error = 1 / 127
 
     def size(self, n: int) -> int:
         count = n // 4

@@ -26,6 +26,7 @@ import attrs
 import trio
 
 from p2p.averaging import fields
+from p2p.averaging.audit import REMEMBERED_PEERS, REMEMBERED_ROUNDS
 from p2p.averaging.butterfly import Exchange
 from p2p.averaging.deadline import REMEMBERED
 from p2p.averaging.line import HEARD, Outbox, carry, check_mate
@@ -110,6 +111,8 @@ class Averager:
         """Seconds of the last exchanges that brought something."""
         self._mbps: deque[float] = deque(maxlen=REMEMBERED)
         """What this host sent at in the last exchanges, megabits a second, 0 where that was not measured."""
+        self._distrusted: dict[PeerId, int] = {}
+        """Who reduces nothing in rounds that we lead, up to this number, the latest finding last."""
         self._matches: dict[int, Match] = {}
         self._sessions: dict[bytes, Session] = {}
         self._progress = trio.Event()
@@ -171,6 +174,13 @@ class Averager:
             raise failure or RoundFailed("the round was given up")
         return outcome
 
+    def _distrust(self, peer: PeerId, number: int) -> None:
+        """An audit went against this reducer."""
+        self._distrusted.pop(peer, None)
+        self._distrusted[peer] = number + REMEMBERED_ROUNDS
+        while len(self._distrusted) > REMEMBERED_PEERS:
+            del self._distrusted[next(iter(self._distrusted))]
+
     def _bandwidth(self) -> float:
         """Megabits a second that this host can send, by its last rounds and its own limit; 0 is not known."""
         measured = max(self._mbps, default=0.0)  # a round that waited for others measures too little
@@ -201,6 +211,7 @@ class Averager:
             config=self._config,
             nursery=nursery,
             recent=tuple(self._took),
+            distrusted=[peer for peer, until in self._distrusted.items() if number <= until],
         )
         self._matches[number] = match
         for theirs, at in waiting:
@@ -229,6 +240,7 @@ class Averager:
             now,
             min(roster.seconds, ends - now),
             self._codec,
+            self._rng,
         )
         session = self._sessions[roster.group] = Session(self._host, exchange, self._clock)
         self._wake_links()
@@ -238,6 +250,8 @@ class Averager:
             self._mbps.append(session.meter.mbps)
         finally:
             del self._sessions[roster.group]
+            if exchange.accused is not None:
+                self._distrust(exchange.accused, number)
             for peer, why in exchange.drops:
                 self._emit(MemberDropped(round=number, stage=self._stage, peer=peer, why=why))
         return outcome

@@ -11,6 +11,8 @@ parts; part p has one *reducer* and that one's *deputy*, the next member in the 
     want(p)    deputy whose reducer is lost or late -> everybody: mean(p) from who has it, else raw(p); the
                deputy reduces p, signs it and hands it to all
     gone(p)    reducer or deputy: nobody will get this part from me
+    audit(p)   deputy -> contributors, now and then: your numbers of this part once more (``audit``)
+    audited(p) the numbers
     report     everybody -> everybody, when no part is pending; then ``verdict`` decides what counts
 
 Parts go in any order. A sender that is lost or late is dropped from the parts it has not sent; the others'
@@ -46,6 +48,7 @@ Limits: the roster's. Memory: the result (one vector) and the reducers of unfini
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -55,6 +58,7 @@ import attrs
 from blake3 import blake3
 
 from p2p.averaging import fields
+from p2p.averaging.audit import Audit
 from p2p.averaging.outcome import EVERYBODY_LOST, PARTS_MISSED, Outcome
 from p2p.averaging.reducer import Buffer, Codec, MakeReducer, PlainCodec, Reducer
 from p2p.averaging.roster import Roster, Sign, Verify
@@ -116,7 +120,9 @@ class Exchange:
         now: float,
         seconds: float,
         codec: Codec = PlainCodec(),
+        audits: random.Random | None = None,
     ) -> None:
+        """``audits`` draws what this member audits as a deputy; None: nothing."""
         if len(vector) != roster.floats * 4:
             raise LocalError("the vector is not as long as the roster says")
         self.roster = roster
@@ -154,6 +160,14 @@ class Exchange:
         self._asked: set[int] = set()
         self._moved: set[int] = set()
         """Parts that their deputy reduces, as far as this member was told."""
+        self._audits = audits
+        self._to_audit = self._draw(audits) if audits is not None else -1
+        """The part to audit once its reducer has signed it; -1: none."""
+        self._audit: Audit | None = None
+        self._showed: set[int] = set()
+        """Deputies that have audited with this member's help: one part each."""
+        self.accused: PeerId | None = None
+        """A reducer whose mean was not that of what its contributors sent."""
         self._took_over = False
         self._replaced = False
         self._passed = 0.0
@@ -172,6 +186,11 @@ class Exchange:
                     self._tell(self._owners[part], {"t": "raw", "p": part}, own)
         self._reduce_own()
         self._advance()
+
+    def _draw(self, rng: random.Random) -> int:
+        """A part of this deputy's principal, in one round of as many as there are members."""
+        parts = [p for p, owner in enumerate(self._owners) if self.roster.deputy(owner) == self.me]
+        return rng.choice(parts) if parts and self._n > 2 and rng.random() < 1 / self._n else -1
 
     def _sending_order(self) -> list[int]:
         """The first part of each reducer, then the second of each, and so on.
@@ -208,6 +227,10 @@ class Exchange:
             self._wanted(sender, self._parts(header))
         elif kind == "gone":
             self._gone(sender, self._parts(header))
+        elif kind == "audit":
+            self._show(sender, self._part(header))
+        elif kind == "audited":
+            self._audited(sender, self._part(header), payload)
         else:
             raise RemoteError(f"no such message: {kind}")
         self._advance()
@@ -217,6 +240,8 @@ class Exchange:
         if self.done or member in self._lost or member == self.me:
             return
         self._lost[member] = why
+        if self._audit is not None and self._audit.awaited >> member & 1:
+            self._audit = None
         if len(self._lost) == self._n - 1:
             self.failed = EVERYBODY_LOST
             return
@@ -432,6 +457,8 @@ class Exchange:
             self._hold(part, payload, reducer, contributors, signature)
         if sender == owner and self.me == deputy and self._proofs[part][0] == owner:
             self._tell(owner, {"t": "ack", "p": part})
+            if part == self._to_audit and self._passed < RAW_BY:
+                self._begin_audit(part)
 
     def _hold(
         self, part: int, coded: Buffer, reducer: int, contributors: int, signature: bytes | None
@@ -486,12 +513,65 @@ class Exchange:
                 raise RemoteError("gone, says one who was not asked")
             self._miss(part)
 
+    # -- audit
+
+    def _begin_audit(self, part: int) -> None:
+        """The mean is signed: ask for what is behind it."""
+        assert self._audits is not None
+        self._to_audit = -1
+        begin, end = self._spans[part]
+        contributors = self._proofs[part][1] & self._everybody
+        others = [i for i in range(self._n) if contributors >> i & 1 and i != self.me]
+        if not others or not self._lost.keys().isdisjoint(others):
+            return
+        self._audit = Audit(
+            part,
+            bytes(self._view[begin:end]),
+            sum(1 << i for i in others),
+            self._make_reducer(end - begin),
+            self._codec.error,
+            self._audits,
+        )
+        if contributors >> self.me & 1:
+            self._audit.add(self._vector[begin:end], self._weights[self.me])
+        for other in others:
+            self._tell(other, {"t": "audit", "p": part})
+
+    def _show(self, deputy: int, part: int) -> None:
+        if self.roster.deputy(self._owners[part]) != deputy or deputy in self._showed:
+            raise RemoteError("an audit by one who is not the deputy, or a second one")
+        self._showed.add(deputy)
+        begin, end = self._spans[part]
+        own = self._codec.encode(self._vector[begin:end]) if self._weights[self.me] > 0 else b""
+        self._tell(deputy, {"t": "audited", "p": part}, own)
+
+    def _audited(self, sender: int, part: int, payload: memoryview) -> None:
+        audit = self._audit
+        if audit is None:
+            return  # given up
+        if audit.part != part or not audit.awaited >> sender & 1 or len(payload) != self._wire_size(part):
+            raise RemoteError("an answer to another audit")
+        audit.awaited &= ~(1 << sender)
+        try:
+            audit.add(self._codec.decode(payload), self._weights[sender])
+        except RemoteError:
+            self._audit = None  # these numbers were never in a mean
+            raise
+        if not audit.awaited:
+            self._audit = None
+            if not audit.passed():
+                owner = self._owners[part]
+                self.accused = self.roster.peers[owner]
+                self._barred[owner] = f"its mean of part {part} is not the mean of what was sent (audit)"
+                self._digests[part] = NOTHING  # reported as not held, it counts for nobody
+
     # -- agreement and end
 
     def _advance(self) -> None:
         """Report once nothing is pending, take a turn as owner of a ballot, pass messages on, finish."""
         verdict = self._verdict
-        if not self._pending and self.me not in verdict.reports:
+        auditing = self._audit is not None and self._passed < ACK_BY
+        if not self._pending and not auditing and self.me not in verdict.reports:
             verdict.report(b"".join(self._digests))
         if self.me in verdict.reports and not verdict.started:
             silent = [i for i in range(self._n) if i not in verdict.reports and i not in self._lost]

@@ -50,6 +50,7 @@ class Match:
         config: RoundConfig,
         nursery: trio.Nursery,
         recent: Sequence[float] = (),
+        distrusted: Collection[PeerId] = (),
     ) -> None:
         self._host = host
         self._table = table
@@ -72,6 +73,7 @@ class Match:
             verify=verify,
             now=clock(),
             recent=recent,
+            distrusted=distrusted,
         )
 
     async def settle(self) -> Roster:

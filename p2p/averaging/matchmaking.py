@@ -74,6 +74,7 @@ class Matchmaker:
         verify: Verify,
         now: float,
         recent: Sequence[float] = (),
+        distrusted: Collection[PeerId] = (),
     ) -> None:
         self.out: list[Action] = []
         self.roster: Roster | None = None
@@ -88,6 +89,7 @@ class Matchmaker:
         self._sign = sign
         self._verify = verify
         self._recent = recent
+        self._distrusted = distrusted
         self._deadline = now + mine.seconds
         self._known: dict[PeerId, tuple[str, ...]] = {self._me: ()}
         self.alone = False
@@ -373,6 +375,7 @@ class Matchmaker:
             floats=self._mine.floats,
             part_bytes=self._config.part_bytes,
             seconds=max(0.0, min([self._deadline - now, *left, usual])),
+            distrusted=self._distrusted,
         )
 
     def _read_roster(self, peer: PeerId, header: Mapping[str, Any]) -> Roster:

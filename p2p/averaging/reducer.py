@@ -36,6 +36,9 @@ MakeReducer = Callable[[int], Reducer]
 class Codec(Protocol):
     """How parts travel, the same for all members of a round; ``n`` counts bytes of fp32."""
 
+    error: float
+    """By how much a number may change on the way, at most, as a fraction of the part's largest."""
+
     def size(self, n: int) -> int:
         """Bytes on the wire of a part of ``n``; no more for a shorter part."""
 
@@ -48,6 +51,8 @@ class Codec(Protocol):
 
 class PlainCodec:
     """fp32 as it is."""
+
+    error = 0.0
 
     def size(self, n: int) -> int:
         return n

@@ -12,7 +12,7 @@ an encoded roster stays under 40 KiB, inside one message header.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -201,16 +201,20 @@ def draft(
     floats: int,
     part_bytes: int,
     seconds: float,
+    distrusted: Collection[PeerId] = (),
 ) -> Roster:
     """The roster of these candidates; who cannot be dialled comes first, since the earlier dials the later.
 
     Weights are clamped here and shares follow bandwidth; a member that cannot be dialled reduces nothing
-    unless nobody can be.
+    unless nobody can be, nor does one whom the leader distrusts.
     """
     ordered = sorted(candidates, key=lambda one: (bool(one.addrs), key.rank(one.peer)))
     accepted = shares.clamp([one.weight for one in ordered])
     members = tuple(attrs.evolve(one, weight=w) for one, w in zip(ordered, accepted, strict=True))
-    portions = shares.portions([one.bandwidth for one in members], [bool(one.addrs) for one in members])
+    portions = shares.portions(
+        [one.bandwidth for one in members],
+        [bool(one.addrs) and one.peer not in distrusted for one in members],
+    )
     reducers = sum(1 for portion in portions if portion)
     return Roster(
         key=key,

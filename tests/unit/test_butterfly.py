@@ -26,6 +26,7 @@ from p2p.averaging.reducer import Codec, PlainCodec, PlainReducer
 from p2p.averaging.roster import Candidate, RoundKey, draft
 from p2p.averaging.verdict import Value, Verdict
 from p2p.errors import RemoteError
+from stage.codec import CODECS
 
 SECONDS = 10.0
 KEY = RoundKey(run="r", stage=0, number=1)
@@ -59,6 +60,7 @@ class Swarm:
         floats: int = 1500,
         vectors: list[bytes] | None = None,
         codec: Codec = PlainCodec(),
+        audits: random.Random | None = None,
     ) -> None:
         self.rng = random.Random(seed)
         n = len(weights)
@@ -85,6 +87,7 @@ class Swarm:
                 0.0,
                 SECONDS,
                 codec,
+                audits or random.Random(seed + i),
             )
             for i, peer in enumerate(self.roster.peers)
         ]
@@ -384,6 +387,78 @@ def test_a_reducer_that_tells_two_stories_makes_no_part_count() -> None:
     verdict.heard(1, "accepted", {"ballot": 0}, memoryview(b""))
     # Member 1 holds half of what the best one holds: it sits out, the others keep both parts.
     assert verdict.decided == Value(0b101, digests[0])
+
+
+class Always(random.Random):
+    """Audits whenever it is asked."""
+
+    def random(self) -> float:
+        return 0.0
+
+
+class Liar(PlainReducer):
+    """Returns something near the mean."""
+
+    def finish(self) -> bytes:
+        values = struct.unpack(f"<{len(self._sum)}f", super().finish())
+        return struct.pack(f"<{len(values)}f", *(value * 1.01 for value in values))
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("weights", [[1, 1, 1], [1, 0, 2, 5], [0.5] * 6])
+def test_audits_of_honest_reducers_find_nothing_and_hold_nobody_up(weights: list[float], codec: str) -> None:
+    swarm = Swarm(weights, 3, floats=6000, codec=CODECS[codec], audits=Always(1))
+    swarm.run()
+    swarm.check()
+    assert swarm.finished == list(range(len(weights)))
+    assert swarm.now == 0.0
+    for exchange, member in zip(swarm.exchanges, swarm.roster.members, strict=True):
+        assert len(exchange._showed) == (len(weights) - 1 if member.weight else 0)
+    assert all(e.accused is None and e.outcome and not e.outcome.drops for e in swarm.exchanges)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+@pytest.mark.parametrize("liar", [0, 1, 3])
+def test_a_reducer_that_is_audited_does_not_get_away_with_another_mean(liar: int, codec: str) -> None:
+    swarm = Swarm([1.0] * 4, liar, floats=6000, codec=CODECS[codec], audits=Always(1))
+    swarm.exchanges[liar]._make_reducer = Liar
+    swarm.exchanges[liar]._to_audit = -1
+    swarm.run()
+    swarm.check()
+    assert swarm.finished == [0, 1, 2, 3]
+    deputy = swarm.exchanges[swarm.roster.deputy(liar)]
+    assert [e.accused for e in swarm.exchanges].count(None) == 3
+    assert deputy.accused == swarm.roster.peers[liar]
+    assert deputy.outcome is not None
+    [(named, why)] = deputy.outcome.drops
+    assert named == deputy.accused
+    part = int(why.split("part ")[1].split()[0])
+    begin, end = (place // 4 for place in swarm.roster.spans[part])
+    for exchange in swarm.exchanges:  # the part counts for nobody
+        assert exchange.outcome is not None
+        assert all(stop <= begin or start >= end for start, stop in exchange.outcome.averaged)
+        assert exchange.outcome.fraction == pytest.approx(1 - (end - begin) / 6000)
+
+
+def test_a_contributor_that_does_not_answer_an_audit_ends_it_without_a_finding() -> None:
+    swarm = Swarm([1.0] * 3, 2, audits=Always(1))
+    mute = swarm.exchanges[0]
+    mute._show = lambda deputy, part: None  # type: ignore[method-assign]
+    swarm.run()
+    swarm.check()
+    assert swarm.finished == [0, 1, 2]
+    assert all(exchange.accused is None for exchange in swarm.exchanges)
+    assert swarm.now <= 0.5 * SECONDS
+
+
+def test_who_is_distrusted_reduces_nothing() -> None:
+    members = Swarm([1.0] * 3, 1).roster.members
+    made = draft(
+        KEY, members[0].peer, list(members), slice_index=0, floats=5000, part_bytes=1024, seconds=9.0,
+        distrusted=[members[1].peer],
+    )  # fmt: skip
+    assert [bool(share) for share in made.shares] == [True, False, True]
+    assert 1 not in made.owners
 
 
 def test_a_report_with_little_does_not_void_the_round() -> None:
