@@ -37,7 +37,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_every_arm_trains(suite: Any, text: Path) -> None:
-    source = Source(text, BASE.seq, 1)
+    source = Source(text, BASE.seq, 2)
     losses = {}
     for name, arm in suite.arms(BASE).items():
         how = suite.training(arm, 1e-2, 1, 2, 4)
