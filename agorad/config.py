@@ -82,6 +82,9 @@ class TrainerSection:
     data: Path | None = None
     """A text, JSONL or parquet file, or a folder of them; the interpreter's own Python source where it is not
     set."""
+    dataset: str = ""
+    """Instead of data: a data set of the Hugging Face hub with parquet files, as owner/name,
+    owner/name/folder or owner/name@revision."""
     field: str = "text"
     """Where JSONL and parquet have the text."""
     tokenizer: Path | None = None

@@ -240,6 +240,23 @@ class ReceiptsDropped(Event):
 
 
 @attrs.frozen(kw_only=True)
+class ShardTaken(Event):
+    """This trainer works on a shard of the data from now on."""
+
+    shard: int
+    mark: int
+    """Its oldest position that is not known to be done."""
+
+
+@attrs.frozen(kw_only=True)
+class ShardLeft(Event):
+    """This trainer works on a shard no more."""
+
+    shard: int
+    why: str
+
+
+@attrs.frozen(kw_only=True)
 class ReceiptsCredited(Event):
     """An authority checked a trainer's receipts and credited the ``new`` ones."""
 

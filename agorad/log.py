@@ -50,6 +50,7 @@ WARNING: Final = frozenset(
         "dht_isolated",
         "member_dropped",
         "clock_skewed",
+        "data_unavailable",
         "receipts_delayed",
         "receipts_dropped",
     }

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from agorad.config import TrainerSection
 from agorad.run import Manifest
 from p2p.errors import LocalError
 from stage.data import Source, Tokens
-from stage.data.catalog import LocalFiles, require_readable
+from stage.data.catalog import Catalog, LocalFiles, require_readable
+from stage.data.hub import Dataset, HubFiles
 from stage.data.tokens import Tokenizer
 
 
-def source(settings: TrainerSection, manifest: Manifest, *, shards: int) -> Source:
-    """The run's rows. Reads some of them; LocalError with one sentence if there are none."""
+def source(settings: TrainerSection, manifest: Manifest, *, shards: int, kept: Path) -> Source:
+    """The run's rows; files of the hub go to the folder ``kept``.
+
+    Reads some of them; LocalError with one sentence if there are none, Unavailable for a hub that is away.
+    """
+    catalog: Catalog
+    if settings.dataset:
+        catalog = HubFiles(settings.dataset, kept, settings.field)
+    else:
+        catalog = LocalFiles(settings.data, settings.field)
     return Source(
-        LocalFiles(settings.data, settings.field),
+        catalog,
         manifest.model.seq,
         manifest.training.seed,
         shards=shards,
@@ -24,6 +35,10 @@ def source(settings: TrainerSection, manifest: Manifest, *, shards: int) -> Sour
 def check(settings: TrainerSection, manifest: Manifest) -> None:
     """``LocalError`` for what is wrong at the first look; cheap, unlike ``source``."""
     _tokens(settings, manifest)
+    if settings.dataset:
+        Dataset.parse(settings.dataset)
+        if settings.data is not None:
+            raise LocalError("trainer.data and trainer.dataset are both set; leave one of them out")
     if settings.data is not None:
         require_readable(settings.data, settings.field)
 

@@ -35,7 +35,12 @@ PHASES: Final = frozenset(
     {"joining", "queued", "downloading", "syncing", "warming", "active", "paused", "leaving"}
 )
 
-_Kind = TypeVar("_Kind", "StageRecord", "ClockRecord", "CandidateRecord")
+MAX_CLAIMS: Final = 16
+MAX_DONE: Final = 32
+MAX_SHARD: Final = 1 << 20
+MAX_FINGERPRINT: Final = 64
+
+_Kind = TypeVar("_Kind", "StageRecord", "ClockRecord", "CandidateRecord", "LeaseRecord")
 
 
 @attrs.frozen(kw_only=True)
@@ -54,6 +59,11 @@ def stage_key(run: str, stage: int) -> str:
 def clock_key(run: str) -> str:
     """Where trainers publish how many samples they completed."""
     return f"clock/{run}"
+
+
+def lease_key(run: str) -> str:
+    """Where trainers say which shards of the data they work on."""
+    return f"lease/{run}"
 
 
 def round_key(run: str, stage: int, number: int) -> str:
@@ -166,6 +176,69 @@ class ClockRecord:
         )
 
 
+@attrs.frozen
+class Claim:
+    """What a trainer says of one shard of the data; see ``stage.leases``."""
+
+    shard: int
+    term: int
+    """Grows with every change of hands."""
+    state: str
+    """held, free or wanted."""
+    mark: int
+    """Every position below it is done."""
+    completed: int
+    """How many are, those above the mark included."""
+    done: tuple[int, ...]
+    """Some positions above the mark that are done."""
+    cursor: tuple[int, int, int, int]
+    """Where to go on reading."""
+
+
+@attrs.frozen(kw_only=True)
+class LeaseRecord:
+    """The shards of the data that a trainer works on."""
+
+    until: float
+    """Unix time at which its claims are over."""
+    data: str
+    """Fingerprint of everything that positions depend on."""
+    claims: tuple[Claim, ...]
+
+    def to_value(self) -> dict[str, Any]:
+        claims = [
+            [
+                claim.shard,
+                claim.term,
+                claim.state,
+                claim.mark,
+                claim.completed,
+                [*claim.done],
+                [*claim.cursor],
+            ]
+            for claim in self.claims
+        ]
+        return {"until": self.until, "data": self.data, "claims": claims}
+
+    @classmethod
+    def from_value(cls, value: Any) -> Self:
+        if not (
+            isinstance(value, Mapping)
+            and _is_number(value.get("until"))
+            and isinstance(value.get("data"), str)
+            and len(value["data"]) <= MAX_FINGERPRINT
+            and isinstance(value.get("claims"), list)
+            and len(value["claims"]) <= MAX_CLAIMS
+            and all(_is_claim(claim) for claim in value["claims"])
+        ):
+            raise RemoteError("a lease record that is not what its key promises")
+        claims = tuple(
+            Claim(shard, term, state, mark, completed, tuple(done), tuple(cursor))
+            for shard, term, state, mark, completed, done, cursor in value["claims"]
+        )
+        return cls(until=float(value["until"]), data=value["data"], claims=claims)
+
+
 @attrs.frozen(kw_only=True)
 class CandidateRecord:
     """A replica that wants to take part in one averaging round."""
@@ -230,6 +303,20 @@ def _is_round(value: Any) -> bool:
         and _is_count(value[2], MAX_SLOTS)
         and _is_number(value[3])
     )
+
+
+def _is_claim(value: Any) -> bool:
+    match value:
+        case [shard, int(), str(state), mark, completed, list(done), list(cursor)]:
+            return (
+                _is_count(shard, MAX_SHARD)
+                and state in ("held", "free", "wanted")
+                and len(done) <= MAX_DONE
+                and len(cursor) == 4
+                and all(_is_count(count, MAX_STEP) for count in (value[1], mark, completed, *done, *cursor))
+                and min(done, default=mark + 1) > mark >= cursor[3]
+            )
+    return False
 
 
 def _is_evaluation(value: Any) -> bool:

@@ -269,6 +269,13 @@ class Evaluated(Event):
 
 
 @attrs.frozen(kw_only=True)
+class DataUnavailable(Event):
+    """A trainer's data could not be had just now; it tries again."""
+
+    why: str
+
+
+@attrs.frozen(kw_only=True)
 class Traffic(Event):
     """Bytes sent by this process since it began: ``boundary`` and ``averaging`` payload, all the rest."""
 

@@ -6,7 +6,8 @@ second is repeated too. Nothing is ever skipped: of each shard there is a low-wa
 everything is done, and the set of what is done above it; all else is issued again.
 
 The file is JSON lines. The first one is the state when the file was written, the others are what was
-completed since: ``[shard, position]``, or the number of evaluations so far. It is written anew, beside the
+completed since: ``[shard, position]``, the number of evaluations so far, or a shard that came from another
+trainer. It is written anew, beside the
 old one and then in its place, every ``LINES`` lines and whenever the data went on to another window. A last
 line that was cut off is no line. What cannot be written, because a disk is full, is kept (``UNWRITTEN``
 lines, the oldest first to go) and tried again. Positions mean rows only with the same data, so the file says
@@ -105,6 +106,19 @@ class Journal:
         """That shard's, new if it is."""
         return self.shards.setdefault(number, Shard())
 
+    def adopt(self, number: int, progress: Shard) -> None:
+        """Go on with a shard from where somebody else was, unless this journal is further."""
+        known = self.shard(number)
+        if progress.mark < known.mark:
+            return
+        if progress.mark == known.mark:
+            progress.done |= known.done
+        self.shards[number] = progress
+        while progress.mark in progress.done:
+            progress.done.remove(progress.mark)
+            progress.mark += 1
+        self._append({"shard": number, **_fields(progress)})
+
     def complete(self, shard: int, position: int) -> None:
         """A microbatch of this trainer is done."""
         if self.shard(shard).add(position):
@@ -137,12 +151,7 @@ class Journal:
             "data": self.data,
             "samples": self.samples,
             "evaluations": self.evaluations,
-            "shards": {
-                number: {
-                    "mark": shard.mark, "done": sorted(shard.done), "cursor": attrs.astuple(shard.cursor)
-                }
-                for number, shard in self.shards.items()
-            },
+            "shards": {number: _fields(shard) for number, shard in self.shards.items()},
         }  # fmt: skip
         return Copy(self.path.with_suffix(".new"), _line(fields))
 
@@ -236,22 +245,32 @@ def _read(path: Path, text: bytes) -> Journal:
         raise ValueError("another version wrote it")
     journal = Journal(path, head["data"], _count(head["samples"]), _count(head["evaluations"]))
     for number, fields in head["shards"].items():
-        cursor = Cursor(*map(_count, fields["cursor"]))
-        shard = Shard(_count(fields["mark"]), set(map(_count, fields["done"])), cursor)
-        if shard.mark in shard.done or min(shard.done, default=shard.mark) < shard.mark:
-            raise ValueError("a position is done that lies below the mark")
-        if cursor.begin > shard.mark:
-            raise ValueError("its cursor lies beyond its mark")
-        journal.shards[_count(int(number))] = shard
+        journal.shards[_count(int(number))] = _shard(fields)
     for line in lines[1:]:
         match json.loads(line):
             case [number, position]:
                 journal.samples += journal.shard(_count(number)).add(_count(position))
+            case {"shard": number, **fields}:
+                journal.shards[_count(number)] = _shard(fields)
             case {"evaluations": evaluations}:
                 journal.evaluations = _count(evaluations)
             case _:
                 raise ValueError("a line says nothing that is known")
     return journal
+
+
+def _fields(shard: Shard) -> dict[str, Any]:
+    return {"mark": shard.mark, "done": sorted(shard.done), "cursor": attrs.astuple(shard.cursor)}
+
+
+def _shard(fields: Any) -> Shard:
+    cursor = Cursor(*map(_count, fields["cursor"]))
+    shard = Shard(_count(fields["mark"]), set(map(_count, fields["done"])), cursor)
+    if min(shard.done, default=shard.mark + 1) <= shard.mark:
+        raise ValueError("a position is done that is not above the mark")
+    if cursor.begin > shard.mark:
+        raise ValueError("its cursor lies beyond its mark")
+    return shard
 
 
 def _count(value: Any) -> int:

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 
 import trio
@@ -28,10 +29,11 @@ from p2p.identity import Identity
 from stage.clock import Reading, StepClock
 from stage.config import ModelConfig, TrainingConfig
 from stage.data import Row, Source
-from stage.events import Evaluated, MicrobatchCompleted, MicrobatchFailed, MicrobatchIssued
+from stage.data.files import Unavailable
+from stage.events import DataUnavailable, Evaluated, MicrobatchCompleted, MicrobatchFailed, MicrobatchIssued
 from stage.messages import BASIS, Request
 from stage.nexthop import NextHop, NoReplicaError, Passed
-from stage.progress import Journal
+from stage.progress import Journal, Shard
 from stage.receipts import Receipt
 from stage.ticket import Ticket
 
@@ -42,6 +44,8 @@ RETRY_S = 0.5
 DRAIN_S = 20.0
 """How long microbatches in flight may still finish once the trainer is told to stop."""
 EVAL_ROWS = 8
+DATA_RETRY_S = 5.0
+"""Pause after data were not to be had."""
 JOURNAL_S = 1.0
 """Between two times that the journal is synced to the disk."""
 AHEAD = 16_384
@@ -60,18 +64,18 @@ class Trainer:
         training: TrainingConfig,
         clock: StepClock,
         source: Source,
-        shards: Iterable[int],
         goal: Callable[[int], int | None],
         next_hop: NextHop,
         credits: Callable[[], int],
         journal: Journal,
         emit: Emit,
         stopping: trio.Event,
-        evaluate: bool,
         keep: Callable[[Receipt], None],
+        over: Callable[[], bool],
         now: Callable[[], float],
     ) -> None:
-        """``goal``: positions that a shard owes; ``keep``: takes receipts; ``now``: unix time."""
+        """``goal``: positions that a shard owes; ``over``: whether all shards of others have
+        what they owe; ``keep``: takes receipts; ``now``: unix time."""
         self._identity = identity
         self._run = run
         self._model = model
@@ -87,12 +91,13 @@ class Trainer:
         self._journal = journal
         self._emit = emit
         self._stopping = stopping
-        self.evaluate = evaluate
-        """Whether evaluations are this trainer's."""
+        self._others_over = over
         self._keep = keep
         self._now = now
         self._next: dict[int, int] = {}
         """Of each shard in work: the next position to look at. Whose turn it is stands first."""
+        self._of_shard = Counter[int]()
+        """Microbatches in flight."""
         self._reading = trio.CapacityLimiter(1)
         self._preparing = False
         self._behind, self._due = trio.open_memory_channel[tuple[int, int]](1)
@@ -111,15 +116,31 @@ class Trainer:
         self.evaluated: tuple[int, float] | None = None
         """Step and loss of the last evaluation."""
         self.clock_changed = trio.Event()
-        for shard in shards:
-            self.take(shard)
+        self.resting = trio.Event()
+        """Set while there is nothing left to do but to wait for other trainers."""
 
-    def take(self, shard: int) -> None:
-        """Work on that shard too, from where its journal says."""
+    def take(self, shard: int, told: Shard | None = None) -> None:
+        """Work on that shard too, from where the journal says, or its former holder if that is further."""
+        if told is not None:
+            self._journal.adopt(shard, told)
         progress = self._journal.shard(shard)
         self._source.seek(shard, progress.cursor)
         self._next[shard] = progress.mark
+        self.resting = trio.Event()
         self._changed.set()
+
+    def drop(self, shard: int) -> None:
+        """Begin nothing of that shard any more."""
+        self._next.pop(shard, None)
+
+    def idle(self, shard: int) -> bool:
+        """Whether nothing of that shard is in flight."""
+        return not self._of_shard[shard]
+
+    @property
+    def _evaluates(self) -> bool:
+        """Evaluations are for whoever has the first shard."""
+        return 0 in self._next
 
     @property
     def completed(self) -> int:
@@ -139,10 +160,10 @@ class Trainer:
                 nursery.start_soon(self._prepare)
                 nursery.start_soon(self._watch_stopping)
                 async with trio.open_nursery() as work:
-                    if self.evaluate and self._journal.samples == 0:
+                    if self._evaluates and self._journal.samples == 0:
                         work.start_soon(self._evaluation, 0)
                     await self._issue(work)
-                if self.evaluate and self._evaluated_at < self._clock.step:
+                if self._evaluates and self._evaluated_at < self._clock.step:
                     await self._evaluation(self._clock.step)
                 nursery.cancel_scope.cancel()
         finally:
@@ -159,6 +180,7 @@ class Trainer:
             name = self._following() if may else None
             if name is not None:
                 self._in_flight += 1
+                self._of_shard[name[0]] += 1
                 work.start_soon(self._one, work, *name)
                 continue
             self._changed = trio.Event()
@@ -167,7 +189,10 @@ class Trainer:
 
     def _over(self) -> bool:
         goals = ((shard, self._goal(shard)) for shard in self._next)
-        return all(goal is not None and self._journal.shard(shard).completed >= goal for shard, goal in goals)
+        mine = all(goal is not None and self._journal.shard(shard).completed >= goal for shard, goal in goals)
+        if mine:
+            self.resting.set()
+        return mine and self._others_over()
 
     def _following(self) -> tuple[int, int] | None:
         """Shard and position of what comes next, if there is something to do."""
@@ -190,8 +215,7 @@ class Trainer:
             finally:
                 self._scopes.discard(scope)
         if row is None:
-            self._in_flight -= 1
-            self._changed.set()
+            self._landed(shard)
             return
         ticket = self._ticket("train", position, row)
         self._emit(MicrobatchIssued(ticket=ticket.id))
@@ -202,8 +226,7 @@ class Trainer:
                 passed = await self._through(ticket, row)
             finally:
                 self._scopes.discard(scope)
-        self._in_flight -= 1
-        self._changed.set()
+        self._landed(shard)
         if passed is None:
             self._emit(MicrobatchFailed(ticket=ticket.id, why="the trainer stopped before an answer came"))
             return
@@ -215,18 +238,26 @@ class Trainer:
         self._publish()
         step, every = self._clock.step, self.training.eval_every
         # The clock is everybody's: it may pass the very step between two completions of ours.
-        if self.evaluate and every and step // every > self._evaluated:
+        if self._evaluates and every and step // every > self._evaluated:
             self._evaluated = step // every
             if not self._evaluating:
                 work.start_soon(self._evaluation, step)
 
+    def _landed(self, shard: int) -> None:
+        self._in_flight -= 1
+        self._of_shard[shard] -= 1
+        self._changed.set()
+
     async def _row(self, shard: int, position: int) -> Row:
         """Of the training data; LocalError if they cannot be read any more."""
-        found = self._source.at_hand(shard, position)
-        if found is None:
-            found = await trio.to_thread.run_sync(
-                self._source.row, shard, position, abandon_on_cancel=True, limiter=self._reading
-            )
+        while (found := self._source.at_hand(shard, position)) is None:
+            try:
+                await trio.to_thread.run_sync(
+                    self._source.row, shard, position, abandon_on_cancel=True, limiter=self._reading
+                )
+            except Unavailable as error:
+                self._emit(DataUnavailable(why=str(error)))
+                await trio.sleep(DATA_RETRY_S)
         if not self._preparing and self._source.unprepared(shard, position):
             self._preparing = True
             self._behind.send_nowait((shard, position))
@@ -235,7 +266,7 @@ class Trainer:
     async def _prepare(self) -> None:
         """Reads on before it is needed."""
         async for shard, position in self._due:
-            with suppress(LocalError):  # whoever needs the rows says it
+            with suppress(LocalError, Unavailable):  # whoever needs the rows says it
                 await trio.to_thread.run_sync(
                     self._source.prepare, shard, position, abandon_on_cancel=True, limiter=self._reading
                 )
@@ -316,10 +347,14 @@ class Trainer:
             self._emit(Evaluated(step=step, loss=loss, rows=len(rows)))
 
     async def _held_out(self) -> list[Row]:
-        if self._rows_held_out is None:
-            self._rows_held_out = await trio.to_thread.run_sync(
-                self._source.held_out, EVAL_ROWS, abandon_on_cancel=True, limiter=self._reading
-            )
+        while self._rows_held_out is None:
+            try:
+                self._rows_held_out = await trio.to_thread.run_sync(
+                    self._source.held_out, EVAL_ROWS, abandon_on_cancel=True, limiter=self._reading
+                )
+            except Unavailable as error:
+                self._emit(DataUnavailable(why=str(error)))
+                await trio.sleep(DATA_RETRY_S)
         return self._rows_held_out
 
     async def _keep_journal(self) -> None:

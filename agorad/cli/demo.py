@@ -14,10 +14,12 @@ import attrs
 import click
 
 from agorad import trainer_data
+from agorad.config import TrainerSection
 from agorad.demo import layout, report
 from agorad.demo.layout import Layout, Plan
 from agorad.demo.swarm import STALL_S, TICK_S, DemoFailed, Swarm, ended_cleanly
 from agorad.demo.view import View
+from agorad.run import Manifest
 from agorad.usage import NamedPath
 from p2p.errors import LocalError
 
@@ -61,12 +63,12 @@ def demo(
     )  # fmt: skip
     manifest = layout.check(plan)
     settings = attrs.evolve(layout.trainer_settings(plan), data=data)  # as it was typed, for errors
-    source = trainer_data.source(settings, manifest, shards=trainers)
+    described = _described(settings, manifest, trainers)
     temporary = folder is None
     folder, created = _folder(folder)
     outcome = None
     try:
-        outcome = _run(layout.prepare(plan, folder), source.describe(), steps)
+        outcome = _run(layout.prepare(plan, folder), described, steps)
     finally:
         failed = outcome is None or outcome[1] is not None
         if temporary and not keep and not failed:
@@ -82,6 +84,14 @@ def demo(
         click.echo(f"everything is in {folder}", err=True)
     if fault is not None:
         raise click.ClickException(fault)
+
+
+def _described(settings: TrainerSection, manifest: Manifest, shards: int) -> str:
+    """What is trained on, in one line; LocalError if it cannot be."""
+    trainer_data.check(settings, manifest)
+    if settings.dataset:
+        return f"the data set {settings.dataset}"  # the trainers ask the hub for it
+    return trainer_data.source(settings, manifest, shards=shards, kept=Path()).describe()
 
 
 def _folder(folder: Path | None) -> tuple[Path, bool]:
@@ -166,7 +176,7 @@ def _watch(swarm: Swarm, view: View, steps: int | None) -> str | None:
     codes = {
         r.node.name: r.process.returncode
         for r in swarm.of_role("trainer")
-        if r.process.returncode and not ended_cleanly(r.node)
+        if r.process.returncode and not swarm.was_killed(r) and not ended_cleanly(r.node)
     }
     if codes:
         return f"a trainer did not end cleanly: {codes}"

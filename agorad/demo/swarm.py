@@ -35,6 +35,8 @@ STALL_S: Final = 120.0
 SETTLE_S: Final = 60.0
 STOP_S: Final = 35.0
 TICK_S: Final = 0.25
+AGAIN_S: Final = 20.0
+"""How long a trainer that somebody killed may take to be there again."""
 _PR_SET_PDEATHSIG: Final = 1
 _CRASHES: Final = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 """Signals that a process gives itself."""
@@ -53,6 +55,7 @@ class Running:
     status: dict[str, Any] = attrs.field(factory=dict)
     """Its last word."""
     answers: bool = False
+    answered_at: float = attrs.field(factory=time.monotonic)
 
     @property
     def up(self) -> bool:
@@ -111,7 +114,7 @@ class Swarm:
         for running in self.nodes:
             try:
                 running.status = ask(running.node.control, "status", timeout=2.0)
-                running.answers = True
+                running.answers, running.answered_at = True, time.monotonic()
             except (Unreachable, NoAnswer, CommandFailed):
                 running.answers = False
 
@@ -148,10 +151,22 @@ class Swarm:
         return [running for running in self.nodes if running.node.role == role]
 
     def trainers_ended(self) -> bool:
-        """Whether every trainer's process is gone and nobody restarted one."""
+        """Whether every trainer's process is gone, and nobody restarted one that was killed."""
+        now = time.monotonic()
         return all(
-            running.process.poll() is not None and not running.answers for running in self.of_role("trainer")
+            running.process.poll() is not None
+            and not running.answers
+            and (
+                not self.was_killed(running)
+                or ended_cleanly(running.node)
+                or now - running.answered_at > AGAIN_S
+            )
+            for running in self.of_role("trainer")
         )
+
+    def was_killed(self, running: Running) -> bool:
+        """Whether somebody else ended the process that we started."""
+        return running.process.returncode == -signal.SIGKILL
 
     def paused(self) -> bool:
         """Whether somebody holds all trainers, or all workers of a stage: nothing is completed then."""

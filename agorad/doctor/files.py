@@ -196,6 +196,7 @@ _KEPT: Final = {
     "certificate": stat.S_ISREG,
     "receipts": stat.S_ISDIR,
     "journal.jsonl": stat.S_ISREG,
+    "hub": stat.S_ISDIR,
     "authority.sqlite": stat.S_ISREG,
     "snapshots": stat.S_ISDIR,
 }

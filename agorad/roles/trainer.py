@@ -1,8 +1,9 @@
 """The trainer role: reads data, sends microbatches to the head's replicas, keeps the clock.
 
 It ends by itself, with code 0, when the run's goal is reached or its time is over. Each trainer of the
-manifest works on its own shard of the data and owes an equal part of the steps. What its workers have
-signed for goes to an authority as receipts (``agorad.points``), the last of it before the trainer ends.
+manifest has a shard of the data, which owes an equal part of the steps; the shard of one that is gone goes
+to another (``agorad.leasing``). What its workers have signed for goes to an authority as receipts
+(``agorad.points``), the last of it before the trainer ends.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import trio
 
 from agorad import trainer_data
 from agorad.clockwatch import watch_clock
+from agorad.leasing import Leasing
 from agorad.metrics.readings import Readings
 from agorad.node import Node
 from agorad.outbox import Outbox
@@ -21,11 +23,15 @@ from agorad.points import Submitter
 from p2p.errors import LocalError
 from p2p.records import ClockRecord, clock_key
 from stage.clock import StepClock
+from stage.data import Source
+from stage.data.files import Unavailable
+from stage.events import DataUnavailable
+from stage.leases import Leases
 from stage.nexthop import NextHop
 from stage.progress import JOURNAL, Journal
 from stage.roster import Roster, StageView
 from stage.router import Router
-from stage.trainer import Trainer
+from stage.trainer import DATA_RETRY_S, Trainer
 
 CREDITS_FIRST = 4
 PUBLISH_S = 0.5
@@ -43,10 +49,9 @@ async def run(node: Node) -> None:
             f"this node's key {node.identity.peer_id} is not among the trainers of run {manifest.run.id!r}; "
             "its operator has to list it in the manifest"
         )
-    shard = trainers.index(node.identity.peer_id)
-    source = await trio.to_thread.run_sync(
-        lambda: trainer_data.source(settings, manifest, shards=len(trainers))
-    )
+    source = await _source(node)
+    if source is None:
+        return
     trust = node.trust
     clock = StepClock(manifest.run.id, frozenset(trainers), manifest.training.target_batch)
     roster = Roster(node.dht, trust, node.clock)
@@ -70,7 +75,17 @@ async def run(node: Node) -> None:
         samples = settings.steps * manifest.training.target_batch
         return samples * (shard + 1) // len(trainers) - samples * shard // len(trainers)
 
+    def over() -> bool:
+        """Whether nobody owes anything any more, as far as somebody is left to work on it."""
+        owed = ((shard, goal(shard)) for shard in range(len(trainers)) if not leases.hopeless(shard))
+        return all(
+            positions is not None
+            and max(journal.shard(shard).completed, leases.completed(shard)) >= positions
+            for shard, positions in owed
+        )
+
     journal = Journal.load(node.config.node.state / JOURNAL, source.fingerprint)
+    leases = Leases(node.identity.peer_id, trainers, source.fingerprint, node.clock())
     journal.start()
     outbox = await trio.to_thread.run_sync(Outbox, node.config.node.state / "receipts")
     submitter = Submitter(node, outbox)
@@ -82,15 +97,14 @@ async def run(node: Node) -> None:
         training=manifest.training,
         clock=clock,
         source=source,
-        shards=[shard],
         goal=goal,
         next_hop=next_hop,
         credits=credits,
         journal=journal,
         emit=node.emit,
         stopping=ending,
-        evaluate=shard == 0,
         keep=submitter.keep,
+        over=over,
         now=node.clock,
     )
 
@@ -129,6 +143,9 @@ async def run(node: Node) -> None:
     node.ready()
     node.status["phase"] = "joining"
     await _until_served(stages, ending)
+    leasing = Leasing(node, leases, trainer, journal)
+    await leasing.look()
+    node.nursery.start_soon(leasing.run)
     node.status["phase"] = "active"
 
     def hold(held: bool) -> None:
@@ -139,8 +156,26 @@ async def run(node: Node) -> None:
     if settings.seconds is not None:
         node.nursery.start_soon(end_on_time, settings.seconds)
     await trainer.run()
+    await leasing.publish()
     await submitter.finish()
     await _store_clock(node, clock, trainer)
+
+
+async def _source(node: Node) -> Source | None:
+    """The data; a hub that is away is waited for. None if the node is told to stop before it answers."""
+    settings, manifest = node.config.trainer, node.manifest
+    kept = node.config.node.state / "hub"
+    while not node.stopping.is_set():
+        try:
+            return await trio.to_thread.run_sync(
+                lambda: trainer_data.source(settings, manifest, shards=len(manifest.trainers), kept=kept),
+                abandon_on_cancel=True,
+            )
+        except Unavailable as error:
+            node.emit(DataUnavailable(why=str(error)))
+            with trio.move_on_after(DATA_RETRY_S):
+                await node.stopping.wait()
+    return None
 
 
 async def _until_served(stages: list[StageView], ending: trio.Event) -> None:

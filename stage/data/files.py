@@ -36,6 +36,10 @@ _SKIP_STDLIB = frozenset({"test", "tests", "idlelib", "lib2to3", "turtledemo", "
 _LINES = (".jsonl", ".ndjson")
 
 
+class Unavailable(Exception):  # noqa: N818
+    """Data that cannot be had now, but perhaps later."""
+
+
 class Troubles:
     """What was left out and why, for people."""
 

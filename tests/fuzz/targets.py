@@ -29,7 +29,7 @@ from p2p.limits import Limits
 from p2p.membership import Certificate, issue
 from p2p.multiaddr import Multiaddr
 from p2p.probe import Probed
-from p2p.records import CandidateRecord, ClockRecord, StageRecord
+from p2p.records import CandidateRecord, ClockRecord, LeaseRecord, StageRecord
 from p2p.yamux import Session
 from stage.clock import readings_from_wire
 from stage.messages import Request, reply_from_wire
@@ -193,6 +193,7 @@ TARGETS: Final[dict[str, Callable[[bytes], object]]] = {
     "kad batch": lambda data: kad.read_batch(memoryview(data)),
     "kad page": lambda data: kad.read_page(memoryview(data)),
     "kad question": lambda data: a_header(data, kad.read_question),
+    "lease record": lambda data: a_value(data, LeaseRecord.from_value),
     "kad record": kad_record,
     "leaderboard": lambda data: a_header(data, leaderboard.Leaderboard.from_header),
     "manifest pages": lambda data: pages(data, manifests.read),

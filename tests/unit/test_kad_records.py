@@ -13,7 +13,16 @@ from p2p.errors import RemoteError
 from p2p.event import Event
 from p2p.identity import Identity
 from p2p.kad.record import Record, Verifier, seal
-from p2p.records import CandidateRecord, ClockRecord, RecordUnreadable, StageRecord, read_all, stage_key
+from p2p.records import (
+    CandidateRecord,
+    Claim,
+    ClockRecord,
+    LeaseRecord,
+    RecordUnreadable,
+    StageRecord,
+    read_all,
+    stage_key,
+)
 
 ALICE, BOB = Identity.generate(b"a" * 32), Identity.generate(b"b" * 32)
 KEY = stage_key("run", 1)
@@ -28,14 +37,16 @@ STAGE = StageRecord(
     snapshot_step=5,
 )
 CLOCK = ClockRecord(samples=3, at=1.5, signature=bytes(64))
+LEASE = LeaseRecord(until=5.0, data="ab", claims=(Claim(3, 1, "held", 40, 42, (41, 44), (0, 0, 2, 36)),))
 CANDIDATE = CandidateRecord(addrs=(), bandwidth=1e6, weight=0.0, certificate=b"")
-ALL: list[StageRecord | ClockRecord | CandidateRecord] = [
+ALL: list[StageRecord | ClockRecord | LeaseRecord | CandidateRecord] = [
     STAGE,
     attrs.evolve(STAGE, disagreement=None, snapshot_step=None),
     attrs.evolve(STAGE, generation=2),
     attrs.evolve(STAGE, working=3, round=(4, 0.5, 2, 1e9)),
     CLOCK,
     attrs.evolve(CLOCK, loss=2.5, evaluated=(40, 2.25)),
+    LEASE,
     CANDIDATE,
 ]
 
@@ -45,7 +56,7 @@ def through(value: Any, who: Identity = ALICE) -> Record:
 
 
 @pytest.mark.parametrize("record", ALL)
-def test_records_come_back(record: StageRecord | ClockRecord | CandidateRecord) -> None:
+def test_records_come_back(record: StageRecord | ClockRecord | LeaseRecord | CandidateRecord) -> None:
     assert type(record).from_value(through(record.to_value()).value) == record
     assert type(record).from_value({**record.to_value(), "later": 1}) == record
 
@@ -64,14 +75,16 @@ NONSENSE: list[Any] = [
     {},
 ]
 OPTIONAL = ("disagreement", "snapshot_step", "working", "round", "loss", "evaluated", "generation")
-FINE = {("at", -1), *((name, None) for name in OPTIONAL if name != "generation")}
+FINE = {("at", -1), ("until", -1), *((name, None) for name in OPTIONAL if name != "generation")}
 FOR_PEOPLE = ("loss", "evaluated")
 """Nonsense here must not make a trainer's count unreadable."""
 
 
 @pytest.mark.parametrize("record", ALL)
 @pytest.mark.parametrize("bad", NONSENSE, ids=lambda bad: repr(bad)[:12])
-def test_each_field_is_checked(record: StageRecord | ClockRecord | CandidateRecord, bad: Any) -> None:
+def test_each_field_is_checked(
+    record: StageRecord | ClockRecord | LeaseRecord | CandidateRecord, bad: Any
+) -> None:
     for field in record.to_value():
         if field in FOR_PEOPLE:
             assert getattr(type(record).from_value({**record.to_value(), field: bad}), field) is None
@@ -90,6 +103,21 @@ def test_missing_fields_are_unreadable() -> None:
                     type(record).from_value(value)
 
 
+@pytest.mark.parametrize(
+    "claim",
+    [
+        [0, 0, "held", 0, 0, []], [0, 0, "kept", 0, 0, [], [0] * 4], [0, 0, "held", 4, 4, [4], [0] * 4],
+        [0, 0, "held", 4, 4, [], [0, 0, 0, 5]], [0, 0, "held", 4, 4, [], [0, 0, 0]],
+        [-1, 0, "held", 4, 4, [], [0] * 4], [0, True, "held", 4, 4, [], [0] * 4],
+        [0, 0, "held", 4, 1 << 50, [], [0] * 4], [0, 0, "held", 4, 4, [*range(5, 50)], [0] * 4],
+        [0, 0, "held", 4, 4, ["5"], [0] * 4], [0, 0, "held", "4", 4, [], [0] * 4], [1 << 30, *([0] * 6)],
+    ],
+)  # fmt: skip
+def test_a_claim_that_is_none(claim: list[Any]) -> None:
+    with pytest.raises(RemoteError):
+        LeaseRecord.from_value({**LEASE.to_value(), "claims": [claim]})
+
+
 json_like = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
@@ -98,7 +126,7 @@ json_like = st.recursive(
 
 @given(json_like)
 def test_anything_is_read_or_refused(value: Any) -> None:
-    for kind in (StageRecord, ClockRecord, CandidateRecord):
+    for kind in (StageRecord, ClockRecord, LeaseRecord, CandidateRecord):
         with pytest.raises(RemoteError):
             kind.from_value(value)
 

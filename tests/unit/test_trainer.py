@@ -99,7 +99,8 @@ class Bench:
     folder: Path
     goal: int | None = None
     credits: int = 3
-    evaluate: bool = False
+    shard: int = 1
+    """Evaluations come with the first one."""
     eval_every: int = 2
     events: list[Event] = attrs.field(factory=list)
     pipeline: Pipeline = attrs.field(factory=Pipeline)
@@ -108,26 +109,28 @@ class Bench:
     receipts: list[Receipt] = attrs.field(factory=list)
 
     def trainer(self) -> Trainer:
+        """At work on the shard that evaluates, or on another."""
         journal = Journal.load(self.folder / "journal.jsonl", DATA)
         journal.start()
-        return Trainer(
+        trainer = Trainer(
             identity=TRAINER,
             run="run",
             model=MODEL,
             training=TrainingConfig(seed=1, target_batch=BATCH, eval_every=self.eval_every),
             clock=self.clock,
             source=cast(Source, Rows()),
-            shards=[0],
             goal=lambda _shard: self.goal,
             next_hop=cast(NextHop, self.pipeline),
             credits=lambda: self.credits,
             journal=journal,
             emit=self.events.append,
             stopping=self.stopping,
-            evaluate=self.evaluate,
+            over=lambda: True,
             keep=self.receipts.append,
             now=lambda: 1e9,
         )
+        trainer.take(self.shard)
+        return trainer
 
     def run(self, meanwhile: Callable[[Trainer], Any] | None = None) -> Trainer:
         """To its end, in virtual time."""
@@ -154,14 +157,14 @@ class Bench:
 def test_it_ends_at_its_goal_with_every_microbatch_completed(tmp_path: Path) -> None:
     bench = Bench(tmp_path, goal=10)
     trainer = bench.run()
-    expected = [f"train:0:{position}" for position in range(10)]
+    expected = [f"train:1:{position}" for position in range(10)]
     assert sorted(bench.tickets(MicrobatchIssued)) == sorted(bench.tickets(MicrobatchCompleted)) == expected
     assert bench.tickets(MicrobatchFailed) == []
     assert bench.pipeline.most_at_work == 3
     assert (trainer.completed, trainer.in_flight, bench.clock.samples) == (10, 0, 10)
     saved = bench.saved()
     assert (saved.samples, saved.evaluations) == (10, 0)
-    assert (saved.shards[0].mark, saved.shards[0].done) == (10, set())
+    assert (saved.shards[1].mark, saved.shards[1].done) == (10, set())
     for receipt in bench.receipts:  # one each, and they are true
         receipt.check("run", LISTED, 1)
         assert receipt.at == 1e9
@@ -170,7 +173,7 @@ def test_it_ends_at_its_goal_with_every_microbatch_completed(tmp_path: Path) -> 
 
 def test_what_nobody_takes_is_kept_and_tried_again(tmp_path: Path) -> None:
     bench = Bench(tmp_path, goal=6)
-    times = dict.fromkeys((f"train:0:{position}" for position in range(6)), 0)
+    times = dict.fromkeys((f"train:1:{position}" for position in range(6)), 0)
 
     def trouble(request: Request) -> Exception | None:
         times[request.ticket.id] += 1
@@ -184,7 +187,7 @@ def test_what_nobody_takes_is_kept_and_tried_again(tmp_path: Path) -> None:
 
 def test_told_to_stop_it_drains_gives_up_the_rest_and_a_restart_takes_it_up(tmp_path: Path) -> None:
     bench = Bench(tmp_path, credits=4)
-    stuck = {"train:0:5", "train:0:6"}
+    stuck = {"train:1:5", "train:1:6"}
     bench.pipeline.hangs = lambda request: request.ticket.id in stuck
 
     async def stop_later(_trainer: Trainer) -> None:
@@ -198,17 +201,17 @@ def test_told_to_stop_it_drains_gives_up_the_rest_and_a_restart_takes_it_up(tmp_
     assert len(issued) == len(set(issued))
     assert set(issued) == set(bench.tickets(MicrobatchCompleted)) | stuck
     saved = bench.saved()
-    assert (saved.shards[0].mark, saved.samples) == (5, len(issued) - 2)
-    assert saved.shards[0].done == set(range(7, len(issued)))
+    assert (saved.shards[1].mark, saved.samples) == (5, len(issued) - 2)
+    assert saved.shards[1].done == set(range(7, len(issued)))
     again = Bench(tmp_path, goal=saved.samples + 4)
     again.run()
     assert stuck <= set(again.tickets(MicrobatchIssued)[: again.credits])
     assert set(again.tickets(MicrobatchIssued)) & set(issued) == stuck
-    assert (again.saved().shards[0].mark, again.saved().shards[0].done) == (saved.samples + 4, set())
+    assert (again.saved().shards[1].mark, again.saved().shards[1].done) == (saved.samples + 4, set())
 
 
 def test_evaluation_takes_each_row_on_two_paths_and_counts_nowhere(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, goal=5 * BATCH, evaluate=True)
+    bench = Bench(tmp_path, goal=5 * BATCH, shard=0)
     bench.run()
     evaluated = [event for event in bench.events if isinstance(event, Evaluated)]
     steps = [event.step for event in evaluated]
@@ -220,7 +223,7 @@ def test_evaluation_takes_each_row_on_two_paths_and_counts_nowhere(tmp_path: Pat
 
 
 def test_evaluation_is_due_even_if_another_trainer_moved_the_clock_past_its_step(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, goal=4 * BATCH, evaluate=True, eval_every=10, credits=1)
+    bench = Bench(tmp_path, goal=4 * BATCH, shard=0, eval_every=10, credits=1)
 
     async def mate(_trainer: Trainer) -> None:
         await trio.sleep(1.05)  # ten completions: the first evaluation is over, the clock stands at 2
@@ -233,7 +236,7 @@ def test_evaluation_is_due_even_if_another_trainer_moved_the_clock_past_its_step
 
 
 def test_a_stop_does_not_wait_for_an_evaluation_that_nobody_answers(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, evaluate=True)
+    bench = Bench(tmp_path, shard=0)
     bench.pipeline.hangs = lambda request: request.ticket.kind == "eval"
     took: list[float] = []
 
@@ -327,7 +330,7 @@ def test_a_full_disk_stops_no_training(tmp_path: Path, monkeypatch: pytest.Monke
         assert trainer.completed >= 35
 
     bench.run(repair)
-    assert bench.saved().samples == bench.saved().shards[0].mark == 40
+    assert bench.saved().samples == bench.saved().shards[1].mark == 40
 
 
 def test_a_journal_may_be_cut_off_anywhere(tmp_path: Path) -> None:
