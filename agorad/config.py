@@ -90,7 +90,7 @@ class TrainerSection:
     tokenizer: Path | None = None
     """A tokenizer.json, where the manifest's data.tokens is "tokenizer"."""
     credits: int = 0
-    """Microbatches in flight; 0 follows the number of free slots."""
+    """Microbatches in flight; 0 follows what keeps every stage busy."""
     steps: int | None = None
     """Stop when the run's clock reaches this step."""
     seconds: float | None = None

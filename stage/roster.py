@@ -63,6 +63,11 @@ class StageView:
             if entry.record.phase in phases and entry.record.generation == self._generation()
         }
 
+    def places(self, peer: PeerId) -> int:
+        """Microbatches that a replica can work on at the same time."""
+        entry = self.entries.get(peer)
+        return entry.record.slots + (entry.record.working or 0) if entry else 0
+
     def addrs(self, peer: PeerId) -> list[Multiaddr]:
         entry = self.entries.get(peer)
         return entry.addrs if entry else []

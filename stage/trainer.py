@@ -67,6 +67,7 @@ class Trainer:
         goal: Callable[[int], int | None],
         next_hop: NextHop,
         credits: Callable[[], int],
+        answered: Callable[[float, float], None],
         journal: Journal,
         emit: Emit,
         stopping: trio.Event,
@@ -74,8 +75,9 @@ class Trainer:
         over: Callable[[], bool],
         now: Callable[[], float],
     ) -> None:
-        """``goal``: positions that a shard owes; ``over``: whether all shards of others have
-        what they owe; ``keep``: takes receipts; ``now``: unix time."""
+        """``goal``: positions that a shard owes; ``over``: whether all shards of others have what they owe;
+        ``answered``: hears when an answer came and how long it took; ``keep``: takes receipts; ``now``: unix
+        time."""
         self._identity = identity
         self._run = run
         self._model = model
@@ -88,6 +90,7 @@ class Trainer:
         self._goal = goal
         self._next_hop = next_hop
         self._credits = credits
+        self._answered = answered
         self._journal = journal
         self._emit = emit
         self._stopping = stopping
@@ -218,6 +221,7 @@ class Trainer:
             self._landed(shard)
             return
         ticket = self._ticket("train", position, row)
+        began = trio.current_time()
         self._emit(MicrobatchIssued(ticket=ticket.id))
         passed = None
         with trio.CancelScope() as scope:
@@ -232,6 +236,7 @@ class Trainer:
             return
         loss = passed.answer.loss
         self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
+        self._answered(trio.current_time(), trio.current_time() - began)
         # Said before it is noted down: a trainer that is killed in between repeats it, and skips nothing.
         self._emit(MicrobatchCompleted(ticket=ticket.id, path=list(passed.answer.path), loss=loss))
         self._journal.complete(shard, position)

@@ -23,6 +23,7 @@ from agorad.points import Submitter
 from p2p.errors import LocalError
 from p2p.records import ClockRecord, clock_key
 from stage.clock import StepClock
+from stage.credits import Credits, places
 from stage.data import Source
 from stage.data.files import Unavailable
 from stage.events import DataUnavailable
@@ -33,7 +34,6 @@ from stage.roster import Roster, StageView
 from stage.router import Router
 from stage.trainer import DATA_RETRY_S, Trainer
 
-CREDITS_FIRST = 4
 PUBLISH_S = 0.5
 """Least pause between two clock records."""
 CLOCK_TTL_S = 600.0
@@ -61,12 +61,13 @@ async def run(node: Node) -> None:
         node.host, heads, Router(random.Random(node.rng.random())), node.emit, stages=manifest.model.stages
     )
 
+    measured = Credits()
+
     def credits() -> int:
-        """Two microbatches for each replica of the swarm keep it busy while answers travel."""
         if settings.credits:
             return settings.credits
-        replicas = sum(len(view.serving()) for view in stages)
-        return max(CREDITS_FIRST, 2 * replicas // len(trainers))
+        slots = [[view.places(peer) for peer in view.serving()] for view in stages]
+        return measured.count(sum(map(len, slots)), places(slots), len(trainers))
 
     def goal(shard: int) -> int | None:
         """Each shard owes an equal part of the steps."""
@@ -100,6 +101,7 @@ async def run(node: Node) -> None:
         goal=goal,
         next_hop=next_hop,
         credits=credits,
+        answered=measured.answered,
         journal=journal,
         emit=node.emit,
         stopping=ending,

@@ -106,6 +106,7 @@ class Bench:
     pipeline: Pipeline = attrs.field(factory=Pipeline)
     clock: StepClock = attrs.field(factory=lambda: StepClock("run", LISTED, BATCH))
     stopping: trio.Event = attrs.field(factory=trio.Event)
+    took: list[tuple[float, float]] = attrs.field(factory=list)
     receipts: list[Receipt] = attrs.field(factory=list)
 
     def trainer(self) -> Trainer:
@@ -122,6 +123,7 @@ class Bench:
             goal=lambda _shard: self.goal,
             next_hop=cast(NextHop, self.pipeline),
             credits=lambda: self.credits,
+            answered=lambda now, took: self.took.append((now, took)),
             journal=journal,
             emit=self.events.append,
             stopping=self.stopping,
@@ -169,6 +171,7 @@ def test_it_ends_at_its_goal_with_every_microbatch_completed(tmp_path: Path) -> 
         receipt.check("run", LISTED, 1)
         assert receipt.at == 1e9
     assert sorted(receipt.ticket.id for receipt in bench.receipts) == expected
+    assert [took for _now, took in bench.took] == pytest.approx([0.1] * 10)
 
 
 def test_what_nobody_takes_is_kept_and_tried_again(tmp_path: Path) -> None:
