@@ -175,7 +175,8 @@ def _library() -> tuple[Any, Any]:
         import huggingface_hub.utils
     except ImportError as error:
         raise LocalError(f"a data set needs the package huggingface_hub ({error}); install it") from None
-    huggingface_hub.utils.disable_progress_bars()
+    tools: Any = huggingface_hub.utils
+    tools.disable_progress_bars()
     return huggingface_hub, huggingface_hub.errors
 
 
