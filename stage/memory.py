@@ -9,6 +9,7 @@ the time, and what one microbatch makes on its way. The vectors follow from the 
     gradients    4                       device
     optimizer    8 / 2 + 8/256 / 8       device / device (8-bit codes, a scale a 256 weights) / host
     drift        4 with ``merge = ema``  where the masters are
+    factors      of the gradients' matrices, with ``averaging = powersgd``: device; their mean is workspace
 
 *Activations* are what autograd keeps of a microbatch between its forward and its backward pass: the sum of
 what the functions of ``stage.functions`` and the products save, times the graphs that wait at a time. With
@@ -30,6 +31,7 @@ from typing import Final, Literal
 import attrs
 
 from stage.config import ModelConfig, TrainingConfig
+from stage.factors import sizes
 from stage.parameters import BLOCK, Layout, is_wide, parameter_specs
 
 Dtype = Literal["fp32", "bf16"]
@@ -109,10 +111,12 @@ def stage_memory(
     else:
         activations = layer_bytes(model, stage, mode.dtype) + graphs * inputs_bytes(model, stage)
     slice_bytes = round_bytes(model, training, stage)
+    left, right, whole = gradient_bytes(model, training, stage)
     workspace = max(
         backward_bytes(model, stage, mode.dtype) + state_bytes(model, stage, mode.dtype),
         loss_bytes(model, stage, mode.dtype),
         2 * slice_bytes,  # distances are taken of whole slices
+        4 * floats + left + right + whole if left + right + whole else 0,  # a mean gradient
     )
     on_device = {
         "weights": 0 if on_host else 4 * floats,
@@ -121,13 +125,14 @@ def stage_memory(
         "optimizer": {"device": 8 * floats, "8bit": round(MOMENTS_8BIT * floats), "host": 0}[mode.optimizer],
         "activations": activations,
         "workspace": workspace,
+        "factors": right,
     }
     drift = 4 * floats if training.merge == "ema" else 0
     on_device["drift"] = 0 if on_host else drift
     in_host = {
         "drift": drift if on_host else 0,
         "process": CPU_BASE if device == "cpu" else CUDA_HOST_BASE,
-        "slices": SLICE_COPIES * slice_bytes,
+        "slices": SLICE_COPIES * max(slice_bytes, left, right + whole),
         "weights": 4 * floats if on_host else 0,
         "optimizer": 8 * floats if on_host else 0,
         "staging": 2 * (4 + WIDTH[mode.dtype]) * min(STAGING, floats) if on_host else 0,
@@ -141,6 +146,17 @@ def round_bytes(model: ModelConfig, training: TrainingConfig, stage: int) -> int
     """The largest slice of the stage's weights that a round averages, fp32."""
     blocks = Layout.of(parameter_specs(model, stage)).size // BLOCK
     return -(-blocks // training.slices) * BLOCK * 4
+
+
+def gradient_bytes(model: ModelConfig, training: TrainingConfig, stage: int) -> tuple[int, int, int]:
+    """What a synchronous step averages, fp32: left factors, and in a second round right ones and the rest.
+
+    Nothing where replicas step for themselves.
+    """
+    if training.averaging != "powersgd":
+        return 0, 0, 0
+    left, right, whole = sizes(Layout.of(parameter_specs(model, stage)), training.powersgd_rank)
+    return 4 * left, 4 * right, 4 * whole
 
 
 def wire_bytes(model: ModelConfig, training: TrainingConfig, *, backward: bool = False) -> int:

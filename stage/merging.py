@@ -8,7 +8,8 @@ Three rules, chosen by ``training.merge``:
   learned meanwhile stays as far as it persists, and noise fades. e is one fp32 number a weight that each
   replica keeps for itself; where a slice is averaged for the first time in this process, or after the state
   was replaced, ``e = w - packed``. mu is 0.5 for the first thirtieth of the run and then goes by half a
-  cosine to 0.99 at its end, as in that paper's code.
+  cosine to 0.99 at its end, as in that paper's code, where a weight is averaged 1500 times; to less where it
+  is averaged less often, so that e never remembers more than a fifteenth of the run.
 
 A block is in flight from when it is packed until its correction is merged or given up. Packed again
 meanwhile, it would be corrected twice for the same distance, and corrections that pile up diverge (with one
@@ -38,6 +39,8 @@ MU_FIRST: Final = 0.5
 MU_LAST: Final = 0.99
 MU_HELD: Final = 1 / 30
 """Of the run's steps, before mu begins to grow."""
+REMEMBERED: Final = 1 / 15
+"""Most of a weight's averages in a run that e remembers: 1 / (1 - mu) of them."""
 
 
 @attrs.frozen
@@ -63,7 +66,9 @@ def smoothing(training: TrainingConfig, number: int) -> float:
     """mu of a round: one value for all replicas, since it follows from the round's number."""
     done = number * training.average_every / training.total_steps
     grown = min(1.0, max(0.0, (done - MU_HELD) / (1 - MU_HELD)))
-    return MU_LAST - (MU_LAST - MU_FIRST) * (1 + math.cos(math.pi * grown)) / 2
+    averages = training.total_steps / (training.average_every * training.slices)
+    last = max(MU_FIRST, min(MU_LAST, 1 - 1 / (REMEMBERED * averages)))
+    return last - (last - MU_FIRST) * (1 + math.cos(math.pi * grown)) / 2
 
 
 class Merger:

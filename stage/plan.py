@@ -93,6 +93,8 @@ class StagePlan:
     """c of one sequence, at one boundary."""
     round_bytes: int
     """The slice that a round averages."""
+    gradient_bytes: int
+    """What the two rounds of a synchronous step average together; 0 without such steps."""
     up_bytes: float
     down_bytes: float
     compute_s: float
@@ -298,6 +300,8 @@ def _timed(setting: Setting, stage: int, mode: Mode, count: int, need: Memory) -
     slice_bytes = memory.round_bytes(model, training, stage)
     a_round = 2 * (replicas - 1) / replicas * slice_bytes
     averaging = a_round / (a_step * training.average_every)
+    gradients = sum(memory.gradient_bytes(model, training, stage))
+    averaging += 2 * (replicas - 1) / replicas * gradients / a_step
     there = memory.wire_bytes(model, training)
     back = memory.wire_bytes(model, training, backward=True)
     ids = 4 * (model.seq + 1)
@@ -314,6 +318,7 @@ def _timed(setting: Setting, stage: int, mode: Mode, count: int, need: Memory) -
         flops=flops,
         boundary_bytes=there,
         round_bytes=slice_bytes,
+        gradient_bytes=gradients,
         up_bytes=up,
         down_bytes=down,
         compute_s=flops / (machine.tflops * 1e12),

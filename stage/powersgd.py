@@ -31,25 +31,13 @@ import attrs
 import torch
 from torch import Tensor
 
+from stage.factors import Matrix, factored
 from stage.parameters import Layout, stream
 
-SMALLEST_SAVING: Final = 2
-"""Factors pay where they are at least so many times smaller than the matrix."""
 EXPLAINED: Final = 1e-5
 """A column of which less than this is new is taken for rounding."""
 
 Ranges = Sequence[tuple[int, int]]
-
-
-@attrs.frozen
-class Matrix:
-    """A matrix that travels as factors."""
-
-    name: str
-    start: int
-    """Where it begins in the flat buffer."""
-    rows: int
-    columns: int
 
 
 @attrs.frozen(eq=False)
@@ -73,30 +61,6 @@ class Contribution:
     """P' of each matrix."""
     generation: int = 0
     """Of the state that it belongs to."""
-
-
-def pays(rows: int, columns: int, rank: int) -> bool:
-    """Whether factors of a matrix are enough smaller than the matrix."""
-    return SMALLEST_SAVING * rank * (rows + columns) <= rows * columns
-
-
-def factored(layout: Layout, rank: int) -> tuple[list[Matrix], list[tuple[int, int]]]:
-    """The matrices of a stage that travel as factors, and where all the rest lies in the flat buffer."""
-    matrices, whole = [], []
-    for spec, start in zip(layout.specs, layout.offsets, strict=True):
-        if len(spec.shape) == 2 and pays(*spec.shape, rank):
-            matrices.append(Matrix(spec.name, start, *spec.shape))
-        else:
-            whole.append((start, start + spec.numel))
-    return matrices, whole
-
-
-def sizes(layout: Layout, rank: int) -> tuple[int, int]:
-    """Floats of the first and of the second round."""
-    matrices, whole = factored(layout, rank)
-    first = rank * sum(matrix.rows for matrix in matrices)
-    second = rank * sum(matrix.columns for matrix in matrices)
-    return first, second + sum(stop - start for start, stop in whole)
 
 
 def orthonormal(p: Tensor) -> Tensor:

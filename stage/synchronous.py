@@ -71,6 +71,7 @@ class SynchronousSteps:
                 except NobodyCame:
                     return await self._alone(step)
                 sent_bytes, second = first.payload_out, int(first.checksum[:7], 16)
+                mates = set(first.members) - {self._me}
             number += 1
             contribution = await self._device.run(STEP, self._compute.contribute, step, first, weigh)
             try:

@@ -20,7 +20,16 @@ from agorad.authority.admission import refusal
 from agorad.authority.messages import Facts
 from p2p.errors import Refused
 from stage.config import ModelConfig, TrainingConfig
-from stage.memory import Dtype, Graph, Mode, OptimizerPlace, round_bytes, stage_memory, wire_bytes
+from stage.memory import (
+    Dtype,
+    Graph,
+    Mode,
+    OptimizerPlace,
+    gradient_bytes,
+    round_bytes,
+    stage_memory,
+    wire_bytes,
+)
 
 GIB: Final = 1 << 30
 _OPTIMIZERS: Final[tuple[OptimizerPlace, ...]] = ("device", "8bit", "host")
@@ -71,7 +80,8 @@ def stage_needs(model: ModelConfig, training: TrainingConfig) -> tuple[StageNeed
             needs=tuple(_need(model, training, stage, optimizer) for optimizer in _OPTIMIZERS),
             traffic=batch * (wire_bytes(model, training) if stage < last else 0)
             + batch * (wire_bytes(model, training, backward=True) if stage > 0 else 0)
-            + round_bytes(model, training, stage),
+            + round_bytes(model, training, stage)
+            + sum(gradient_bytes(model, training, stage)),
         )
         for stage in range(model.stages)
     )

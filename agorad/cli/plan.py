@@ -207,6 +207,7 @@ def _stage(stage: StagePlan) -> dict[str, Any]:
         "components": {"device": stage.memory.device, "host": stage.memory.host},
         "boundary_bytes": stage.boundary_bytes,
         "round_bytes": stage.round_bytes,
+        "gradient_bytes": stage.gradient_bytes,
         "up_bytes": stage.up_bytes,
         "down_bytes": stage.down_bytes,
         "flops": stage.flops,

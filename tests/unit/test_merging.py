@@ -108,10 +108,17 @@ def test_the_compute_copy_follows() -> None:
 
 
 def test_smoothing_grows_from_a_half_to_nearly_one() -> None:
-    training = attrs.evolve(TRAINING, average_every=1, total_steps=3000)
-    found = [smoothing(training, number) for number in range(0, 4000, 10)]
+    training = attrs.evolve(TRAINING, average_every=1, total_steps=6000)
+    found = [smoothing(training, number) for number in range(0, 8000, 20)]
     assert found[:10] == [0.5] * 10
     assert found == sorted(found)
-    assert found[-1] == smoothing(training, 3000) == 0.99
-    middle = smoothing(training, 100 + 1450)
+    assert found[-1] == smoothing(training, 6000) == 0.99
+    middle = smoothing(training, 200 + 2900)
     assert math.isclose(middle, (0.5 + 0.99) / 2, rel_tol=1e-6)
+
+
+def test_smoothing_remembers_no_more_than_a_fifteenth_of_the_run() -> None:
+    """A weight is averaged total_steps / (average_every · slices) times."""
+    for total, last in ((12_000, 0.99), (600, 0.9), (100, 0.5), (7, 0.5)):
+        training = attrs.evolve(TRAINING, average_every=1, total_steps=total)
+        assert math.isclose(smoothing(training, total), last)

@@ -24,6 +24,7 @@ from stage.memory import Mode
 from stage.model import LOGITS_CHUNK, Stage, TailLoss
 from stage.parameters import forward_flops
 from stage.plan import ROUND_S, DoesNotFit, Setting, _cut, fit, plan
+from stage.powersgd import PowerSGD
 from stage.weights import CHUNK
 
 SMALL = ModelConfig(
@@ -144,6 +145,19 @@ def test_constants_are_those_of_the_code() -> None:
     spans = [kernels.slice_range(blocks, r, training.slices) for r in range(training.slices)]
     largest = max(stop - first for first, stop in spans)
     assert memory.round_bytes(model, training, 0) == largest * kernels.BLOCK * 4
+    assert memory.gradient_bytes(model, training, 0) == (0, 0, 0)
+    together = attrs.evolve(training, averaging="powersgd", powersgd_rank=4)
+    layout = genesis(model, 0, 1).layout
+    factors = PowerSGD(layout, 4, 1, torch.zeros(layout.size))
+    first = factors.project(1).values
+    second = factors.contribute(first, [(0, first.numel())], 1).values
+    left, right, whole = memory.gradient_bytes(model, together, 0)
+    assert (first.nbytes, second.nbytes, factors.nbytes) == (left, right + whole, right)
+    apart, joined = (
+        plan(attrs.evolve(setting("demo"), training=each)).stages[0] for each in (training, together)
+    )
+    assert joined.gradient_bytes == left + right + whole
+    assert joined.up_bytes > apart.up_bytes
 
 
 def test_a_cut_that_fits_is_found_and_balanced() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stage import powersgd
+from stage import factors
 from stage.parameters import Layout, ParameterSpec
 from stage.powersgd import Contribution, PowerSGD, Ranges, orthonormal
 
@@ -110,7 +110,7 @@ def test_enough_rank_is_exact_and_all_get_the_same(
 
 def test_rank_of_the_smaller_side_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the gradient, even where factors do not pay."""
-    monkeypatch.setattr(powersgd, "SMALLEST_SAVING", 0)
+    monkeypatch.setattr(factors, "SMALLEST_SAVING", 0)
     for rows, columns in ((6, 40), (40, 6), (9, 9)):
         swarm = Swarm(rows, columns, min(rows, columns))
         swarm.feed(1, [2, 5, 1])
@@ -217,9 +217,9 @@ def test_directions_that_are_only_rounding_are_none() -> None:
 
 
 def test_what_pays() -> None:
-    matrices, whole = powersgd.factored(layout(64, 64), 16)
+    matrices, whole = factors.factored(layout(64, 64), 16)
     assert [matrix.name for matrix in matrices] == ["wide"]
     assert sum(stop - start for start, stop in whole) == 15 + 64
-    assert not powersgd.factored(layout(64, 64), 17)[0]
-    assert powersgd.sizes(layout(64, 64), 16) == (16 * 64, 16 * 64 + 15 + 64)
-    assert powersgd.sizes(layout(64, 64), 64) == (0, 64 * 64 + 15 + 64)
+    assert not factors.factored(layout(64, 64), 17)[0]
+    assert factors.sizes(layout(64, 64), 16) == (16 * 64, 16 * 64, 15 + 64)
+    assert factors.sizes(layout(64, 64), 64) == (0, 0, 64 * 64 + 15 + 64)
