@@ -170,10 +170,14 @@ class Placing:
                         nursery.start_soon(catch_up, contact)
 
     def _reach(self) -> int:
-        """The distance from any place within which about ``replicas`` nodes are: as far as our own are."""
+        """The distance from any place within which to store without asking who is nearer.
+
+        Twice as far as our own ``replicas`` nearest are. That is an estimate from few nodes: a store too far
+        off is a copy more, one too timid a round trip more.
+        """
         nearest = self._table.nearest(self._table.own_id, self._limits.replicas)
         full = len(nearest) == self._limits.replicas
-        return nearest[-1].id ^ self._table.own_id if full else EVERYWHERE
+        return 2 * (nearest[-1].id ^ self._table.own_id) if full else EVERYWHERE
 
     def newcomer(self, contact: Contact) -> None:
         """Routes that a contact new to the table would be part of are to be found again."""
