@@ -1,4 +1,7 @@
-"""``bench allreduce``: averaging rounds of processes over loopback, some of which may die or be slow."""
+"""``bench allreduce``: averaging rounds of processes over loopback or over the lines of a lab.
+
+Some of the members may die or be slow.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import attrs
 
 from agorad.ask import CommandFailed, NoAnswer
 from agorad.bench.ends import End, end, said, tell
+from agorad.lab.network import Line, Place, lab
 from p2p.averaging.roster import MAX_FLOATS, MAX_MEMBERS
 from p2p.averaging.shares import FLOAT_BYTES
 from p2p.identity import Identity
@@ -71,22 +75,38 @@ def check(peers: int, floats: int, kills: list[Kill], slow: list[int]) -> None:
 
 
 def run(
-    peers: int, floats: int, dtype: str, repeat: int, kills: list[Kill], slow: list[int]
+    peers: int,
+    floats: int,
+    dtype: str,
+    repeat: int,
+    kills: list[Kill],
+    slow: list[int],
+    link: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """Measure; the result is what ``--json`` prints. NoAnswer, CommandFailed when a member hangs or ends."""
+    """Measure; the result is what ``--json`` prints. NoAnswer, CommandFailed when a member hangs or ends.
+
+    ``link``: Mbit/s of each member's line, each way, and milliseconds of a round trip between two of them;
+    NoLab where that cannot be had.
+    """
     authority = Identity.generate()
     with ExitStack() as stack:
+        places: list[Place] = []
+        if link is not None:
+            line = Line(up_mbps=link[0], down_mbps=link[0], delay_ms=link[1] / 4)
+            places = stack.enter_context(lab([line] * peers))
         ends: list[End] = []
         for index in range(peers):
             due = [kill.seconds for kill in kills if kill.member == index]
             spec = {
                 "index": index,
+                "address": places[index].addr if places else "127.0.0.1",
                 "floats": floats,
                 "dtype": dtype,
                 "slow": index in slow,
                 "kill_s": due[0] if due else None,
             }
-            ends.append(stack.enter_context(end(MODULE, spec, authority, stage=STAGE)))
+            prefix = places[index].command() if places else []
+            ends.append(stack.enter_context(end(MODULE, spec, authority, prefix, stage=STAGE)))
         for process in ends:
             said(process, ANSWER_S)
         mates: dict[str, str] = {}
@@ -106,7 +126,8 @@ def run(
             if "failed" not in facts:
                 tell(ends[index], {"check": True})
                 facts |= said(ends[index], ANSWER_S)
-    return _summed(peers, floats, dtype, list(mates), counted)
+    where = None if link is None else {"mbps": link[0], "rtt_ms": link[1]}
+    return _summed(peers, floats, dtype, list(mates), counted) | {"link": where}
 
 
 def _round(ends: list[End], number: int, mortal: set[int]) -> dict[int, dict[str, Any]]:
@@ -171,6 +192,9 @@ def lines(result: dict[str, Any]) -> str:
         f"{finished} of {result['survivors']} survivors finished, {result['fraction'] * 100:.1f} % averaged, "
         f"{alike}",
     ]
+    if result["link"] is not None and result["bytes_out"]:
+        least = max(result["bytes_out"]) * 8 / result["link"]["mbps"] / 1e6
+        out.append(f"what a member sent needs {least:.3f} s of its line: {least / median:.2f} of the round")
     if result["max_error"] is not None:
         out.append(f"largest distance to the exact weighted mean {result['max_error']:.1e}")
     out += [f"failed  {one['peer']}: {one['reason']}" for one in result["failed"]]

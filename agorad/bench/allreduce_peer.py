@@ -35,7 +35,6 @@ from p2p.multiaddr import Multiaddr
 from stage.codec import CODECS
 from stage.reduce import KernelReducer
 
-LOCAL: Final = Multiaddr.parse("/ip4/127.0.0.1/tcp/0")
 STAGE: Final = 0
 CHUNK: Final = 1 << 20
 """Floats made, and checked, at a time."""
@@ -107,7 +106,7 @@ async def peer(spec: dict[str, Any]) -> None:
         config=RoundConfig(group_size=MAX_MEMBERS),
     )  # fmt: skip
     say(ready=True)
-    async with host.run([LOCAL]), trio.open_nursery() as nursery:
+    async with host.run([Multiaddr.tcp(spec["address"], 0)]), trio.open_nursery() as nursery:
         seeds = [Multiaddr.parse(text) for text in (await _line())["seeds"]]
         nursery.start_soon(dht.run, [(addr.peer_id, [addr]) for addr in seeds if addr.peer_id is not None])
         await dht.joined.wait()

@@ -117,6 +117,7 @@ def dht(peers: int, as_json: bool) -> None:
     "--kill", "kills", multiple=True, metavar="MEMBER@SECONDS", help="Ends it then, from the commit."
 )
 @click.option("--slow", type=int, multiple=True, metavar="MEMBER", help="Its link carries 20 Mbit/s.")
+@click.option("--link", metavar="MBPS/RTT_MS", help="Each over a line of its own, each way; needs root.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def allreduce(
     peers: int,
@@ -125,22 +126,27 @@ def allreduce(
     repeat: int,
     kills: tuple[str, ...],
     slow: tuple[int, ...],
+    link: str | None,
     as_json: bool,
 ) -> None:
-    """Averaging rounds of processes over loopback, encrypted, as members of a run.
+    """Averaging rounds of processes over loopback or lines, encrypted, as members of a run.
 
     With --kill there is one round, and what counts is what the survivors hold. Exits with 1 if a survivor did
     not finish, or not with the same bytes.
     Example: agoractl bench allreduce --peers 5 --floats 10000000 --kill 2@0.3
     """
     from agorad.bench import allreduce as benchmark
+    from agorad.bench.net import parse_link
+    from agorad.lab.network import NoLab
 
     try:
         deaths = [benchmark.parse_kill(text) for text in kills]
         benchmark.check(peers, floats, deaths, list(slow))
+        result = benchmark.run(peers, floats, dtype, repeat, deaths, list(slow), parse_link(link))
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
-    result = benchmark.run(peers, floats, dtype, repeat, deaths, list(slow))
+    except NoLab as error:
+        raise CommandFailed("no lab", str(error)) from error
     click.echo(json.dumps(result) if as_json else benchmark.lines(result))
     if result["failed"] or not result["identical"]:
         raise SystemExit(1)

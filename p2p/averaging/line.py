@@ -50,11 +50,16 @@ class Outbox:
         self.payload_out = 0
         self.payload_in = 0
 
-    def post(self, header: dict[str, Any], payload: Buffer = b"") -> None:
-        """Queue a message. One who asks and asks without reading the answers loses the line."""
+    def post(self, header: dict[str, Any], payload: Buffer = b"", *, first: bool = False) -> None:
+        """Queue a message, in front of all others if ``first``.
+
+        One who asks and asks without reading the answers loses the line.
+        """
         if len(self._queue) >= QUEUE_LIMIT:
             self._queue.clear()
             self._closed = True
+        elif first and not self._closed:
+            self._queue.appendleft((header, payload))
         elif not self._closed:
             self._queue.append((header, payload))
         self._changed.set()

@@ -55,6 +55,31 @@ def test_one_who_loses_its_only_mate_says_so_and_fails() -> None:
     assert len(result["failed"]) == 1
 
 
+@pytest.mark.long
+@pytest.mark.timeout(130)
+def test_members_behind_lines_agree_and_no_round_is_faster_than_its_lines() -> None:
+    """docs/benchmarks.md has what rounds reach of their lines; how busy this machine is decides that here."""
+    command = [sys.executable, "-m", "agorad.cli", "bench", "allreduce", "--peers=3", "--floats=5000000"]
+    done = subprocess.run(
+        [*command, "--repeat=2", "--link=100/40", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if done.returncode and "lab" in done.stderr:
+        pytest.skip(done.stderr)
+    result = json.loads(done.stdout)
+    jsonschema.Draft202012Validator(SCHEMA["bench allreduce"]).validate(result)
+    assert result["link"] == {"mbps": 100.0, "rtt_ms": 40.0}
+    assert result["fraction"] == 1.0
+    assert result["identical"]
+    assert result["drops"] == []
+    needed = max(result["bytes_out"]) * 8 / 100e6
+    print(f"{needed:.2f} s of a line; rounds took {result['seconds']}")
+    assert min(result["seconds"]) >= needed
+
+
 @pytest.mark.parametrize(
     ("argument", "word"),
     [
