@@ -136,6 +136,11 @@ _LINES: Final[dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]]] = {
     "manifest_ignored": ("WARNING", lambda e: f"a newer manifest is not taken up: {e['why']}"),
     "update_wanted": ("WARNING", lambda e: e["why"]),
     "settings_taken": ("RUN", lambda e: f"from step {e['step']} on: {', '.join(e['settings'])}"),
+    "moving": (
+        "JOIN",
+        lambda e: f"moving from stage {e['origin']} to stage {e['target']}, where it is missed more",
+    ),
+    "move_refused": ("JOIN", lambda e: f"cannot go to stage {e['stage']} now: {e['why']}"),
     "renewal_overdue": ("JOIN", lambda e: f"the certificate ran out, in grace now: {e['why']}"),
     "join_delayed": ("JOIN", lambda e: f"not in yet ({e['why']}); asking again in {e['retry_s']:.0f} s"),
     "join_answered": ("JOIN", _joined),

@@ -164,6 +164,24 @@ class CertificateGranted(Event):
 
 
 @attrs.frozen(kw_only=True)
+class Moving(Event):
+    """This node goes to another stage, where it is missed more: it restarts, and fetches the state there."""
+
+    origin: int
+    target: int
+    gain: float
+    """By how much the slower of the two stages is faster afterwards than the target was."""
+
+
+@attrs.frozen(kw_only=True)
+class MoveRefused(Event):
+    """This node should go to another stage by everybody's rule, and no authority lets it now."""
+
+    stage: int
+    why: str
+
+
+@attrs.frozen(kw_only=True)
 class JoinChecking(Event):
     """An authority looks at something that takes a moment: ``account``, ``port`` or ``network``."""
 

@@ -106,6 +106,31 @@ async def obtain_certificate(node: Node, download: Download | None = None) -> Ce
     return certificate
 
 
+async def obtain_move(node: Node, stage: int) -> None:
+    """A certificate for another stage, on disk for the next start; the one in force stays until then.
+
+    Raises P2PError or trio.TooSlowError if no authority grants one now.
+    """
+    authorities = [ref.peer_id for ref in node.manifest.authorities]
+    node.rng.shuffle(authorities)
+    trouble: P2PError = PeerGone("the run lists no authority")
+    for authority in authorities:
+        try:
+            granted = await _join(node, authority, await _request(node, None, stage), None)
+            certificate = Certificate.decode(granted.certificate)
+            node.trust.check(certificate, node.identity.peer_id, node.clock())
+            if certificate.stage != stage:
+                raise RemoteError(f"the authority gave stage {certificate.stage} instead of {stage}")
+            _write(_path(node), certificate)
+        except P2PError as error:
+            trouble = error
+        except OSError as error:
+            raise LocalError(f"cannot keep the certificate of stage {stage}: {error.strerror}") from error
+        else:
+            return
+    raise trouble
+
+
 async def keep_certificate(node: Node, certificate: Certificate, fresh: bool = True) -> None:
     """Renew at half life, for as long as the node runs; at once if it is one of an earlier life."""
     left_s = (certificate.issued + certificate.expires) / 2 - node.clock() if fresh else 0.0
@@ -374,14 +399,18 @@ def _keep(node: Node, certificate: Certificate, why: str) -> None:
         )
     )
     path = _path(node)
-    fresh = path.with_name(path.name + ".new")
     try:
-        fresh.write_bytes(certificate.encode())
-        fresh.replace(path)
+        _write(path, certificate)
     except OSError as error:  # the node works without it; only the next start has to ask
         node.warnings["certificate"] = f"cannot keep the certificate in {path}: {error.strerror}"
     else:
         node.warnings.pop("certificate", None)
+
+
+def _write(path: Path, certificate: Certificate) -> None:
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_bytes(certificate.encode())
+    fresh.replace(path)
 
 
 def _read(node: Node) -> Certificate | None:

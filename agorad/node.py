@@ -113,6 +113,8 @@ class Node:
     """Called when ``manifest`` was replaced by a newer one; roles add theirs."""
     watch_s: float = standing.WATCH_S
     """Longest pause between two looks at what authorities publish."""
+    moves_s: float = 30.0
+    """Between two looks at whether another stage misses this node more."""
     stopping: trio.Event = attrs.field(factory=trio.Event)
     """Set when the node is to leave."""
     session: bytes = attrs.field(factory=lambda: os.urandom(16), repr=False)
@@ -187,11 +189,11 @@ class Node:
             self.status["phase"] = "leaving"
             self.stopping.set()
 
-    def restart(self) -> None:
+    def restart(self, why: str = "asked to restart") -> None:
         """Leave in order, then begin anew in the same process; the manager is told of a reload."""
         if not self.stopping.is_set():
             self.again = True
-            self.stop("asked to restart")
+            self.stop(why)
 
     def reload(self) -> None:
         """Read the settings again, all or nothing; ``LocalError`` says why they were kept as before."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,6 +100,8 @@ class Admission:
     """Whether an announced address must be reachable from outside."""
     joins_per_minute: float = 0.0
     """Pace of grants; joins beyond it queue. 0: not paced."""
+    moves_per_hour: float = 30.0
+    """How often a node of the run may go to another stage where it is missed more. 0: never."""
     queue_limit: int = 2000
     queue_timeout_s: float = 3600.0
     place_kept_s: float = 300.0
@@ -123,6 +126,11 @@ class Admission:
         """Seconds between two grants out of the queue; 0: not paced."""
         return 60.0 / self.joins_per_minute if self.joins_per_minute else 0.0
 
+    @property
+    def move_pace_s(self) -> float:
+        """Seconds between two nodes that change their stage; infinite: none may."""
+        return 3600.0 / self.moves_per_hour if self.moves_per_hour else math.inf
+
 
 _ADMISSION_BOUNDS: Final = (
     ("max_nodes", 1, 1_000_000),
@@ -134,6 +142,7 @@ _ADMISSION_BOUNDS: Final = (
     ("max_rtt_ms", 0, 60_000),
     ("max_clock_skew_s", 0, 86_400),
     ("joins_per_minute", 0, 1e6),
+    ("moves_per_hour", 0, 3600),
     ("queue_limit", 1, 100_000),
     ("queue_timeout_s", 0, 30 * 86_400),
     ("place_kept_s", 0, 86_400),

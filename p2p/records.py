@@ -29,6 +29,7 @@ MAX_ADDRS: Final = 8
 MAX_ADDR_CHARS: Final = 256
 MAX_STEP: Final = 1 << 48
 MAX_SLOTS: Final = 1 << 16
+MAX_STAGES: Final = 256
 MAX_RATE: Final = 1e9
 """Upper bound of rates, bandwidths and weights; what a peer claims beyond it is nonsense."""
 PHASES: Final = frozenset(
@@ -91,12 +92,17 @@ class StageRecord:
     """Microbatches in progress."""
     round: tuple[int, float, int, float] | None = None
     """Its last averaging: number, fraction averaged, members, unix time."""
+    capacity: float | None = None
+    """Samples a second that it could complete if it always had work."""
+    moves: tuple[int, ...] = ()
+    """Stages where it would go."""
     generation: int = 0
     """Roll-backs of the run that its state has seen."""
 
     def to_value(self) -> dict[str, Any]:
         last = None if self.round is None else list(self.round)
-        return {**attrs.asdict(self), "addrs": list(self.addrs), "round": last}
+        lists = {"addrs": list(self.addrs), "moves": list(self.moves), "round": last}
+        return {**attrs.asdict(self), **lists}
 
     @classmethod
     def from_value(cls, value: Any) -> Self:
@@ -114,6 +120,8 @@ class StageRecord:
             and (value.get("working") is None or _is_count(value["working"], MAX_SLOTS))
             and (value.get("round") is None or _is_round(value["round"]))
             and _is_count(value.get("generation", 0), MAX_STEP)
+            and (value.get("capacity") is None or _is_amount(value["capacity"]))
+            and _are_stages(value.get("moves", []))
         ):
             raise RemoteError("a stage record that is not what its key promises")
         disagreement = value.get("disagreement")
@@ -129,6 +137,8 @@ class StageRecord:
             working=value.get("working"),
             round=None if value.get("round") is None else tuple(value["round"]),
             generation=value.get("generation", 0),
+            capacity=None if value.get("capacity") is None else float(value["capacity"]),
+            moves=tuple(value.get("moves", [])),
         )
 
 
@@ -280,6 +290,14 @@ def read_all(kind: type[_Kind], records: Mapping[str, Record], *, emit: Emit = i
         except RemoteError:
             emit(RecordUnreadable(key=record.key, owner=record.owner))
     return found
+
+
+def _are_stages(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) <= MAX_STAGES
+        and all(_is_count(stage, MAX_STAGES) for stage in value)
+    )
 
 
 def _is_count(value: Any, limit: int) -> bool:

@@ -266,6 +266,11 @@ class SnapshotStore:
             except OSError as error:
                 raise LocalError(f"cannot remove a snapshot in {self.folder}: {error.strerror}") from None
 
+    def clear(self) -> None:
+        """Remove all snapshots: they are of no use any more. Raises LocalError."""
+        while self.newest_step() is not None:
+            self.discard_newest()
+
     def make_room(self) -> None:
         """Remove what is left of failed saves and downloads, and all snapshots but the newest.
 

@@ -117,6 +117,28 @@ class Issuer:
             usual_mbps=usual_mbps,
         )
 
+    def check_move(self, join: Join, peer: PeerId, stage: int, now: float) -> None:
+        """``Refused`` if a node at work may not change to ``stage`` now; else the pace counts it as moved.
+
+        A node that was started anew asks with another session: where it begins is its user's to say.
+        """
+        before = self.store.grant_of(peer)
+        if before is None or before.left or before.stage == stage or before.expires <= now:
+            return
+        if before.session != join.session:
+            return
+        pace_s = self.manifest.admission.move_pace_s
+        if math.isinf(pace_s):
+            raise refusal("no_move", "this run lets no node change its stage (admission.moves_per_hour)")
+        active = self.store.active(now)
+        if not any(grant.stage == before.stage and grant.peer_id != peer for grant in active):
+            raise refusal("no_move", f"stage {before.stage} would be left without a node", pace_s)
+        wait_s = self.store.claim_move(now, pace_s)
+        if wait_s > 0:
+            raise refusal(
+                "no_move", f"another node changed its stage; the next may in {wait_s:.0f} s", wait_s
+            )
+
     def grant(
         self, join: Join, peer: PeerId, account: str, stage: int, now: float, *, entering: bool = False
     ) -> Certificate:

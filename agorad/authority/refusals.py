@@ -73,6 +73,7 @@ REFUSALS: Final[dict[str, Refusal]] = {
     "full": _again("wait for a place; nodes come and go"),
     "joins_paused": _again("wait until the operator opens the run again"),
     "busy": _again("wait a moment"),
+    "no_move": _again("wait; nodes change their stage one at a time, where the run allows it"),
     "unavailable": _again("wait a moment; if it lasts, tell the run's operator"),
     "hub_unavailable": _again("wait a moment; the Hugging Face hub does not answer the authority"),
     "unknown_peer": _again("join again; the authority does not remember this node"),

@@ -20,6 +20,8 @@ from agorad.authority.books import Books, Execute, keep_tenure
 from agorad.authority.database import Database
 from agorad.authority.queue import Place
 
+LAST_MOVE: Final = "last_move"
+"""Setting: unix time at which a node changed its stage last."""
 _COLUMNS: Final = 'peer_id, account, stage, session, addrs, issued, expires, "left"'
 
 
@@ -203,6 +205,20 @@ class Store:
                 {"name": name, "value": value},
             )
             _audit(execute, now, by, name, value)
+
+    def claim_move(self, now: float, pace_s: float) -> float:
+        """Seconds until a node may change its stage; 0: this one may, and is the last that did."""
+        with self._db.transaction(exclusive=True) as execute:
+            rows = execute("SELECT value FROM settings WHERE name = :name", {"name": LAST_MOVE})
+            last = min(now, float(rows[0][0])) if rows else -math.inf
+            if now < last + pace_s:
+                return last + pace_s - now
+            execute(
+                "INSERT INTO settings (name, value) VALUES (:name, :value) "
+                "ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                {"name": LAST_MOVE, "value": repr(now)},
+            )
+        return 0.0
 
     def audit_log(self, limit: int) -> list[Audited]:
         """What operators did, the newest first."""

@@ -171,6 +171,12 @@ class Narrator:
             ("NODE", f"preparing stage {e['stage']}; that can take some minutes"),
         ]
 
+    def _on_moving(self, e: Mapping[str, Any]) -> list[Line]:
+        return [
+            ("NODE", f"moving from stage {e['origin']} to stage {e['target']}, where it is missed more"),
+            ("NODE", "it starts again and fetches the state there first; nothing is to be done"),
+        ]
+
     def _on_renewal_overdue(self, e: Mapping[str, Any]) -> list[Line]:
         left = duration(max(0.0, e["grace_until"] - e["at"]))
         return self._once(

@@ -418,6 +418,7 @@ class Desk:
         def both() -> tuple[Certificate, Choice]:
             choice = self._choose(joiner, promised)  # nobody else is granted anything in between
             join, now = joiner.join, self.node.clock()
+            self.issuer.check_move(join, joiner.peer, choice.stage, now)
             certificate = self.issuer.grant(
                 join, joiner.peer, joiner.account, choice.stage, now, entering=entering
             )

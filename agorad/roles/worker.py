@@ -12,12 +12,13 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import attrs
 import torch
 import trio
 
-from agorad import neighbours, points
+from agorad import moving, neighbours, points
 from agorad.checkpoints import Checkpoints, remove_older, snapshots_of
 from agorad.clockwatch import read_clock, watch_clock
 from agorad.events import Trouble
@@ -213,6 +214,10 @@ class _Worker:
         self.saving = trio.Lock()
         self.saved_bytes = 0
         self.rate = Rate()
+        self.capacity = moving.Capacity()
+        self.moves: tuple[int, ...] = ()
+        """Stages where this node would go."""
+        self.moved = False
         self.checkpoints = Checkpoints(node, stage, floats=compute.floats, fingerprint=compute.fingerprint)
         generation = self.checkpoints.generation
         self.roster = Roster(node.dht, node.trust, node.clock, lambda: generation)
@@ -313,7 +318,18 @@ class _Worker:
             node.readings = self.readings
             node.levers = self.levers()
             await trio.lowlevel.checkpoint()
+            self.moves = await trio.to_thread.run_sync(moving.possible, node)
             nursery.start_soon(self.declaration.run)
+            nursery.start_soon(
+                partial(
+                    moving.watch,
+                    node,
+                    Roster(node.dht, node.trust, node.clock),
+                    self.stage,
+                    phase=lambda: self.replica.phase,
+                    moved=self.has_moved,
+                )
+            )
             node.ready()
             await node.stopping.wait()
             await self.leave()
@@ -410,6 +426,10 @@ class _Worker:
             except (P2PError, trio.TooSlowError):
                 await trio.sleep(CLOCK_RETRY_S)
 
+    def has_moved(self) -> None:
+        """The next life is at another stage: what is kept of this one is of no use there."""
+        self.moved = True
+
     def describe(self) -> StageRecord:
         certificate = self.node.certificate
         assert certificate is not None
@@ -424,6 +444,8 @@ class _Worker:
             disagreement=self.replica.disagreement,
             snapshot_step=self.replica.state_step,
             working=self.server.in_progress,
+            capacity=self.capacity.samples_a_second(sum(self.device.busy_s.values()), self.server.added),
+            moves=self.moves if self.replica.phase == "active" else (),
             generation=self.checkpoints.generation,
             round=None if last is None else (last.number, last.fraction, last.members, last.at),
         )
@@ -510,6 +532,10 @@ class _Worker:
             await self.declaration.withdraw()
             await self.server.wait_idle()
         # One of before a roll-back goes into a folder that nobody begins with.
+        if self.moved:
+            with contextlib.suppress(LocalError):  # then the next life says that it does not fit
+                await trio.to_thread.run_sync(self.store.clear)
+            return
         spoilt = self.node.ending is not None and self.node.ending.code == ExitCode.NUMERICAL
         if self.replica.phase in ("active", "warming") and not spoilt:
             try:
