@@ -9,6 +9,7 @@ import trio
 
 from agorad.node import Node
 from p2p.errors import P2PError
+from p2p.identity import PeerId
 from p2p.records import ClockRecord, clock_key, read_all
 from stage.clock import Reading, StepClock
 
@@ -27,10 +28,12 @@ async def read_clock(node: Node, clock: StepClock) -> bool:
     found = read_all(ClockRecord, records, emit=node.emit)
     advanced = False
     for owner, record in found.items():
-        try:
-            advanced |= clock.observe([Reading(owner, record.samples, record.signature)])
-        except P2PError:
-            continue  # anybody may write under this key; only trainers' signatures count
+        told = [(owner, record.samples, record.signature), *record.others]
+        for reading in told:
+            try:
+                advanced |= clock.observe([Reading(PeerId(reading[0]), reading[1], reading[2])])
+            except P2PError:
+                break  # anybody may write under this key; only trainers' signatures count
     return advanced
 
 

@@ -27,6 +27,7 @@ from p2p.lease import Lease
 from p2p.limits import KIB, Limits
 from p2p.membership import Member
 from p2p.muxed import MuxedStream
+from p2p.path import Path
 from p2p.patience import Patience
 from p2p.secure import Upgraded
 from p2p.shaper import Shaper
@@ -177,6 +178,14 @@ class Connection:
         return f"<Connection to {short(self.peer)} at {self.addr}>"
 
     # for users
+
+    def path(self) -> Path | None:
+        """What the kernel knows of the way to this peer; None where it does not say."""
+        return self._wire.path()
+
+    def pace(self, rate: float | None) -> None:
+        """Send at most ``rate`` bytes a second to this peer from now on; None: as fast as it goes."""
+        self._wire.pace(rate)
 
     @property
     def last_answer(self) -> float:

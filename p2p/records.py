@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeGuard, TypeVar
 
 import attrs
 
@@ -158,10 +158,13 @@ class ClockRecord:
     """Mean of its last microbatches' losses, for people."""
     evaluated: tuple[int, float] | None = None
     """Step and loss of its last evaluation, if it is the trainer that evaluates."""
+    others: tuple[tuple[str, int, bytes], ...] = ()
+    """What it knows of other trainers, first those that said nothing new for longest: peer id, samples, and
+    their own signature. The record of one that is gone for ever expires; what it did still counts."""
 
     def to_value(self) -> dict[str, Any]:
         last = None if self.evaluated is None else list(self.evaluated)
-        return {**attrs.asdict(self), "evaluated": last}
+        return {**attrs.asdict(self), "evaluated": last, "others": [list(other) for other in self.others]}
 
     @classmethod
     def from_value(cls, value: Any) -> Self:
@@ -177,13 +180,35 @@ class ClockRecord:
         # The count has to be read whatever became of the loss: a run that diverges says NaN here.
         loss = loss if _is_amount(loss) else None
         evaluated = evaluated if _is_evaluation(evaluated) else None
+        others = value.get("others")
         return cls(
+            others=tuple((who, count, by) for who, count, by in others) if _are_counts(others) else (),
             samples=value["samples"],
             at=float(value["at"]),
             signature=value["signature"],
             loss=None if loss is None else float(loss),
             evaluated=None if evaluated is None else (evaluated[0], float(evaluated[1])),
         )
+
+
+OTHERS = 24
+"""Most counts of others in a clock record; they fit it."""
+
+
+def _are_counts(value: object) -> TypeGuard[list[tuple[str, int, bytes]]]:
+    return (
+        isinstance(value, list)
+        and len(value) <= OTHERS
+        and all(
+            isinstance(item, list)
+            and len(item) == 3
+            and isinstance(item[0], str)
+            and _is_count(item[1], MAX_STEP)
+            and isinstance(item[2], bytes)
+            and len(item[2]) == 64
+            for item in value
+        )
+    )
 
 
 @attrs.frozen

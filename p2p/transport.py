@@ -12,6 +12,7 @@ from typing import Protocol, final
 
 import trio
 
+from p2p import path
 from p2p.errors import DialError, LocalError
 from p2p.multiaddr import Multiaddr
 
@@ -127,6 +128,14 @@ class Wire:
         self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
         self._came: bytes | bytearray | None = None
         """Of a stream that is no socket: what ``readable`` got."""
+
+    def path(self) -> path.Path | None:
+        """Figures of the way to the peer, where this is a socket."""
+        return path.look(self._socket)
+
+    def pace(self, rate: float | None) -> None:
+        """Bound what the socket sends, in bytes a second; None: no bound."""
+        path.bound(self._socket, rate)
 
     async def readable(self, most: int) -> None:
         """Until ``read`` has something to say; no buffer is needed meanwhile."""

@@ -5,7 +5,8 @@ Newcomers are members of the donor's stage, and nodes that wait in the queue and
 which it has a part, or that it gets from another donor too. A donor that is ACTIVE gives that one if it has
 it, else (unless nothing else is of use to the newcomer) it makes sure that its newest snapshot is of about
 its present step and gives that: the manifest, its signature over it, then chunk by chunk what is asked for,
-packed where that pays (``stage.packing``). Files are read in threads.
+packed where that pays (``stage.packing``), at a pace that leaves the line to training (``stage.pacing``).
+Files are read in threads.
 
 A snapshot that was given stays readable for ``HOLD_S`` after its last reader, even when newer ones have
 pushed it off the disk's folder: who lost the line goes on where it stopped.
@@ -27,6 +28,7 @@ from p2p.errors import LocalError, PeerGone, Refused, RemoteError
 from p2p.hello import Admission, check_gate
 from p2p.identity import Identity
 from p2p.rpc import Call
+from stage.pacing import TICK_S, Pace
 from stage.packing import Packer
 from stage.snapshot import SnapshotFile, SnapshotStore
 
@@ -88,7 +90,10 @@ class Donor:
             given = await self._choose(digest, only)
             given.readers += 1
             try:
-                await self._serve(call, given.file)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_keep_pace, call)
+                    await self._serve(call, given.file)
+                    nursery.cancel_scope.cancel()
             finally:
                 given.readers -= 1
                 given.last_at = trio.current_time()
@@ -189,6 +194,19 @@ class Donor:
         if call.member is None or (call.member.role, call.member.stage) != ("worker", self._stage):
             raise Refused("wrong_stage", f"this replica has the state of stage {self._stage} only")
         return "member"
+
+
+async def _keep_pace(call: Call) -> None:
+    """Until cancelled: the download takes of the line what training leaves."""
+    pace = Pace()
+    try:
+        while True:
+            await trio.sleep(TICK_S)
+            path = call.connection.path()
+            if path is not None:
+                call.connection.pace(pace.look(path))
+    finally:
+        call.connection.pace(None)
 
 
 def chunk_index(header: dict[str, Any], chunks: int) -> int:

@@ -21,7 +21,7 @@ from agorad.node import Node
 from agorad.outbox import Outbox
 from agorad.points import Submitter
 from p2p.errors import LocalError
-from p2p.records import ClockRecord, clock_key
+from p2p.records import OTHERS, ClockRecord, clock_key
 from stage.clock import StepClock
 from stage.credits import Credits, places
 from stage.data import Source
@@ -209,10 +209,13 @@ async def _publish_clock(node: Node, clock: StepClock, trainer: Trainer) -> None
 
 
 async def _store_clock(node: Node, clock: StepClock, trainer: Trainer) -> None:
-    mine = next((r for r in clock.readings if r.trainer == node.identity.peer_id), None)
+    own = node.identity.peer_id
+    mine = next((r for r in clock.readings if r.trainer == own), None)
     if mine is None:
         return
+    others = [(r.trainer, r.samples, r.signature) for r in clock.readings if r.trainer != own]
     record = ClockRecord(
+        others=tuple(others[:OTHERS]),
         samples=mine.samples,
         at=node.clock(),
         signature=mine.signature,
@@ -221,7 +224,7 @@ async def _store_clock(node: Node, clock: StepClock, trainer: Trainer) -> None:
     )
     await node.dht.store(
         clock_key(node.manifest.run.id),
-        node.identity.peer_id,
+        own,
         record.to_value(),
         ttl=CLOCK_TTL_S,
         deadline=STORE_S,

@@ -95,6 +95,32 @@ def test_readings_travel_and_the_last_changed_go_first() -> None:
     assert other.samples == MAX_READINGS + 1
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.randoms(use_true_random=False))
+def test_replicas_that_miss_headers_never_run_ahead_or_back_and_meet_again(random: Any) -> None:
+    """Three trainers: one is gone for ever half way, one tells old counts; each replica hears half of it."""
+    truth, told = [0, 0, 0], made()
+    replicas = [made() for _ in range(4)]
+    for tick in range(60):
+        who = random.randrange(3)
+        if who == 0 and tick > 30:
+            continue  # gone, and its count stays what it was
+        truth[who] += random.randrange(8)
+        said = truth[who] if who != 1 or random.random() < 0.5 else random.randrange(truth[who] + 1)
+        told.observe([reading(who, said)])
+        header = told.readings
+        for replica in replicas:
+            if random.random() < 0.5:
+                before = replica.step
+                advanced = replica.observe(header)
+                assert replica.step >= before
+                assert advanced == (replica.step > before)
+                assert replica.samples <= sum(truth)
+    for replica in replicas:
+        replica.observe(told.readings)
+    assert {replica.step for replica in replicas} == {told.step}
+
+
 GOOD = reading(0, 5).to_wire()
 
 

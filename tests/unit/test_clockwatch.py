@@ -9,10 +9,12 @@ import trio
 import trio.testing
 
 from agorad import clockwatch
-from agorad.clockwatch import QUIET, SOON_S, WATCH_S, watch_clock
+from agorad.clockwatch import QUIET, SOON_S, WATCH_S, read_clock, watch_clock
 from agorad.node import Node
 from p2p.errors import PeerGone
-from p2p.identity import Identity
+from p2p.identity import Identity, PeerId
+from p2p.kad.record import Record, Verifier, seal
+from p2p.records import ClockRecord
 from stage.clock import Reading, StepClock
 
 TRAINER = Identity.generate(bytes([1]) * 32)
@@ -63,3 +65,50 @@ def test_who_is_told_looks_seldom_but_looks(monkeypatch: Any) -> None:
 def test_a_run_that_stands_still_is_not_asked_about_all_the_time(monkeypatch: Any) -> None:
     at = looks(monkeypatch, QUIET * SOON_S + 10 * WATCH_S + 0.2, header_every=None, moving=False)
     assert len(at) == QUIET + 10
+
+
+LIVING, GONE, LIAR = (Identity.generate(bytes([number]) * 32) for number in (2, 3, 4))
+
+
+def record_of(who: Identity, samples: int, *others: Reading) -> tuple[PeerId, Record]:
+    told = ClockRecord(
+        samples=samples,
+        at=0.0,
+        signature=Reading.signed(who, "run", samples).signature,
+        others=tuple((r.trainer, r.samples, r.signature) for r in others),
+    )
+    sealed = seal(who, "clock/run", who.peer_id, told.to_value(), seq=1, issued=0.0, ttl=10)
+    return who.peer_id, Verifier().open(sealed.wire)
+
+
+def read_by_a_newcomer(*records: tuple[PeerId, Record]) -> StepClock:
+    clock = StepClock("run", frozenset({LIVING.peer_id, GONE.peer_id}), 10)
+
+    async def get(_key: str, *, deadline: float) -> dict[PeerId, Record]:
+        await trio.lowlevel.checkpoint()
+        return dict(records)
+
+    node = SimpleNamespace(
+        dht=SimpleNamespace(get=get),
+        manifest=SimpleNamespace(run=SimpleNamespace(id="run")),
+        emit=lambda _event: None,
+    )
+    trio.run(read_clock, cast(Node, node), clock)
+    return clock
+
+
+def test_what_a_trainer_did_that_is_gone_for_ever_still_counts() -> None:
+    """Its own record has expired, and a newcomer must not take the run for half as far as it is."""
+    gone = Reading.signed(GONE, "run", 500)
+    clock = read_by_a_newcomer(record_of(LIVING, 300, gone))
+    assert (clock.samples, clock.step) == (800, 80)
+    # It comes back, from before: nobody goes back with it.
+    assert not clock.observe([Reading.signed(GONE, "run", 40)])
+    assert clock.step == 80
+
+
+def test_what_is_told_of_others_is_believed_with_their_signature_only() -> None:
+    forged = Reading(GONE.peer_id, 10**9, Reading.signed(LIAR, "run", 10**9).signature)
+    assert read_by_a_newcomer(record_of(LIVING, 300, forged)).samples == 300
+    stranger = Reading.signed(GONE, "run", 500)
+    assert read_by_a_newcomer(record_of(LIAR, 1, stranger)).samples == 0

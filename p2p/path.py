@@ -1,0 +1,57 @@
+"""What the kernel knows of a TCP connection's path, and how fast it may send there.
+
+Read with ``TCP_INFO``, bounded with ``SO_MAX_PACING_RATE``, by which the kernel spaces packets of one socket
+whatever the queue of the device. Both are Linux's; elsewhere, and on streams that are no sockets, there are
+no figures and a bound does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from typing import Final
+
+import attrs
+import trio
+
+SO_MAX_PACING_RATE: Final = 47
+UNBOUNDED: Final = (1 << 64) - 1
+_RTT: Final = struct.Struct("=68xI76xI8xQ")
+"""Of struct tcp_info (linux/tcp.h): tcpi_rtt, tcpi_min_rtt, tcpi_delivery_rate."""
+
+
+@attrs.frozen
+class Path:
+    """Figures of one moment."""
+
+    rtt_s: float
+    """Smoothed over the last answers."""
+    least_rtt_s: float
+    """Least of some minutes: the line's own, with nobody waiting in its queues."""
+    delivered: float
+    """Bytes a second that lately reached the other end."""
+
+
+def look(sock: trio.socket.SocketType | None) -> Path | None:
+    """The path of a connected socket; None where the kernel does not say."""
+    if sock is None or not hasattr(socket, "TCP_INFO"):
+        return None
+    try:
+        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RTT.size)
+    except OSError:
+        return None
+    if len(told) < _RTT.size:
+        return None
+    rtt, least, delivered = _RTT.unpack(told)
+    if not rtt or not least or least == 0xFFFFFFFF:
+        return None  # nothing has been answered yet
+    return Path(rtt / 1e6, least / 1e6, float(delivered))
+
+
+def bound(sock: trio.socket.SocketType | None, rate: float | None) -> None:
+    """Send at most so many bytes a second; None: as fast as it goes."""
+    if sock is not None and hasattr(socket, "TCP_INFO"):
+        value = UNBOUNDED if rate is None else max(1, int(rate))
+        with contextlib.suppress(OSError):  # a kernel without it, or a socket that was closed
+            sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("=Q", value))
