@@ -164,6 +164,8 @@ class Trainer:
                 nursery.start_soon(self._watch_stopping)
                 async with trio.open_nursery() as work:
                     if self._evaluates and self._journal.samples == 0:
+                        with trio.CancelScope() as self._evaluation_scope:
+                            await self._held_out()  # so that nothing is learnt before they are looked at
                         work.start_soon(self._evaluation, 0)
                     await self._issue(work)
                 if self._evaluates and self._evaluated_at < self._clock.step:

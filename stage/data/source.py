@@ -29,7 +29,7 @@ from stage.data.catalog import BLOCK_BYTES, Catalog, LocalFiles, Section
 from stage.data.rows import Block, Permutation, Row
 from stage.data.tokens import Tokens
 
-WINDOW_BYTES = 8 << 20
+WINDOW_BYTES = 4 << 20
 """Text of which the rows are mixed with each other."""
 BLOCK_ROWS = 128
 """Sequences of one byte a token that a block has room for at least: what is cut off at its end is little."""
@@ -92,6 +92,8 @@ class Source:
         self._open: tuple[int, Section] | None = None
         self._readers: dict[int, _Reader] = {}
         self._held_out: list[Block] = []
+        self._recent: dict[tuple[int, int], Block] = {}
+        """A window's blocks that were read last."""
         known = (self._catalog.name, self._tokens.name, seq, seed, shards)
         self.fingerprint = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
         """Of everything that positions depend on."""
@@ -148,17 +150,16 @@ class Source:
         return [attrs.evolve(row, position=number) for number, row in enumerate(rows[:count])]
 
     def _find_held_out(self, count: int) -> list[Block]:
-        """Blocks with rows enough; of the first section that the first shard comes to."""
+        """Blocks with rows enough: the first ones that the first shard comes to, which are read anyway."""
         index = self.section_order(0, 0)[0]
-        section = self._section(index)
-        order = Permutation(section.blocks, self._seed, "evaluation")
         found: list[Block] = []
-        for number in range(min(section.blocks, _TRIED)):
-            if len(found) >= count:
-                break
-            block = self.block(index, order(number))
+        places, permuted = self._blocks_of(0, index, 0)
+        for place in places[:_TRIED]:
+            block = self.block(index, permuted(place))
             if block.held_out:
                 found.append(block)
+            if len(found) > 1 and sum(one.held_out for one in found) >= count:
+                break
         if not found:
             raise self._too_few(f"no row for evaluation in {self._catalog.describe()}")
         return found
@@ -174,15 +175,12 @@ class Source:
         """The window at a cursor, and where the next one begins."""
         order = self.section_order(shard, cursor.lap)
         index = order[cursor.section]
-        section = self._section(index)
-        by_section = self._catalog.sections >= self.shards
-        by_rows = not by_section and section.blocks < 4 * self.shards
-        permuted = Permutation(section.blocks, self._seed, "blocks", index, cursor.lap)
-        mine = range(section.blocks) if by_section or by_rows else range(shard, section.blocks, self.shards)
+        mine, permuted = self._blocks_of(shard, index, cursor.lap)
+        by_rows = self._by_rows(index)
         many = max(1, WINDOW_BYTES // self._block_bytes)
         blocks = []
-        for number in mine[cursor.window * many : (cursor.window + 1) * many]:
-            block = self.block(index, permuted(number))
+        for place in mine[cursor.window * many : (cursor.window + 1) * many]:
+            block = self.block(index, permuted(place))
             share = (shard, self.shards) if by_rows else (0, 1)
             low, high = (block.trained * (share[0] + i) // share[1] for i in (0, 1))
             if low < high:
@@ -198,12 +196,30 @@ class Source:
             following = Cursor(cursor.lap + 1, 0, 0, begin)
         return window, following
 
+    def _by_rows(self, section: int) -> bool:
+        """Whether a section's rows are dealt to the shards: there are few sections, and it has few blocks."""
+        return self._catalog.sections < self.shards and self._section(section).blocks < 4 * self.shards
+
+    def _blocks_of(self, shard: int, section: int, lap: int) -> tuple[range, Permutation]:
+        """A shard's places in the order of a section's blocks, and that order in a lap."""
+        blocks = self._section(section).blocks
+        permuted = Permutation(blocks, self._seed, "blocks", section, lap)
+        whole = self._catalog.sections >= self.shards or self._by_rows(section)
+        places = range(blocks) if whole else range(shard, blocks, self.shards)
+        return places, permuted
+
     def block(self, section: int, block: int) -> Block:
         """The rows of one block."""
-        opened = self._section(section)
-        packed = self._tokens.pack(opened.documents(block))
-        blocks = opened.blocks * self._catalog.sections
-        return Block(packed, self.seq, blocks=blocks, key=(self._seed, section, block))
+        found = self._recent.pop((section, block), None)
+        if found is None:
+            opened = self._section(section)
+            packed = self._tokens.pack(opened.documents(block))
+            blocks = opened.blocks * self._catalog.sections
+            found = Block(packed, self.seq, blocks=blocks, key=(self._seed, section, block))
+        self._recent[section, block] = found
+        while len(self._recent) > max(1, WINDOW_BYTES // self._block_bytes):
+            self._recent.pop(next(iter(self._recent)))
+        return found
 
     def _section(self, index: int) -> Section:
         if self._open is None or self._open[0] != index:
@@ -213,6 +229,10 @@ class Source:
     def _look(self) -> None:
         """LocalError if there is nothing to train on: of few blocks by reading them, of many by one."""
         section = self._section(0)
+        if not self._bytes and section.weight > 256 * self.seq * (1 + self.shards):
+            for number in range(min(section.blocks, _TRIED)):
+                if next(section.documents(number), None) is not None:
+                    return  # to make ids of a whole block takes seconds
         few = self._bytes and section.blocks <= WINDOW_BYTES // BLOCK_BYTES
         rows = trained = 0
         for number in range(min(section.blocks, _TRIED)):

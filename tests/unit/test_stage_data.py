@@ -425,7 +425,7 @@ def test_a_parquet_file_without_the_column_and_one_that_is_damaged(tmp_path: Pat
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
     for name in ("a.txt", "a.jsonl"):
-        path = write(tmp_path / name, '{"text": "words and words"}\n' * 100_000)
+        path = write(tmp_path / name, '{"text": "words and words"}\n' * 300_000)
         source = Source(path, SEQ, 5)
         with path.open("ab") as stream:
             stream.write(b"x")
