@@ -11,7 +11,10 @@ move past the others' numbers, whatever it sends and whatever it weighs.
     centered-clip   the centre moves from the median by the mean of the differences to it, none longer than
                     their median length, ``TURNS`` times. (Karimireddy, He, Jaggi, "Learning from history for
                     Byzantine robust optimization", 2021, whose centre starts at the last consensus and whose
-                    bound is a constant: neither has to be kept or tuned here.)
+                    bound is a constant. Here every part is another piece of the weights, whose last
+                    consensus is a cycle of slices old and would take 4 bytes a parameter to keep: the
+                    median is nearer, and where most are honest a bad one moves it no further than they are
+                    apart.)
 
 With two contributors nobody can tell which is the bad one: all three are the weighted mean. Limits: memory is
 the contributions to a part; numbers in double precision while they are reduced.

@@ -171,6 +171,8 @@ class Exchange:
         self._took_over = False
         self._replaced = False
         self._passed = 0.0
+        self._put_off = -1.0
+        """Where the schedule stood when it was last put off."""
         self._turn = REPORT_BY + self.me * BALLOT_EVERY
         self._verdict = Verdict(self.me, self._n, len(self._spans))
 
@@ -295,10 +297,12 @@ class Exchange:
     def stood_still(self, now: float) -> None:
         """This process was stopped until ``now``: nobody was silent, nobody was heard.
 
-        The marks still ahead share what is left of the round; its end stays where it was agreed.
+        The marks still ahead share what is left of the round; its end stays where it was agreed. Every mark
+        is put off once, or a machine that stands still again and again would wait for the silent to the end.
         """
         left = self._began + self._seconds - now
-        if left > 0 and self._passed < 1.0:
+        if left > 0 and self._put_off < self._passed < 1.0:
+            self._put_off = self._passed
             self._seconds = left / (1.0 - self._passed)
             self._began = now - self._passed * self._seconds
 

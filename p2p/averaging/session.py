@@ -22,7 +22,6 @@ from p2p.averaging.line import Outbox, carry, check_mate
 from p2p.averaging.meter import Meter
 from p2p.averaging.outcome import Outcome, RoundFailed
 from p2p.averaging.verdict import DIGEST
-from p2p.connection import STALL_S
 from p2p.errors import P2PError, Refused, RemoteError
 from p2p.multiaddr import Multiaddr
 from p2p.rpc import Call
@@ -36,6 +35,8 @@ LINK_S: Final = 4.0
 AGAIN_S: Final = 0.5
 """Within which one whose connection ended makes another, if it lives."""
 FLUSH_S: Final = 1.0
+STOOD_S: Final = 1.0
+"""Waking up this much too late means that the process was stopped, not only busy."""
 
 
 class Session:
@@ -73,7 +74,7 @@ class Session:
                     await self._changed.wait()
                 now = self._clock()
                 if not exchange.done and now >= due:
-                    if now > due + STALL_S:  # what was said meanwhile is not read yet
+                    if now > due + STOOD_S:  # what was said meanwhile is not read yet
                         exchange.stood_still(now)
                     exchange.tick(now)
                     self._pump()

@@ -301,6 +301,35 @@ def test_survivors_of_a_death_in_the_exchange_finish_alike(count: int, parts: in
     trio.run(main)
 
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_one_who_comes_while_the_exchange_runs_is_told_and_disturbs_nobody(late: int) -> None:
+    async def main() -> None:
+        vectors = [numbers(40_000, seed) for seed in range(3)]
+        running = trio.Event()
+        wire = Tripwire(3, running.set)
+        async with members(3, reducer=wire.make, config=RoundConfig(part_bytes=8192)) as group:
+            latecomer = group.pop(late)
+            everybody = [member.host.peer_id for member in (*group, latecomer)]
+
+            async def come() -> None:
+                await running.wait()
+                began = trio.current_time()
+                with pytest.raises(RoundFailed):
+                    await latecomer.averager.average(
+                        1, 5, memoryview(vectors[2]), 1.0, expected=everybody, deadline=20
+                    )
+                assert trio.current_time() - began < 10  # of 20 given: it is told
+                assert not any(isinstance(event, RosterCommitted) for event in latecomer.events)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(come)
+                outcomes = agree(await run_round(group, vectors[:2], [1.0, 1.0]))
+        assert len(outcomes) == 2
+        assert all(outcome.fraction == 1.0 and not outcome.drops for outcome in outcomes)
+
+    trio.run(main)
+
+
 @pytest.mark.long
 def test_a_machine_that_stands_still_in_the_exchange_drops_nobody() -> None:
     async def main() -> None:

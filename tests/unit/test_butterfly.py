@@ -314,6 +314,18 @@ def test_a_machine_that_stands_still_drops_nobody_and_a_death_after_it_is_still_
     assert all(swarm.exchanges[i].outcome.fraction == 1.0 for i in swarm.finished)  # type: ignore[union-attr]
 
 
+def test_a_machine_that_stands_still_again_and_again_still_drops_who_is_silent() -> None:
+    exchange = Swarm([1.0] * 3, 1).exchanges[0]
+    due = exchange.wake_at()
+    exchange.stood_still(due + 1.0)
+    put_off = exchange.wake_at()
+    assert put_off > due + 1.0
+    exchange.stood_still(put_off + 1.0)
+    assert exchange.wake_at() == put_off
+    exchange.tick(put_off + 1.0)  # the mark is passed
+    assert {why for _, why in exchange.drops} == {"sent nothing in time"}
+
+
 @pytest.mark.parametrize("culprit", [0, 1, 2])
 def test_numbers_that_are_not_finite_are_refused_and_the_sender_still_receives(culprit: int) -> None:
     good = [struct.pack("<300f", *([float(i + 1)] * 300)) for i in range(3)]
