@@ -22,14 +22,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, final
 
-import attrs
-
 from p2p.identity import PeerId
 from stage.balance import Move, propose
 from stage.messages import Load
-from stage.pace import Pace
-from stage.router import Choice, Router
-from stage.scenario import Cost, Scenario, Worker
+from stage.router import Router
+from stage.scenario import Scenario
+from stage.simulated import Hop, Report, Sender, SimMicrobatch, SimReplica, SimTrainer, StageReport
 
 VIEW: Final = 32
 """Replicas of the next stage that a sender knows in a large swarm."""
@@ -40,137 +38,6 @@ FORGOTTEN_S: Final = 15.0
 FROZEN_S: Final = 2.0
 BALANCE_S: Final = 30.0
 EMPTY_S: Final = 0.5
-
-
-@attrs.frozen(kw_only=True)
-class StageReport:
-    """One stage's share."""
-
-    replicas: int
-    """Serving at the end."""
-    utilisation: float
-    """Share of serving replicas' time in which they computed."""
-    idle_most: float
-    """The same of the least used replica that served throughout; 1 if none did."""
-    added: int
-    """Microbatches whose gradient was added, repetitions included."""
-
-
-@attrs.frozen(kw_only=True)
-class Report:
-    """What came of a simulated run. Rates are those after the first tenth."""
-
-    issued: int
-    completed: int
-    in_flight: int
-    lost: int
-    """Neither completed nor in flight: 0."""
-    microbatches_per_second: float
-    tokens_per_second: float
-    seconds_p50: float
-    seconds_p95: float
-    """From end to end."""
-    rerouted: int
-    busy: int
-    wasted: float
-    """Share of the compute that came to nothing: done for microbatches whose replica left, or twice."""
-    departures: int
-    moves: int
-    stages: tuple[StageReport, ...]
-    grain: int
-    events: int
-
-
-@final
-class _Replica:
-    """A node that serves a stage, or is away."""
-
-    __slots__ = (
-        "added", "back", "busy_s", "computing", "cost", "down_free", "forward", "hops", "known_by", "number",
-        "pace", "peer", "router", "scale", "served_s", "serving", "since", "slots", "stage", "up_free",
-        "view", "worker",
-    )  # fmt: skip
-
-    def __init__(self, number: int, worker: Worker, cost: Cost, slots: int, rng: random.Random) -> None:
-        self.number = number
-        self.peer = PeerId(f"node-{number:06}")
-        self.worker = worker
-        self.stage = worker.stage
-        self.cost = cost
-        self.scale = 1.0 / worker.speed
-        self.pace = Pace()
-        self.router = Router(random.Random(rng.random()))
-        self.view: dict[PeerId, float] = {}
-        self.known_by: dict[int, _Sender] = {}
-        self.serving = False
-        self.since = 0.0
-        self.served_s = 0.0
-        self.busy_s = 0.0
-        self.added = 0
-        self.reset(slots, 0.0)
-
-    def reset(self, slots: int, now: float) -> None:
-        """Nothing in progress, lines free."""
-        self.slots = slots
-        self.up_free = self.down_free = now
-        self.back: deque[_Hop] = deque()
-        self.forward: deque[_Hop] = deque()
-        self.computing = False
-        self.hops: dict[int, _Hop] = {}
-
-
-@final
-class _Trainer:
-    """A sender without a line to wait for."""
-
-    __slots__ = ("number", "router", "view")
-
-    def __init__(self, number: int, rng: random.Random) -> None:
-        self.number = -1 - number
-        self.router = Router(random.Random(rng.random()))
-        self.view: dict[PeerId, float] = {}
-
-
-_Sender = _Replica | _Trainer
-
-
-@final
-class _Microbatch:
-    __slots__ = ("at", "began", "number", "trainer")
-
-    def __init__(self, number: int, trainer: _Trainer, began: float) -> None:
-        self.number = number
-        self.trainer = trainer
-        self.began = began
-        self.at: dict[int, _Hop] = {}
-        """The living hop of each stage."""
-
-
-@final
-class _Hop:
-    """One attempt of a microbatch at one replica."""
-
-    __slots__ = ("asked_at", "caller", "choice", "dead", "done", "microbatch", "replica", "spent_s", "stage")
-
-    def __init__(
-        self,
-        microbatch: _Microbatch,
-        replica: _Replica,
-        stage: int,
-        caller: _Hop | None,
-        choice: Choice,
-        now: float,
-    ) -> None:
-        self.microbatch = microbatch
-        self.replica = replica
-        self.stage = stage
-        self.caller = caller
-        self.choice: Choice | None = choice
-        """None once a caller joined that did not choose it."""
-        self.asked_at = now
-        self.dead = False
-        self.done = False
-        self.spent_s = 0.0
 
 
 @final
@@ -185,15 +52,15 @@ class Simulation:
         self._count = itertools.count()
         self._last = len(scenario.stages) - 1
         self._replicas = [
-            _Replica(number, worker, scenario.stages[worker.stage], scenario.slots, self._rng)
+            SimReplica(number, worker, scenario.stages[worker.stage], scenario.slots, self._rng)
             for number, worker in enumerate(scenario.workers)
         ]
         self._by_peer = {replica.peer: replica for replica in self._replicas}
-        self._serving: list[dict[int, _Replica]] = [{} for _ in scenario.stages]
-        self._trainers = [_Trainer(number, self._rng) for number in range(scenario.trainers)]
+        self._serving: list[dict[int, SimReplica]] = [{} for _ in scenario.stages]
+        self._trainers = [SimTrainer(number, self._rng) for number in range(scenario.trainers)]
         self._cores = scenario.cores
-        self._waiting: deque[_Replica] = deque()
-        self._moving: _Replica | None = None
+        self._waiting: deque[SimReplica] = deque()
+        self._moving: SimReplica | None = None
         self._from = scenario.seconds / 10
         self._issued = self._completed = self._counted = 0
         self._times: list[float] = []
@@ -231,14 +98,14 @@ class Simulation:
 
     # Who knows whom
 
-    def _senders(self, stage: int) -> list[_Sender]:
+    def _senders(self, stage: int) -> list[Sender]:
         return list(self._trainers) if stage == 0 else list(self._serving[stage - 1].values())
 
-    def _draw(self, stage: int, most: int) -> list[_Replica]:
+    def _draw(self, stage: int, most: int) -> list[SimReplica]:
         here = list(self._serving[stage].values())
         return here if len(here) <= most else self._rng.sample(here, most)
 
-    def _introduce(self, sender: _Sender, replica: _Replica) -> None:
+    def _introduce(self, sender: Sender, replica: SimReplica) -> None:
         if not replica.serving or replica.peer in sender.view:
             return
         if len(sender.view) >= VIEW:
@@ -248,12 +115,12 @@ class Simulation:
         replica.known_by[sender.number] = sender
         sender.router.update(dict(sender.view))
 
-    def _forget(self, sender: _Sender, replica: _Replica) -> None:
+    def _forget(self, sender: Sender, replica: SimReplica) -> None:
         if sender.view.pop(replica.peer, None) is not None:
             replica.known_by.pop(sender.number, None)
             sender.router.update(dict(sender.view))
 
-    def _arrive(self, replica: _Replica) -> None:
+    def _arrive(self, replica: SimReplica) -> None:
         """The replica serves from now on."""
         replica.reset(self._scenario.slots, self._now)
         replica.cost = self._scenario.stages[replica.stage]
@@ -271,7 +138,7 @@ class Simulation:
             lives = self._rng.expovariate(1 / churn.life_s)
             self._at(self._now + lives, self._depart, replica, replica.since)
 
-    def _announce(self, replica: _Replica, since: float) -> None:
+    def _announce(self, replica: SimReplica, since: float) -> None:
         if not replica.serving or replica.since != since:
             return
         senders = self._senders(replica.stage)
@@ -282,7 +149,7 @@ class Simulation:
 
     # Coming and going
 
-    def _depart(self, replica: _Replica, since: float) -> None:
+    def _depart(self, replica: SimReplica, since: float) -> None:
         if not replica.serving or replica.since != since:
             return
         churn = self._scenario.churn
@@ -292,10 +159,10 @@ class Simulation:
         away = self._rng.expovariate(1 / churn.away_s) if churn.away_s else 0.0
         self._at(self._now + away + self._download_s(replica, replica.stage), self._arrive, replica)
 
-    def _download_s(self, replica: _Replica, stage: int) -> float:
+    def _download_s(self, replica: SimReplica, stage: int) -> float:
         return self._scenario.stages[stage].state_bytes / replica.worker.down
 
-    def _stop(self, replica: _Replica, notice_s: float) -> None:
+    def _stop(self, replica: SimReplica, notice_s: float) -> None:
         """It answers nobody any more; callers notice after so long."""
         replica.serving = False
         replica.served_s += self._now - max(replica.since, self._from) if self._now > self._from else 0.0
@@ -312,19 +179,19 @@ class Simulation:
             self._cores += 1
             self._next_on_cores()
 
-    def _known(self, replica: _Replica) -> list[_Replica]:
+    def _known(self, replica: SimReplica) -> list[SimReplica]:
         return [self._by_peer[peer] for peer in replica.view]
 
-    def _forgotten(self, replica: _Replica, since: float) -> None:
+    def _forgotten(self, replica: SimReplica, since: float) -> None:
         if replica.serving and replica.since == since:
             return
         for sender in list(replica.known_by.values()):
             self._forget(sender, replica)
-            if isinstance(sender, _Trainer) or sender.serving:
+            if isinstance(sender, SimTrainer) or sender.serving:
                 for other in self._draw(replica.stage, 1):
                     self._introduce(sender, other)
 
-    def _drop(self, hop: _Hop) -> bool:
+    def _drop(self, hop: Hop) -> bool:
         """Forget an attempt; whether its caller still waits for it."""
         if hop.dead or hop.done:
             return False
@@ -336,12 +203,12 @@ class Simulation:
 
     # A microbatch on its way
 
-    def _issue(self, trainer: _Trainer) -> None:
-        microbatch = _Microbatch(self._issued, trainer, self._now)
+    def _issue(self, trainer: SimTrainer) -> None:
+        microbatch = SimMicrobatch(self._issued, trainer, self._now)
         self._issued += 1
         self._send(microbatch, None)
 
-    def _send(self, microbatch: _Microbatch, caller: _Hop | None) -> None:
+    def _send(self, microbatch: SimMicrobatch, caller: Hop | None) -> None:
         """Choose a replica of the next stage; again later if nobody can be asked."""
         if caller is not None and caller.dead:
             return
@@ -357,7 +224,7 @@ class Simulation:
             )
             return
         replica = self._by_peer[choice.peer]
-        hop = _Hop(microbatch, replica, stage, caller, choice, self._now)
+        hop = Hop(microbatch, replica, stage, caller, choice, self._now)
         microbatch.at[stage] = hop
         if not replica.serving or replica.stage != stage:
             self._at(self._now + self._rtt(), self._failed_to_reach, hop)
@@ -371,7 +238,7 @@ class Simulation:
         sender = None if caller is None else caller.replica
         self._at(self._through(sender, replica, size, start), self._came, hop)
 
-    def _joined(self, microbatch: _Microbatch, stage: int, caller: _Hop | None) -> bool:
+    def _joined(self, microbatch: SimMicrobatch, stage: int, caller: Hop | None) -> bool:
         """Whether somebody at that stage works on it or has its answer, for a caller that is gone."""
         orphan = microbatch.at.get(stage)
         if orphan is None:
@@ -386,7 +253,7 @@ class Simulation:
         return True
 
     def _through(
-        self, sender: _Replica | None, receiver: _Replica | None, size: float, start: float
+        self, sender: SimReplica | None, receiver: SimReplica | None, size: float, start: float
     ) -> float:
         """When so many bytes are through one line and the other."""
         if sender is not None and sender.worker.up < math.inf:
@@ -400,7 +267,7 @@ class Simulation:
     def _rtt(self) -> float:
         return self._scenario.rtt_s
 
-    def _came(self, hop: _Hop) -> None:
+    def _came(self, hop: Hop) -> None:
         if hop.dead:
             return
         replica = hop.replica
@@ -417,25 +284,25 @@ class Simulation:
             replica.back.append(hop)
         self._compute(replica)
 
-    def _load(self, replica: _Replica) -> Load:
+    def _load(self, replica: SimReplica) -> Load:
         """What it tells its callers."""
         cost = replica.cost
         took_s = (cost.forward_s + cost.backward_s) * replica.scale
         return Load(replica.slots, self._scenario.slots - replica.slots, took_s)
 
-    def _told_busy(self, hop: _Hop) -> None:
+    def _told_busy(self, hop: Hop) -> None:
         self._busy += 1
         if hop.choice is not None:
             self._router_of(hop).busy(hop.choice, self._now, hop.replica.pace.retry_after_s(self._now))
         self._again(hop)
 
-    def _failed_to_reach(self, hop: _Hop) -> None:
+    def _failed_to_reach(self, hop: Hop) -> None:
         if hop.choice is not None:
             self._router_of(hop).failed(hop.choice, self._now)
         self._rerouted += 1
         self._again(hop)
 
-    def _failed(self, hop: _Hop) -> None:
+    def _failed(self, hop: Hop) -> None:
         """The replica went while it had the microbatch."""
         caller = hop.caller
         if caller is not None and caller.dead:
@@ -445,19 +312,19 @@ class Simulation:
         self._rerouted += 1
         self._send(hop.microbatch, caller)
 
-    def _again(self, hop: _Hop) -> None:
+    def _again(self, hop: Hop) -> None:
         if hop.dead:
             return
         hop.dead = True
         hop.microbatch.at.pop(hop.stage, None)
         self._send(hop.microbatch, hop.caller)
 
-    def _router_of(self, hop: _Hop) -> Router:
+    def _router_of(self, hop: Hop) -> Router:
         return hop.microbatch.trainer.router if hop.caller is None else hop.caller.replica.router
 
     # The device
 
-    def _compute(self, replica: _Replica) -> None:
+    def _compute(self, replica: SimReplica) -> None:
         if replica.computing or not (replica.back or replica.forward):
             return
         if self._cores is not None:
@@ -467,7 +334,7 @@ class Simulation:
             self._cores -= 1
         self._start(replica)
 
-    def _start(self, replica: _Replica) -> None:
+    def _start(self, replica: SimReplica) -> None:
         backward = bool(replica.back)
         hop = (replica.back if backward else replica.forward).popleft()
         if hop.dead:
@@ -478,7 +345,7 @@ class Simulation:
         replica.computing = True
         self._at(self._now + seconds, self._computed, replica, replica.since, hop, backward, seconds)
 
-    def _computed(self, replica: _Replica, since: float, hop: _Hop, backward: bool, seconds: float) -> None:
+    def _computed(self, replica: SimReplica, since: float, hop: Hop, backward: bool, seconds: float) -> None:
         self._spent_s += seconds
         hop.spent_s += seconds
         if not replica.serving or replica.since != since:
@@ -497,7 +364,7 @@ class Simulation:
             self._send(hop.microbatch, hop)
         self._release_core(replica)
 
-    def _release_core(self, replica: _Replica) -> None:
+    def _release_core(self, replica: SimReplica) -> None:
         if self._cores is None:
             self._compute(replica)
             return
@@ -514,7 +381,7 @@ class Simulation:
                 self._cores -= 1
                 self._start(replica)
 
-    def _added(self, hop: _Hop) -> None:
+    def _added(self, hop: Hop) -> None:
         """Its gradient is in the accumulator; the answer goes back."""
         replica = hop.replica
         replica.added += 1
@@ -529,7 +396,7 @@ class Simulation:
         size = replica.cost.backward_bytes + replica.cost.averaging_bytes
         self._at(self._through(replica, receiver, size, self._now), self._answered, hop)
 
-    def _answered(self, hop: _Hop) -> None:
+    def _answered(self, hop: Hop) -> None:
         caller, microbatch = hop.caller, hop.microbatch
         if caller is not None and caller.dead:
             return

@@ -12,7 +12,8 @@ import click
 from p2p.errors import LocalError
 from stage.plan import Plan
 from stage.scenario import Churn, Scenario, from_plan
-from stage.simulation import Report, Simulation
+from stage.simulated import Report
+from stage.simulation import Simulation
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -16,7 +16,8 @@ from stage import presets
 from stage.hardware import Link, Machine
 from stage.plan import Setting, plan
 from stage.scenario import Churn, Cost, Scenario, Worker, from_plan
-from stage.simulation import Report, Simulation
+from stage.simulated import Report
+from stage.simulation import Simulation
 
 
 def cost(seconds: float, *, size: int = 0, state: int = 0) -> Cost:
