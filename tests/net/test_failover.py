@@ -5,18 +5,27 @@ Real hosts on loopback and a fake ``Compute`` that counts its passes (``test_mic
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
 
 import stage.work
+from agorad.authority.ledger import Rules
+from agorad.authority.store import Grant, Store
 from p2p.identity import PeerId
-from stage import receipts
+from stage.config import ModelConfig
 from stage.events import Rerouted, Reused, ReusedStale
 from stage.nexthop import Passed
+from stage.receipts import Receipt
 from tests.net.test_microbatch import IDS, TRAINER, C, Node, Swarm, ask, asking, swarm, until, waiting_at
+
+MODEL = ModelConfig(d=64, k=8, heads=4, kv_heads=2, head_dim=16, ffn=128, seq=32, layers=(1, 1, 1))
+"""Of which only the stages count here, and what their work is worth."""
 
 
 @pytest.fixture(autouse=True)
@@ -52,16 +61,47 @@ class Flight:
         return next(node for node in nodes if getattr(node.compute, passes))
 
     def checked(self) -> Passed:
-        """It is done; every stage of its path has signed, and added it."""
+        """It is done; every stage of its path has added it, and they alone are credited for it."""
         assert self.passed is not None
         path = self.passed.answer.path
-        receipts.check_chain(
-            self.request.ticket, first=0, stages=3, peers=path, signatures=self.passed.answer.receipts
-        )
         for node in self.swarm.workers:
             if node.peer in path:
                 assert node.added == [self.request.ticket.id]
+        assert set(credited(self.swarm, self.receipt())) == set(path[1:])
         return self.passed
+
+    def receipt(self) -> Receipt:
+        """What the trainer hands in."""
+        assert self.passed is not None
+        answer = self.passed.answer
+        return Receipt(
+            ticket=self.request.ticket,
+            at=time.time(),
+            peers=tuple(answer.path[1:]),
+            statements=tuple(answer.receipts),
+        ).signed_by(TRAINER)
+
+
+def credited(made: Swarm, *handed_in: Receipt) -> dict[str, int]:
+    """What an authority that let all of them in credits each with, for these receipts in this order."""
+    rules, now = Rules(run="run", trainers=frozenset({TRAINER.peer_id}), model=MODEL), time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder) / "authority.sqlite")
+        try:
+            for node in made.workers:
+                assert node.stage is not None
+                let_in = Grant(
+                    peer_id=node.peer, account="x", stage=node.stage, issued=now - 60, expires=now + 600
+                )
+                store.grant(let_in, max_nodes=99, max_per_account=99, now=now - 60)
+            for one in handed_in:
+                packed = one.encode()
+                read = rules.read(packed, TRAINER.peer_id, now + 1)
+                row = rules.credit(read, packed, lambda peer, n, at: store.books.held(peer, n, at, 600.0))
+                store.books.add_receipts([row], now)
+            return {balance.peer_id: balance.compute for balance in store.books.balances() if balance.compute}
+        finally:
+            store.close()
 
 
 def shut(nodes: list[Node], gate: str = "at_forward") -> None:
@@ -278,5 +318,25 @@ def test_the_same_microbatch_sent_again_finds_its_way() -> None:
                 await flight.fly()
                 assert flight.checked().answer.path == first.answer.path
             assert [passes(nodes) for nodes in (made.heads, made.bodies, made.tails)] == [1, 1, 1]
+
+    trio.run(main)
+
+
+def test_work_done_twice_is_credited_once() -> None:
+    """A trainer that lost its journal issues the same ticket again, and other replicas do all of it again."""
+
+    async def main() -> None:
+        async with three(heads=2, bodies=2, tails=2) as made:
+            flight = Flight(made)
+            await flight.fly()
+            first = flight.checked()
+            used = [node for node in made.workers if node.peer in first.answer.path]
+            receipt = flight.receipt()
+            made.show(*(node for node in made.workers if node not in used))
+            await flight.fly()
+            assert not set(flight.checked().answer.path[1:]) & set(first.answer.path)
+            assert all(node.added == [flight.request.ticket.id] for node in made.workers)
+            assert credited(made, receipt, flight.receipt()) == credited(made, receipt)
+            assert set(credited(made, flight.receipt())) == set(flight.checked().answer.path[1:])
 
     trio.run(main)

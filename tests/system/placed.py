@@ -138,7 +138,7 @@ def placed(plan: Plan, folder: Path, places: list[Place]) -> Iterator[Placed]:
         for node in swarm.made.nodes:
             if node.role != "trainer":
                 swarm.start(node.name)
-        swarm.wait_for(lambda: all(swarm.phase(name) == "active" for name in swarm.workers), 180, "swarm")
+        swarm.wait_for(lambda: all(swarm.phase(name) == "active" for name in swarm.workers), 400, "swarm")
         yield swarm
     finally:
         for process in swarm.processes.values():
