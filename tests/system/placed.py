@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ class Placed:
 
     made: Layout
     places: Mapping[str, Place]
+    """None for the nodes of a swarm on loopback."""
+    programs: Mapping[str, Sequence[str]] = attrs.field(factory=dict)
+    """What runs instead of agorad."""
     processes: dict[str, subprocess.Popen[bytes]] = attrs.field(factory=dict)
 
     @classmethod
@@ -54,11 +57,12 @@ class Placed:
     def start(self, name: str) -> None:
         """Start the node's process; again, where it was killed."""
         folder = self.made.folder / name
-        command = [sys.executable, "-m", "agorad.main", "--config", str(folder / "agorad.toml")]
+        program = self.programs.get(name, ("-m", "agorad.main"))
+        command = [sys.executable, *program, "--config", str(folder / "agorad.toml")]
+        if name in self.places:
+            command = self.places[name].command(*command)
         with (folder / "errors").open("ab") as errors:
-            self.processes[name] = subprocess.Popen(
-                self.places[name].command(*command), stdout=errors, stderr=errors
-            )
+            self.processes[name] = subprocess.Popen(command, stdout=errors, stderr=errors)
 
     def kill(self, name: str) -> None:
         self.processes[name].kill()
@@ -132,10 +136,17 @@ class Placed:
 
 @contextmanager
 def placed(plan: Plan, folder: Path, places: list[Place]) -> Iterator[Placed]:
+    """A swarm at these places, ready for its trainers."""
+    with started(Placed.laid_out(plan, folder, places)) as swarm:
+        yield swarm
+
+
+@contextmanager
+def started(swarm: Placed) -> Iterator[Placed]:
     """The swarm with all nodes but trainers started and every worker ACTIVE; none is left at the end."""
-    swarm = Placed.laid_out(plan, folder, places)
     try:
         for node in swarm.made.nodes:
+            node.reserved.close()
             if node.role != "trainer":
                 swarm.start(node.name)
         swarm.wait_for(lambda: all(swarm.phase(name) == "active" for name in swarm.workers), 400, "swarm")
