@@ -7,8 +7,8 @@ checked by anybody who has the folder. Definitions, beyond ``interfaces.md``:
 - ``loss.first`` is the mean over the first step's microbatches, ``loss.last`` over the last tenth of the
   run's (at least one step's): single rows differ too much for fewer to say anything.
 - ``twice``: gradients of a ticket added at one stage beyond the first.
-- ``gone_with_replica``: gradients that a killed process had added after its last step: they never
-  entered any weights.
+- ``gone_with_replica``: gradients that a process had added after its last step when it was killed, or when it
+  fell behind and gave its state up: they never entered any weights.
 - A round counts once for its stage, with the least fraction that any of its members got. It is
   ``completed`` when that is 1, ``partial`` when it is less, ``failed`` when nobody got anything.
 - ``hops``: boundary crossings, so that ``bytes.boundary`` can be checked against the formula. What the
@@ -156,16 +156,16 @@ def _last_step(log: NodeLog) -> int:
 
 
 def _gone(session: list[Entry]) -> int:
-    """Gradients in the accumulator of a process that was killed."""
-    if any(event["event"] == "stopped" for event in session):
-        return 0
-    pending = 0
+    """Gradients in an accumulator that was lost: with its process, or with a state that was given up."""
+    gone = pending = 0
     for event in session:
         if event["event"] == "microbatch_added":
             pending += 1
-        elif (event["event"] == "step" and event["samples"]) or event["event"] == "bad_gradient":
-            pending = 0  # used, or thrown away for another reason than the kill
-    return pending
+        elif event["event"] in ("step", "bad_gradient"):  # used, or thrown away for another reason
+            pending = max(0, pending - event["samples"])
+        elif event["event"] == "phase" and event["to"] == "syncing":
+            gone, pending = gone + pending, 0
+    return gone if any(event["event"] == "stopped" for event in session) else gone + pending
 
 
 def _rounds(workers: list[NodeLog]) -> dict[str, Any]:

@@ -147,6 +147,14 @@ def test_gone_is_what_a_killed_process_had_not_used_yet() -> None:
     assert whole["stages"][0]["replicas"][0]["microbatches"] == 5
 
 
+def test_gone_too_is_what_a_replica_had_when_it_gave_its_state_up() -> None:
+    syncing = {"event": "phase", "from": "active", "to": "syncing", "why": "9 steps behind the clock"}
+    back = {**syncing, "from": "syncing", "to": "warming"}
+    thawed = [STARTED, added("a"), step(1, 1), added("b"), added("c"), syncing, back, added("d"), step(9, 1)]
+    counts = [report(log("worker", *thawed, *end, stage=0))["microbatches"] for end in ([], [STOPPED])]
+    assert [each["gone_with_replica"] for each in counts] == [2, 2]
+
+
 def test_a_round_is_worth_what_its_poorest_member_got() -> None:
     logs = [
         log("worker", finished(1, 1.0), finished(2, 1.0), abandoned(3), abandoned(4), stage=0),
