@@ -6,7 +6,6 @@ what a lab needs (``agorad.lab.network``).
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -118,16 +117,14 @@ class Placed:
             report.NodeLog.read(node.name, node.role, node.stage, node.identity.peer_id, node.events)
             for node in self.made.nodes
         ]
-        journals = [
-            json.loads((node.folder / "journal.json").read_text()) for node in self.made.of_role("trainer")
-        ]
+        steps = max((event["step"] for log in logs for event in log.of("step")), default=0)
         model, training = self.made.manifest.model, self.made.manifest.training
         return report.build(
             logs,
             tokens_a_sample=model.seq,
             target_batch=training.target_batch,
             vocab=model.vocab,
-            steps=sum(journal["samples"] for journal in journals) // training.target_batch,
+            steps=steps,
             disagreement=None,
             exits={name: process.returncode for name, process in self.processes.items()},
             states={},
