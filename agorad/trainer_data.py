@@ -28,13 +28,13 @@ def source(settings: TrainerSection, manifest: Manifest, *, shards: int, kept: P
         manifest.model.seq,
         manifest.training.seed,
         shards=shards,
-        tokens=_tokens(settings, manifest),
+        tokens=tokens(settings.tokenizer, manifest),
     )
 
 
 def check(settings: TrainerSection, manifest: Manifest) -> None:
     """``LocalError`` for what is wrong at the first look; cheap, unlike ``source``."""
-    _tokens(settings, manifest)
+    tokens(settings.tokenizer, manifest)
     if settings.dataset:
         Dataset.parse(settings.dataset)
         if settings.data is not None:
@@ -43,26 +43,23 @@ def check(settings: TrainerSection, manifest: Manifest) -> None:
         require_readable(settings.data, settings.field)
 
 
-def _tokens(settings: TrainerSection, manifest: Manifest) -> Tokens:
+def tokens(tokenizer: Path | None, manifest: Manifest, named: str = "trainer.tokenizer") -> Tokens:
+    """What makes the run's ids, with the file that ``named`` gives; ``LocalError`` if it is not the run's."""
     if manifest.data.tokens == "bytes":
-        if settings.tokenizer is not None:
-            raise LocalError(
-                "trainer.tokenizer is set, but this run's data.tokens is 'bytes'; leave one of them out"
-            )
+        if tokenizer is not None:
+            raise LocalError(f"{named} is set, but this run's data.tokens is 'bytes'; leave one of them out")
         return Tokens()
-    if settings.tokenizer is None:
+    if tokenizer is None:
+        raise LocalError(f"this run's data.tokens is 'tokenizer': name the run's tokenizer.json in {named}")
+    found, wanted = Tokenizer(tokenizer), manifest.data.tokenizer_sha256
+    if wanted and found.sha256 != wanted:
         raise LocalError(
-            "this run's data.tokens is 'tokenizer': name the run's tokenizer.json in trainer.tokenizer"
-        )
-    tokens, wanted = Tokenizer(settings.tokenizer), manifest.data.tokenizer_sha256
-    if wanted and tokens.sha256 != wanted:
-        raise LocalError(
-            f"data: {settings.tokenizer} is not this run's tokenizer (its SHA-256 is {tokens.sha256}); "
+            f"data: {tokenizer} is not this run's tokenizer (its SHA-256 is {found.sha256}); "
             "get the one that the run's operator has"
         )
-    if tokens.vocab > manifest.model.vocab:
+    if found.vocab > manifest.model.vocab:
         raise LocalError(
-            f"data: {settings.tokenizer} makes ids up to {tokens.vocab - 1}, and model.vocab is "
+            f"data: {tokenizer} makes ids up to {found.vocab - 1}, and model.vocab is "
             f"{manifest.model.vocab}; the run needs a larger one, or another tokenizer"
         )
-    return tokens
+    return found

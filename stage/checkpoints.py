@@ -21,8 +21,9 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import attrs
 import msgpack
@@ -30,9 +31,6 @@ import msgpack
 from p2p.errors import LocalError, P2PError, RemoteError
 from p2p.identity import Identity, PeerId, verify
 from stage.state import CHUNK, SnapshotManifest, manifest_bytes
-
-if TYPE_CHECKING:
-    from stage.incoming import Incoming
 
 FORMAT = 1
 DOMAIN = "checkpoint"
@@ -64,6 +62,17 @@ class Line:
         return entry.generation == self.generation or (
             entry.generation < self.generation and entry.step <= self.back_to
         )
+
+
+class Arriving(Protocol):
+    """What a checkpoint is read into: ``stage.incoming.Incoming`` is one. ``take`` comes on any thread."""
+
+    @property
+    def manifest(self) -> SnapshotManifest: ...
+    @property
+    def missing(self) -> AbstractSet[int]: ...
+    def take(self, index: int, data: bytes | bytearray | memoryview) -> bool:
+        """Keep a chunk; False if it is not what the manifest says."""
 
 
 class CheckpointStore:
@@ -129,7 +138,7 @@ class CheckpointStore:
             raise LocalError(f"{path} is of step {manifest.step}")
         return manifest
 
-    def fetch(self, arriving: Incoming) -> None:
+    def fetch(self, arriving: Arriving) -> None:
         """Read what is missing of a checkpoint, several chunks at a time, each verified."""
         from concurrent.futures import ThreadPoolExecutor  # for who reads one only
 

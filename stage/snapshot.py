@@ -162,6 +162,14 @@ class SnapshotStore:
             found = self._manifests()
             return SnapshotFile(found[-1][2]) if found else None
 
+    def all(self) -> list[SnapshotFile]:
+        """Every snapshot whose manifest can be read, oldest first, open; to be closed."""
+        found = []
+        for _, _, path in self._manifests():
+            with contextlib.suppress(LocalError):
+                found.append(SnapshotFile(path))
+        return found
+
     def load_newest(self) -> State | None:
         """The newest sound snapshot, None if there is none; ``problems`` names what was passed over."""
         for _, _, path in reversed(self._manifests()):

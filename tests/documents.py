@@ -87,5 +87,6 @@ STORY = (
         "running.md", "assistant.md", "contributing.md",
     )),
     ("operator.md", "## 8. End it", ""),
+    ("models.md", "", ""),
 )  # fmt: skip
 """The pages in the order in which tests/system/test_docs_run.py types them: from this heading to that one."""

@@ -30,6 +30,8 @@ COMMANDS: Final = {
     "demo": ("demo", "A whole swarm on this machine, trained on real text."),
     "doctor": ("doctor", "What is wrong here, and what to do about it."),
     "events": ("events", "What a node reports, as it happens."),
+    "export": ("export", "The run's model as one folder of weights."),
+    "generate": ("generate", "Text from an exported model."),
     "identity": ("identity", "Show or create a node's key."),
     "join": ("join", "Take part in a run: one command to a node at work."),
     "leave": ("leave", "Ask nodes to stop cleanly."),

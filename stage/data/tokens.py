@@ -42,6 +42,8 @@ class Tokens:
     name = "bytes"
     vocab = 256
     """Ids are below it."""
+    end: int | None = 0
+    """Stands behind every document; None where nothing does."""
 
     def pack(self, documents: Iterable[Document]) -> Packed:
         """All of their ids."""
@@ -65,24 +67,24 @@ class Tokenizer(Tokens):
             raise LocalError(f"data: cannot read {path}: {error.strerror or error}; {_REMEDY}") from None
         if len(content) > FILE_LIMIT:
             raise LocalError(f"data: {path} has more than {FILE_LIMIT} bytes; {_REMEDY}")
-        self._library = _load(content, path)
+        self.codec = _load(content, path)
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.name = f"tokenizer {self.sha256}"
-        self.vocab = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=0)
-        ends = (self._library.token_to_id(word) for word in ENDS)
-        self._end: int | None = next((end for end in ends if end is not None), None)
+        self.vocab = 1 + max(self.codec.get_vocab(with_added_tokens=True).values(), default=0)
+        ends = (self.codec.token_to_id(word) for word in ENDS)
+        self.end = next((end for end in ends if end is not None), None)
 
     def pack(self, documents: Iterable[Document]) -> Packed:
         ids, begins = array("I"), array("Q")
         for batch in _batches(documents):
             texts = [document.text.decode(errors="replace") for document in batch]
-            encoded = self._library.encode_batch_fast(texts, add_special_tokens=False)
+            encoded = self.codec.encode_batch_fast(texts, add_special_tokens=False)
             for document, encoding in zip(batch, encoded, strict=True):
                 if document.begins:
                     begins.append(len(ids))
                 ids.extend(encoding.ids)
-                if document.ends and self._end is not None:
-                    ids.append(self._end)
+                if document.ends and self.end is not None:
+                    ids.append(self.end)
         return Packed(ids, begins)
 
 
