@@ -267,9 +267,9 @@ def _snapshots(patient: Patient) -> Iterator[Finding]:
     assert settings is not None
     if patient.role != "worker":
         return
-    folder = settings.node.state / "snapshots"
-    try:
-        kept = sorted(folder.glob("*.manifest"), reverse=True)
+    try:  # after a roll-back of the run they lie in a folder of its own; parts of downloads are none
+        folders = sorted(settings.node.state.glob("snapshots*"), key=lambda path: (len(path.name), path.name))
+        kept = sorted(folders[-1].glob("*-step-*.manifest"), reverse=True) if folders else []
     except OSError:
         kept = []
     if not kept:
