@@ -8,6 +8,10 @@ call; batches stay small so that a ping waits behind little. The *keeper* pings:
 that lately took long to answer, on a machine with too much to do, has longer: ``p2p.patience``.
 
 Pings also renew the connection's lease, see ``p2p.lease``.
+
+Where both hellos say that AES is computed in hardware, a writer that has much to send goes over to
+AES-256-GCM: an empty record under the first cipher, then all others under the second. Each direction does so
+for itself.
 """
 
 from __future__ import annotations
@@ -144,6 +148,11 @@ class Connection:
         self._wire = Wire(upgraded.stream)
         self._sending = upgraded.secured.sending
         self._receiving = upgraded.secured.receiving
+        self._aes_promised = False
+        """Our hello said that we read AES, and the peer has not begun with it."""
+        self._reads_aes = self._writes_aes = False
+        self._aes_agreed = False
+        """The peer's hello said so and we compute it, and have not begun with it."""
         self._tail = upgraded.ciphertext
         self._first = upgraded.plaintext
         self._unread = unread
@@ -260,6 +269,16 @@ class Connection:
         """The peer's hello promised this window."""
         self._session.agree(window)
 
+    def promise_aes(self) -> None:
+        """Our hello is about to say that we compute AES in hardware."""
+        if not self._reads_aes:
+            self._aes_promised = True
+
+    def agree_aes(self) -> None:
+        """The peer's hello said so, and it holds here too."""
+        if not self._writes_aes:
+            self._aes_agreed = True
+
     # lifecycle
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -368,7 +387,11 @@ class Connection:
                 break
             plain = self._scratch.plain[: size - noise.TAG]
             self._receiving.decrypt_into(data[offset + 2 : stop], plain)
-            self._dispatch(plain, nursery)
+            if plain:
+                self._dispatch(plain, nursery)
+            elif self._aes_promised:
+                self._receiving = self._receiving.faster()
+                self._aes_promised, self._reads_aes = False, True
             offset = stop
         if self._session.wants_to_send():
             self._wake()
@@ -407,6 +430,10 @@ class Connection:
                 continue
             out = self._scratch.take()
             used, room = 0, self._upload.portion(BATCH * RECORD)
+            if self._aes_agreed:
+                used += self._seal(0, out)
+                self._sending = self._sending.faster()
+                self._aes_agreed, self._writes_aes = False, True
             while True:
                 used += self._seal(size, out[used:])
                 if used + RECORD > room or not session.wants_to_send():

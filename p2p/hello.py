@@ -11,12 +11,14 @@ force, and presented again when it was renewed (``needed``). A peer that does no
 libp2p implementation) is a guest.
 
 One call, one message each way, both of the form {run, manifest, version: [min, max], certificate,
-window, agent}; the listener adds {verdict: code or ""} so that a dialer learns how it was judged.
+window, agent, aes}; the listener adds {verdict: code or ""} so that a dialer learns how it was judged.
 Limits: those of a header, and of each field below.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
@@ -59,6 +61,8 @@ class Hello:
     certificate: bytes | None = attrs.field(repr=False)
     window: int
     agent: str
+    aes: bool = False
+    """Whether it computes AES in hardware, and may be written to with it; earlier programs do not say."""
 
     def to_wire(self) -> dict[str, Any]:
         return attrs.asdict(self)
@@ -86,6 +90,9 @@ class Hello:
             raise RemoteError("hello: window is not a size")
         if not (isinstance(agent, str) and len(agent) <= 64):
             raise RemoteError("hello: agent is not a short text")
+        aes = header.get("aes", False)
+        if not isinstance(aes, bool):
+            raise RemoteError("hello: aes is neither yes nor no")
         return cls(
             run=run,
             manifest=manifest,
@@ -93,6 +100,7 @@ class Hello:
             certificate=certificate,
             window=window,
             agent=agent,
+            aes=aes,
         )
 
 
@@ -117,7 +125,7 @@ async def greet(call: Call, admission: Admission) -> None:
             return
         theirs = Hello.from_wire(reply.header)
         _judge(call.connection, theirs, admission)
-        call.connection.agree_window(theirs.window)
+        _agree(call.connection, theirs)
         call.connection.presented = own.certificate
 
 
@@ -129,7 +137,7 @@ async def answer(call: Call, admission: Admission) -> None:
     # Windows come out of a budget that all peers share: who is no member gets none of it.
     known = call.connection.member is not None
     own = _own(call.connection, admission, call.connection.limits.window if known else INITIAL_WINDOW)
-    call.connection.agree_window(hello.window)
+    _agree(call.connection, hello)
     await call.send({**own.to_wire(), "verdict": verdict})
     call.connection.presented = own.certificate
 
@@ -158,6 +166,8 @@ def check_gate(connection: Connection, admission: Admission) -> None:
 def _own(connection: Connection, admission: Admission, window: int) -> Hello:
     certificate = admission.own_certificate()
     connection.promise_window(window)
+    if has_aes():
+        connection.promise_aes()
     return Hello(
         run=admission.trust.run,
         manifest=admission.trust.manifest_hash,
@@ -165,7 +175,24 @@ def _own(connection: Connection, admission: Admission, window: int) -> Hello:
         certificate=certificate,
         window=window,
         agent=AGENT,
+        aes=has_aes(),
     )
+
+
+def _agree(connection: Connection, theirs: Hello) -> None:
+    connection.agree_window(theirs.window)
+    if theirs.aes and has_aes():
+        connection.agree_aes()
+
+
+@cache
+def has_aes() -> bool:
+    """Whether this processor has instructions for AES; no where the kernel does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    return any("aes" in line.split() for line in lines if line.startswith(("flags", "Features")))
 
 
 def _judge(connection: Connection, hello: Hello, admission: Admission) -> None:

@@ -5,6 +5,7 @@ The second and third carry the sender's identity key and its signature over the 
 ``Handshake`` is the state machine: ``write`` and ``read`` alternate, then ``result``. Key material
 is an argument, so that a simulation replays. On the wire every message, and later every record, is
 a 2-byte big-endian length and at most 65,535 bytes; a record holds at most 65,519 of plaintext.
+Peers that both compute AES in hardware may go on with AES-256-GCM (``Cipher.faster``), under another key.
 Sources: noiseprotocol.org/noise.html (revision 34), github.com/libp2p/specs/tree/master/noise.
 """
 
@@ -18,7 +19,7 @@ from typing import final
 import attrs
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from p2p import protobuf
 from p2p.errors import LocalError, RemoteError
@@ -34,6 +35,7 @@ from p2p.identity import (
 PROTOCOL = "/noise"
 NAME = b"Noise_XX_25519_ChaChaPoly_SHA256"
 SIGNED_PREFIX = b"noise-libp2p-static-key:"
+FASTER = b"agora aes-256-gcm"
 MAX_RECORD = 65_535
 TAG = 16
 MAX_PLAINTEXT = MAX_RECORD - TAG
@@ -44,11 +46,16 @@ _NONCE = struct.Struct("<4xQ")
 class Cipher:
     """One direction of a secured connection: a key and a counter."""
 
-    __slots__ = ("_aead", "_count")
+    __slots__ = ("_aead", "_count", "_key")
 
-    def __init__(self, key: bytes) -> None:
-        self._aead = ChaCha20Poly1305(key)
+    def __init__(self, key: bytes, suite: type[ChaCha20Poly1305 | AESGCM] = ChaCha20Poly1305) -> None:
+        self._key = key
+        self._aead = suite(key)
         self._count = 0
+
+    def faster(self) -> Cipher:
+        """What follows in this direction with AES-256-GCM; its key tells nothing of this one."""
+        return Cipher(_hkdf(self._key, FASTER)[0], AESGCM)
 
     def _nonce(self) -> bytes:
         self._count += 1  # 2**64 records never happen: 10**6 a second last 500,000 years

@@ -310,6 +310,38 @@ def test_guests_get_no_share_of_the_windows() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("hardware", [True, False])
+def test_bulk_goes_over_to_aes_where_both_compute_it(hardware: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hello, "has_aes", lambda: hardware)
+    data = bytes(range(256)) * 4000
+
+    async def main() -> None:
+        one, two = Node(), Node()
+
+        async def echo(call: Call) -> None:
+            for _ in range(2):
+                await call.send({}, (await call.receive(max_payload=len(data))).payload)
+
+        two.host.handle("/agora/echo/1", echo, open_to_all=True)
+        async with running(one, two):
+            await one.ask(two, "/agora/open/1")
+            ciphers = [
+                (connection._sending, connection._receiving)
+                for node in (one, two)
+                for connection in node.host.connections.values()
+            ]
+            async with await one.host.call(two.host.peer_id, "/agora/echo/1", deadline=5) as call:
+                for _ in range(2):
+                    await call.send({}, data)
+                    assert (await call.receive(max_payload=len(data))).payload == data
+            for node, (sending, receiving) in zip((one, two), ciphers, strict=True):
+                (connection,) = node.host.connections.values()
+                assert (connection._sending is not sending) == hardware
+                assert (connection._receiving is not receiving) == hardware
+
+    run(main)
+
+
 def test_listed_nodes_need_no_certificate() -> None:
     async def main() -> None:
         seed = Identity.generate()
@@ -344,6 +376,7 @@ HELLO = Hello(run=RUN, manifest=HASH, version=(1, 1), certificate=None, window=1
         {"window": -1},
         {"window": True},
         {"window": 1 << 32},
+        {"aes": 1},
         {"agent": None},
         {"agent": "x" * 65},
     ],

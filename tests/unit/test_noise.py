@@ -61,6 +61,19 @@ def test_buffers_carry_the_same_bytes() -> None:
         assert opened == plain[:size]
 
 
+def test_the_faster_cipher_has_a_key_of_its_own() -> None:
+    one, two = finished()
+    sending, receiving = one.result().sending, two.result().receiving
+    faster, read = sending.faster(), receiving.faster()
+    sealed = faster.encrypt(b"plain", b"")
+    assert read.decrypt(sealed, b"") == b"plain"
+    assert sealed != sending.encrypt(b"plain", b"")
+    with pytest.raises(RemoteError):
+        receiving.decrypt(sealed, b"")
+    with pytest.raises(RemoteError):
+        read.decrypt(sealed, b"")  # the same record again
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_every_altered_byte_is_noticed(number: int) -> None:
     message = MESSAGES[number]
