@@ -30,19 +30,23 @@ class Section:
         self.weight = self._ends[-1]
         """About how many bytes of text."""
         self.blocks = max(1, round(self.weight / block_bytes))
+        self._told = bytearray(self.blocks)
+        """Of which blocks it is known what is left out: they are read again in every lap."""
 
     def documents(self, block: int) -> Iterator[Document]:
         """Of one block, in order. LocalError if a file cannot be read any more."""
+        troubles = Troubles() if self._told[block] else self._troubles
         begin = self.weight * block // self.blocks
         end = self.weight * (block + 1) // self.blocks
         for index in range(bisect_right(self._ends, begin), len(self._files)):
             file, first = self._files[index], self._ends[index] - self._files[index].weight
             if first >= end:
-                return
+                break
             low = max(0, begin - first) * file.units // file.weight
             high = min(file.weight, end - first) * file.units // file.weight
             if low < high:
-                yield from file.read(low, high, self._troubles)
+                yield from file.read(low, high, troubles)
+        self._told[block] = 1
 
 
 def require_readable(path: Path, field: str = "text") -> None:

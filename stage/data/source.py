@@ -34,8 +34,6 @@ WINDOW_BYTES = 4 << 20
 BLOCK_ROWS = 128
 """Sequences of one byte a token that a block has room for at least: what is cut off at its end is little."""
 _KEPT = 2
-_TRIED = 64
-"""Blocks that are looked at for rows, at the start and for evaluation."""
 
 
 @attrs.frozen
@@ -154,7 +152,7 @@ class Source:
         index = self.section_order(0, 0)[0]
         found: list[Block] = []
         places, permuted = self._blocks_of(0, index, 0)
-        for place in places[:_TRIED]:
+        for place in places:
             block = self.block(index, permuted(place))
             if block.held_out:
                 found.append(block)
@@ -230,12 +228,12 @@ class Source:
         """LocalError if there is nothing to train on: of few blocks by reading them, of many by one."""
         section = self._section(0)
         if not self._bytes and section.weight > 256 * self.seq * (1 + self.shards):
-            for number in range(min(section.blocks, _TRIED)):
+            for number in range(section.blocks):
                 if next(section.documents(number), None) is not None:
                     return  # to make ids of a whole block takes seconds
         few = self._bytes and section.blocks <= WINDOW_BYTES // BLOCK_BYTES
         rows = trained = 0
-        for number in range(min(section.blocks, _TRIED)):
+        for number in range(section.blocks):
             block = self.block(0, number)
             rows, trained = rows + block.rows, trained + block.trained
             if trained >= self.shards and rows > trained and not few:

@@ -268,6 +268,19 @@ def test_a_sparse_file_of_10_gb_is_opened_and_read_in_parts(tmp_path: Path) -> N
     assert str(files.troubles) == "1 parts left out as not text"
 
 
+def test_a_few_lines_around_a_huge_one_are_found_wherever_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as stream:
+        stream.write(b'{"text": "')
+        for _ in range(80):
+            stream.write(b"x" * (1 << 20))
+        stream.write(b'"}\n' + b'{"text": "all that there is to read"}\n' * 100)
+    source = Source(path, SEQ, 5)
+    assert source.held_out(1)
+    assert "1 lines left out with more than 4 MiB" in source.describe()
+    assert source.row(0, 0).ids != source.row(0, 500).ids
+
+
 def parquet(path: Path, texts: list[str | None], *, group: int, column: str = "text") -> Path:
     import pyarrow
     import pyarrow.parquet
