@@ -69,9 +69,18 @@ def check_ledger(swarm: Logged, stages: int) -> None:
             assert path[stage + 1] in added.get((stage, ticket), set()), (ticket, stage)
 
 
-def check_chaos(swarm: Logged, stages: int, faults: Iterable[Fault]) -> dict[str, Any]:
+@attrs.frozen
+class Twice:
+    """Gradients that were added again at their stage."""
+
+    charged: Counter[int]
+    """How many each fault explains, by its number."""
+    unexplained: list[tuple[int, str, list[Added]]]
+
+
+def check_chaos(swarm: Logged, stages: int, faults: Iterable[Fault]) -> Twice:
     """Each issued microbatch ended once; each completed one was in before its answer, and twice only where
-    the replica that added it first suffered a fault meanwhile: once a fault. Returns what was counted."""
+    the replica that added it first suffered a fault meanwhile. Returns what counted twice."""
     trainer = swarm.events("trainer-0")
     issued = Counter(e["ticket"] for e in trainer if e["event"] == "microbatch_issued")
     ends = {e["ticket"]: e for e in trainer if e["event"] in ("microbatch_completed", "microbatch_failed")}
@@ -98,4 +107,4 @@ def check_chaos(swarm: Logged, stages: int, faults: Iterable[Fault]) -> dict[str
                 charged[min(suspects, key=lambda number: charged[number])] += 1
             else:
                 unexplained.append((stage, ticket, each))
-    return {"twice": sum(charged.values()), "a_fault": dict(charged), "unexplained": unexplained}
+    return Twice(charged, unexplained)

@@ -16,10 +16,11 @@ from tests.system.ledger import Fault, check_chaos, check_ledger
 from tests.system.placed import Placed, placed
 
 STAGES, REPLICAS = 3, 3
+SLOTS = 4
 CHAOS_S = 180.0
 FAULTS = 20
 SETTINGS = (
-    "model.seq=64", "training.target_batch=16", "worker.snapshot_every=4", "training.eval_every=0",
+    "model.seq=64", "training.target_batch=16", "worker.snapshot_every=4", f"worker.slots={SLOTS}",
 )  # fmt: skip
 
 
@@ -84,14 +85,13 @@ def test_accounting_under_chaos(tmp_path: Path) -> None:
             chaos.run(CHAOS_S)
             before = completed(swarm)
             swarm.wait_for(lambda: completed(swarm) >= before + 50, 150, "work after it all")
-            swarm.wait_for(lambda: all_active(swarm), 150, "workers that are all back")
+            swarm.wait_for(lambda: all_active(swarm), 300, "workers that are all back")
             assert swarm.stop("trainer-0") == 0
             codes = {name: swarm.stop(name) for name in swarm.workers}
             report = swarm.report()
             found = check_chaos(swarm, STAGES, chaos.done)
     except NoLab as error:
         pytest.skip(str(error))
-    print(report["microbatches"], found, [attrs.astuple(fault) for fault in chaos.done])
     check_ledger(swarm, STAGES)
     work = report["microbatches"]
     assert len(chaos.done) >= FAULTS
@@ -100,6 +100,14 @@ def test_accounting_under_chaos(tmp_path: Path) -> None:
     assert work["completed"] + work["failed"] == work["issued"]
     assert set(codes.values()) == {0}
     assert report["loss"]["last"] < 0.8 * report["loss"]["uniform"]
+    halts = [
+        e["why"] for e in swarm.events("trainer-0") if e["event"] == "trouble" and e["kind"] == "standstill"
+    ]
+    if halts:
+        pytest.skip(f"what counted twice cannot be laid to our faults: the whole machine halted ({halts[0]})")
+    assert found.unexplained == [], found
+    assert sum(found.charged.values()) <= len(chaos.done), found
+    assert max(found.charged.values(), default=0) <= SLOTS, "more than one batch: all that it had in progress"
 
 
 def completed(swarm: Placed) -> int:
