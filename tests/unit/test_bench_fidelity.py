@@ -74,3 +74,59 @@ def test_it_reports_the_best_learning_rate_of_each_arm(
     assert last["best"] == pytest.approx(min(means.values()), abs=1e-3)
     assert last["best_lr"] == min(means, key=lambda lr: means[lr])
     assert CliRunner().invoke(suite.main, ["--arm", "none such"]).exit_code == 2
+
+
+@pytest.fixture
+def averaging(suite: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    import fidelity_averaging
+
+    monkeypatch.setattr(fidelity_averaging, "EVAL_ROWS", 8)
+    return fidelity_averaging
+
+
+@pytest.fixture
+def tiny(averaging: Any, monkeypatch: pytest.MonkeyPatch, text: Path) -> Any:
+    """The suite with a model and a text that cost nothing."""
+    model = ModelConfig(
+        d=16, k=4, heads=2, kv_heads=1, head_dim=8, ffn=24, seq=8, layers=(1,), rope_theta=100.0
+    )  # fmt: skip
+    monkeypatch.setattr(averaging, "MODEL", model)
+    monkeypatch.setattr(averaging, "CURVE", 2)
+    monkeypatch.setattr(averaging, "Source", lambda path, seq, seed: Source(text, seq, seed))
+    return averaging
+
+
+def test_averaging_is_judged_arm_by_arm(tiny: Any) -> None:
+    names = ["gradients", "none", "decay/gradients", "decay/powersgd", "decay/ema", "decay/newcomer"]
+    options = [
+        "--steps",
+        "2",
+        "--replicas",
+        "2",
+        "--seed",
+        "1",
+        "--seed",
+        "2",
+        "--lr",
+        "1e-3",
+        "--lr",
+        "1e-2",
+    ]
+    arms = [option for name in names for option in ("--arm", name)]
+    result = CliRunner().invoke(tiny.main, [*options, *arms, "--json"], catch_exceptions=False)
+    lines = {line["arm"]: line for line in map(json.loads, result.output.splitlines()) if "gap" in line}
+    assert list(lines) == names
+    for name, line in lines.items():
+        assert len(line["seeds"]) == 2
+        assert all(map(math.isfinite, line["seeds"]))
+        assert len(line["grid"]) == (1 if tiny.ARMS[name].newcomer else 2)
+    assert lines["gradients"]["gap"] == lines["decay/gradients"]["gap"] == 0
+    assert lines["none"]["mb"] == 0 < lines["decay/ema"]["mb"] < lines["gradients"]["mb"] / 10
+    assert lines["decay/ema"]["mb"] < lines["decay/powersgd"]["mb"] < lines["gradients"]["mb"]
+    assert lines["decay/newcomer"]["bump"] is not None
+
+
+def test_all_weights_averaged_every_step_are_equal(tiny: Any) -> None:
+    result = tiny.train("decay/full", tiny.ARMS["decay/full"], 1e-2, 1, 3, 3, tiny.Text.of(1, 3 * 3 * 8))
+    assert result.disagreement < 1e-6
+    assert result.loss == pytest.approx(result.one, abs=1e-3)

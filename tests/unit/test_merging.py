@@ -78,6 +78,51 @@ def test_rules(weights: Weights, merge: Literal["delta", "overwrite", "ema"], pa
         torch.testing.assert_close(weights.flat, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_every_cycle_cuts_the_weights_anew(weights: Weights) -> None:
+    """Each block once a cycle, in another order the next time."""
+    merger = Merger(TRAINING, weights)
+    blocks = weights.layout.size // BLOCK
+    orders = []
+    for cycle in range(3):
+        packed = [merger.pack(cycle * SLICES + index) for index in range(SLICES)]
+        order = torch.cat([kernels.slice_blocks(blocks, p.index, SLICES, p.key) for p in packed])
+        assert sorted(order.tolist()) == list(range(blocks))
+        orders.append(tuple(order.tolist()))
+        for each in packed:
+            assert each.again is None
+            assert torch.equal(each.values, weights.flat[places(weights, each)])
+            merger.give_up(each)
+    assert len(set(orders)) == 3
+
+
+def test_what_is_in_flight_is_not_corrected_twice(weights: Weights) -> None:
+    """Rounds that overlap: of a block that a second round packed before the first one's correction landed
+    only that one is merged; afterwards it takes part as before."""
+    merger = Merger(TRAINING, weights)
+    first = merger.pack(SLICES - 1)
+    later = [merger.pack(number) for number in range(SLICES, 2 * SLICES)]  # all blocks, cut anew
+    mine = set(places(weights, first).tolist())
+    before = weights.flat.clone()
+    for packed in later:
+        merger.merge(packed, packed.values + 1.0, [(0, packed.values.numel())])
+    moved = (weights.flat - before).round()
+    assert {at for at in range(weights.layout.size) if moved[at] == 0} == mine
+    merger.merge(first, first.values + 1.0, [(0, first.values.numel())])
+    assert (weights.flat - before).round().eq(1).all()
+    assert all(merger.pack(number).again is None for number in range(2 * SLICES, 3 * SLICES))
+
+
+def test_a_round_that_brought_nothing_leaves_nothing_in_flight(weights: Weights) -> None:
+    merger = Merger(TRAINING, weights)
+    lost, twice = merger.pack(0), merger.pack(0)
+    assert twice.again is not None
+    assert twice.again.all()
+    merger.give_up(twice)  # of blocks that are in flight for the first one
+    assert merger.pack(0).again is not None
+    merger.give_up(lost)
+    assert merger.pack(0).again is None
+
+
 def test_first_visits_add_what_was_learned_whole(weights: Weights) -> None:
     """As delta does; also after the state was replaced, and after a change of the rule."""
     ema, delta = attrs.evolve(TRAINING, merge="ema"), TRAINING

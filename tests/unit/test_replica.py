@@ -11,7 +11,7 @@ import torch
 import trio
 import trio.testing
 
-from p2p.averaging import Averager, RoundFailed
+from p2p.averaging import Averager, Outcome, RoundFailed
 from p2p.errors import LocalError
 from p2p.event import Event
 from p2p.identity import Identity, PeerId
@@ -19,7 +19,7 @@ from p2p.records import StageRecord
 from stage.clock import Reading, StepClock
 from stage.config import TrainingConfig
 from stage.device import Device
-from stage.events import Phase, RoundAbandoned, SaveFailed, SettingsTaken, Step
+from stage.events import Phase, RoundAbandoned, RoundFinished, SaveFailed, SettingsTaken, Step
 from stage.merging import PackedSlice
 from stage.replica import PROMOTE_S, ROUND_S, Fetched, Replica
 from stage.roster import Entry, StageView
@@ -469,3 +469,49 @@ def test_rounds_that_fail_or_hang_are_abandoned_and_training_goes_on() -> None:
     assert (hung.round, hung.why) == (asked[1], "timeout")
     assert given_up == asked[: len(given_up)]  # no slice stays in flight
     assert len(given_up) >= 2
+
+
+def test_samples_behind_a_round_that_failed_count_in_the_next() -> None:
+    """And are forgotten with one that succeeded, or with the state that they went into."""
+    bench = Bench()
+    weights: list[float] = []
+
+    class Sometimes:
+        """Fails but for every third round."""
+
+        async def average(
+            self, number: int, index: int, buffer: memoryview, weight: float, **_more: Any
+        ) -> Outcome:
+            await trio.lowlevel.checkpoint()
+            weights.append(weight)
+            if len(weights) % 3:
+                raise RoundFailed("every other member was lost")
+            return Outcome(
+                number=number, slice_index=index, members=(OWN, MATE), fraction=1.0, vector=bytearray(buffer),
+                averaged=[(0, 8)], contributors=[], checksum="", drops=(), payload_out=0, payload_in=0,
+                weight_total=1.0,
+            )  # fmt: skip
+
+    class Packing(Weights):
+        def pack(self, number: int) -> Any:
+            return PackedSlice(number, 0, 0, torch.zeros(8), 0)
+
+        def give_up(self, packed: Any) -> None:
+            pass
+
+        def merge(self, _packed: Any, _outcome: Any) -> Any:
+            return 0.25
+
+    bench.replica._averager = cast(Averager, Sometimes())
+    bench.replica._compute = Packing()
+    bench.replica._training = attrs.evolve(bench.replica._training, average_every=1)
+
+    async def body() -> None:
+        bench.mate("active")
+        for step in range(1, 9):
+            await bench.advance(step)
+
+    bench.live(body)
+    assert weights == [1, 2, 3, 1, 2, 3, 1, 2]
+    assert [event.disagreement for event in bench.of(RoundFinished)] == [0.25, 0.25]
+    assert bench.replica.disagreement == 0.25
