@@ -183,6 +183,8 @@ class Run:
             member.optimizer.apply(step, member.powersgd.finish(each, mean, whole, whole))
 
     def _mean(self, vectors: list[Tensor]) -> Tensor:
+        if not vectors[0].numel():
+            return vectors[0]
         reducer = KernelReducer(vectors[0].nbytes)
         for vector in vectors:
             reducer.add(vector.numpy().data.cast("B"), float(BATCH))

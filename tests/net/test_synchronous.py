@@ -97,7 +97,7 @@ async def together(group: list[Replica], step: int, *, new: tuple[int, ...] = ()
 
 def run(body: Callable[[], Awaitable[None]]) -> None:
     async def main() -> None:
-        with trio.fail_after(60):
+        with trio.fail_after(110):
             await body()
 
     trio.run(main)
