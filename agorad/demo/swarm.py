@@ -35,8 +35,9 @@ STALL_S: Final = 120.0
 SETTLE_S: Final = 60.0
 STOP_S: Final = 35.0
 TICK_S: Final = 0.25
-AGAIN_S: Final = 20.0
-"""How long a trainer that somebody killed may take to be there again."""
+AGAIN_POLLS: Final = 120
+"""Polls for which a trainer that somebody killed may be away, about 30 s. Not seconds: a machine that sleeps
+makes those pass at once."""
 _PR_SET_PDEATHSIG: Final = 1
 _CRASHES: Final = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 """Signals that a process gives itself."""
@@ -55,7 +56,8 @@ class Running:
     status: dict[str, Any] = attrs.field(factory=dict)
     """Its last word."""
     answers: bool = False
-    answered_at: float = attrs.field(factory=time.monotonic)
+    silent: int = 0
+    """Polls since it last answered."""
 
     @property
     def up(self) -> bool:
@@ -114,9 +116,10 @@ class Swarm:
         for running in self.nodes:
             try:
                 running.status = ask(running.node.control, "status", timeout=2.0)
-                running.answers, running.answered_at = True, time.monotonic()
+                running.answers, running.silent = True, 0
             except (Unreachable, NoAnswer, CommandFailed):
                 running.answers = False
+                running.silent += 1
 
     def describe(self) -> dict[str, Any]:
         """``swarm.json``."""
@@ -152,15 +155,10 @@ class Swarm:
 
     def trainers_ended(self) -> bool:
         """Whether every trainer's process is gone, and nobody restarted one that was killed."""
-        now = time.monotonic()
         return all(
             running.process.poll() is not None
             and not running.answers
-            and (
-                not self.was_killed(running)
-                or ended_cleanly(running.node)
-                or now - running.answered_at > AGAIN_S
-            )
+            and (not self.was_killed(running) or ended_cleanly(running.node) or running.silent > AGAIN_POLLS)
             for running in self.of_role("trainer")
         )
 

@@ -86,7 +86,6 @@ async def run(node: Node) -> None:
         )
 
     journal = Journal.load(node.config.node.state / JOURNAL, source.fingerprint)
-    leases = Leases(node.identity.peer_id, trainers, source.fingerprint, node.clock())
     journal.start()
     outbox = await trio.to_thread.run_sync(Outbox, node.config.node.state / "receipts")
     submitter = Submitter(node, outbox)
@@ -145,6 +144,7 @@ async def run(node: Node) -> None:
     node.ready()
     node.status["phase"] = "joining"
     await _until_served(stages, ending)
+    leases = Leases(node.identity.peer_id, trainers, source.fingerprint, node.clock())
     leasing = Leasing(node, leases, trainer, journal)
     await leasing.look()
     node.nursery.start_soon(leasing.run)
