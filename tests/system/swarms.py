@@ -24,6 +24,7 @@ class Demo:
     folder: Path
     pids: dict[str, int] = attrs.field(factory=dict)
     """Of nodes that were started again."""
+    restarted: list[subprocess.Popen[bytes]] = attrs.field(factory=list)
 
     def swarm(self, timeout: float = 120.0) -> dict[str, Any]:
         """``swarm.json`` once the swarm is up."""
@@ -68,6 +69,7 @@ class Demo:
             stderr=subprocess.DEVNULL,
         )
         self.pids[name] = process.pid
+        self.restarted.append(process)
         return process
 
     def finish(self, timeout: float = 300.0, code: int = 0) -> dict[str, Any]:
@@ -99,6 +101,9 @@ def demo(folder: Path, *options: str) -> Iterator[Demo]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
+        for again in running.restarted:
+            again.kill()
+            again.wait()
 
 
 def processes_under(folder: Path) -> list[str]:

@@ -93,4 +93,4 @@ def shards(swarm: Demo, name: str, what: str) -> list[int]:
 
 
 def wait_for_more(swarm: Demo, before: int) -> None:
-    swarm.wait_for(lambda: swarm.count("trainer-0", "microbatch_completed") > before, 60, "work after a kill")
+    swarm.wait_for(lambda: swarm.count("trainer-0", "microbatch_completed") > before, 90, "work after a kill")
