@@ -375,14 +375,17 @@ class Session:
                         events.append(Changed(stream))
                 offset += size
                 continue
-            need = HEADER.size - len(self._partial)
-            if end - offset < need:
-                self._partial += bytes(data[offset:])
-                break
-            header = self._partial + bytes(data[offset : offset + need])
-            self._partial = b""
-            offset += need
-            version, kind, flags, stream_id, length = HEADER.unpack(header)
+            if not self._partial and end - offset >= HEADER.size:
+                version, kind, flags, stream_id, length = HEADER.unpack_from(data, offset)
+                offset += HEADER.size
+            else:
+                need = HEADER.size - len(self._partial)
+                self._partial += bytes(data[offset : offset + need])
+                if len(self._partial) < HEADER.size:
+                    break
+                offset += need
+                version, kind, flags, stream_id, length = HEADER.unpack(self._partial)
+                self._partial = b""
             if version != 0:
                 raise RemoteError(f"yamux version {version}")
             self._frame(kind, flags, stream_id, length, events)
