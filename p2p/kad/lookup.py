@@ -208,6 +208,11 @@ class Lookup:
                     break
         return found
 
+    def unasked(self) -> list[Contact]:
+        """Who was heard of and not asked, nearest first."""
+        known = (self._candidates[peer] for _, peer in self._order)
+        return [candidate.contact for candidate in known if candidate.state is _State.HEARD]
+
     def nearest(self, count: int) -> list[PeerId]:
         """The nearest candidates that have not failed, whether they were asked or not."""
         return [candidate.contact.peer for candidate in self._nearest(self._order, count, -math.inf, None)]

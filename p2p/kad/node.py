@@ -33,7 +33,7 @@ from p2p.identity import Identity, PeerId
 from p2p.kad.events import DhtIsolated, DhtJoined, RecordRefused
 from p2p.kad.exchange import Exchange, remember
 from p2p.kad.handover import Handover
-from p2p.kad.ids import key_id, random_in_bucket
+from p2p.kad.ids import BITS, key_id, random_in_bucket
 from p2p.kad.lookup import Lookup
 from p2p.kad.merge import Merge
 from p2p.kad.placing import WIDE, Placing
@@ -55,6 +55,8 @@ RENEW_FROM_S: Final = 60.0
 """Life from which a record is sent again at its half; shorter ones are replaced or over by then."""
 REFRESH_S: Final = 60.0
 STALE_S: Final = 600.0
+FEW: Final = 128
+"""Nodes of a swarm that is small enough to know all of it."""
 RETRY_FIRST_S: Final = 0.5
 RETRY_MOST_S: Final = 30.0
 
@@ -90,6 +92,7 @@ class Dht:
         self._limits = limits
         self._seq = 0
         self._alone = True
+        self._unmet: list[Contact] = []
         self._nudge = trio.Event()
         self._seeds: dict[PeerId, Contact] = {}
         self._own: OrderedDict[tuple[str, str], _Own] = OrderedDict()
@@ -271,6 +274,7 @@ class Dht:
             if first:
                 first = False
                 task_status.started()
+            await self._meet()
             if not self._alone:
                 await self._nudged_within(REFRESH_S * self._rng.uniform(0.75, 1.25))
                 if len(self.table):
@@ -300,10 +304,26 @@ class Dht:
         await drive(lookup, ask)
         if len(self.table) == 0:
             return False
+        self._unmet = lookup.unasked()
         self.joined.set()
         self._emit(DhtJoined(peers=len(self.table), seconds=trio.current_time() - began))
         self._send_all_again()
         return True
+
+    async def _meet(self) -> None:
+        """Where the whole swarm is few, ask everybody once: nobody has to be dialled at first use then."""
+        named = {contact.peer: contact for contact in self._unmet}
+        for contact in self._unmet:
+            if contact.peer in self.table or len(named) + len(self.table) > FEW:
+                continue
+            try:  # about any place: those near us were named when we joined
+                nodes, _ = await self._exchange.find_node(contact, self._rng.getrandbits(BITS))
+            except (P2PError, trio.TooSlowError):
+                continue  # gone since it was named
+            fresh = [node for node in nodes if node.peer not in named and node.peer != self.table.own]
+            named.update((node.peer, node) for node in fresh)
+            self._unmet += fresh
+        self._unmet = []
 
     def _candidates(self) -> list[Contact]:
         """Whom to ask when nobody is sure to be there."""
