@@ -247,8 +247,14 @@ class Replica:
 
     async def run(self) -> None:
         """Enter the right phase, then follow the clock until cancelled."""
+        mates_at = max(
+            (entry.record.snapshot_step or 0 for entry in self._active_mates().values()), default=0
+        )
         if self._held:
             pass
+        elif self._clock.step == 0 and mates_at > self.state_step + self._training.max_stale_steps:
+            # The run begins anew from its checkpoints, and no trainer has said yet how far it was.
+            self.set_phase("syncing", f"state of step {self.state_step}, a mate has that of step {mates_at}")
         elif self._clock.step == 0:
             self.set_phase("active", "genesis")
         else:

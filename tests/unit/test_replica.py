@@ -295,6 +295,28 @@ def test_alone_and_old_it_is_promoted_after_its_time() -> None:
     ]
 
 
+def test_beside_a_mate_that_began_at_a_checkpoint_it_is_not_genesis() -> None:
+    """Before the trainers are back the clock stands at 0, whatever the run has behind it."""
+    for step, phase in ((5, "active"), (17, "syncing")):
+        bench = Bench(donated_step=step)
+        record = StageRecord(
+            addrs=(), phase="active", step=step, slots=1, rate=0.0, certificate=b"", snapshot_step=step
+        )
+        bench.mates.replace({MATE: Entry(MATE, record, [], 1.0)})
+
+        async def body(bench: Bench = bench, phase: str = phase) -> None:
+            assert bench.replica.phase == phase
+            await bench.advance(18)
+            await trio.sleep(1.0)
+            measured(bench, 0.04)
+            await trio.sleep(3.0)
+            assert bench.replica.phase in ("warming", "active", "syncing")
+
+        bench.live(body)
+        assert phases(bench)[0] == phase
+        assert phases(bench)[-1] == ("syncing" if phase == "active" else "warming")
+
+
 def test_weights_of_genesis_are_not_promoted_while_the_store_cannot_be_read() -> None:
     bench = Bench(store_is_down=True)
     bench.clock.observe([Reading.signed(TRAINER, "run", 50)])
