@@ -15,7 +15,6 @@ checkpoints, not from an export.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 import os
@@ -187,7 +186,7 @@ def write(
     ``seed``: of the run. ``force``: replace an exported model that lies there.
     """
     check_place(folder, force)
-    part = folder.with_name(f"{folder.name}.part")
+    part = folder.with_name(f".{folder.name}.agora-part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if part.exists():
@@ -378,12 +377,17 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _take_place(part: Path, folder: Path) -> None:
     """Rename, so that a whole model lies there at any moment but the one between two renames."""
-    old = folder.with_name(f"{folder.name}.old")
-    with contextlib.suppress(FileNotFoundError):
+    old = folder.with_name(f".{folder.name}.agora-old")
+    if old.exists():
         shutil.rmtree(old)
     if folder.exists():
         folder.rename(old)
-    part.rename(folder)
+    try:
+        part.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
     _flush(folder.parent)
 

@@ -58,7 +58,7 @@ def export(
 
     Example: agoractl export run.toml --to my-model
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     demo = Path(run) if Path(run).is_dir() else None
     manifest = source.load(run) if demo is None else manifests.load(demo / "run.toml")
     tokens = trainer_data.tokens(tokenizer, manifest, "--tokenizer")

@@ -9,15 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from agorad.usage import NamedPath
 from p2p.errors import LocalError
-
-if TYPE_CHECKING:
-    from stage.exported import Model
 
 HELD_BACK = 64
 """Tokens that may wait for the rest of a character."""
@@ -62,7 +59,7 @@ def generate(
     prompt = prompt.encode(errors="replace").decode()
     try:
         model = Model.load(folder)
-        encode, decode = _text(model, folder)
+        encode, decode = text_of(str(model.config.get("tokens")), folder / "tokenizer.json")
         ids = encode(prompt)
         if not ids and model.end is not None:
             ids = [model.end]  # what follows the end of a document is the beginning of another
@@ -106,9 +103,12 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _text(model: Model, folder: Path) -> tuple[Callable[[str], list[int]], Callable[[int | None], str]]:
-    """From text to ids, and from one id after the other to text: whole characters; None: what is left."""
-    if model.config.get("tokens") == "bytes":
+def text_of(kind: str, tokenizer: Path) -> tuple[Callable[[str], list[int]], Callable[[int | None], str]]:
+    """From text to ids, and from one id after the other to text: whole characters; None: what is left.
+
+    ``kind``: ``bytes``, or else what the file makes.
+    """
+    if kind == "bytes":
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
         def byte(token: int | None) -> str:
@@ -120,7 +120,7 @@ def _text(model: Model, folder: Path) -> tuple[Callable[[str], list[int]], Calla
 
     from stage.data.tokens import Tokenizer
 
-    codec: Any = Tokenizer(folder / "tokenizer.json").codec
+    codec: Any = Tokenizer(tokenizer).codec
     waiting: list[int] = []
     before: list[int] = []
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from agorad import run as manifests
 from agorad.cli import agoractl
+from agorad.cli.generate import text_of
 from p2p.errors import LocalError
 from p2p.identity import Identity
 from stage import export, exported, kernels
@@ -273,7 +274,7 @@ def test_a_checkpoint_is_read_as_far_as_its_weights(source: Source, tmp_path: Pa
         file.write(b"x")
     with pytest.raises(LocalError, match="damaged"):
         export.write(tmp_path / "m", parts, MODEL, 5, run="r", text=Text())
-    assert not list(tmp_path.glob("m*")), "nothing half-written is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nodes", "store"], "nothing half-written"
 
 
 def test_from_a_folder_to_text_in_two_commands(a_run: Path, tmp_path: Path) -> None:
@@ -294,6 +295,49 @@ def test_from_a_folder_to_text_in_two_commands(a_run: Path, tmp_path: Path) -> N
     assert 0 < made[0]["tokens"] <= 12
     printed = agoractl_says(*ask[:-1])
     assert printed.stdout == "line 7 ä" + made[0]["text"] + "\n"
+
+
+def streamed(kind: str, tokenizer: Path, prompt: str, ids: list[int]) -> list[str]:
+    encode, decode = text_of(kind, tokenizer)
+    encode(prompt)
+    return [*map(decode, ids), decode(None)]
+
+
+def test_characters_come_whole_whatever_their_tokens() -> None:
+    text = "aé한\N{GRINNING FACE}\n"
+    pieces = streamed("bytes", Path("none"), "x", list(text.encode()))
+    assert "".join(pieces) == text
+    assert all(piece in ("", *text) for piece in pieces)
+    assert streamed("bytes", Path("none"), "", [0xED, 0x95])[-1] == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("kind", ["ByteLevel", "Metaspace"])
+def test_text_of_a_tokenizer_streams_as_it_decodes_at_once(kind: str, source: Source, tmp_path: Path) -> None:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    library, path = tokenizers.Tokenizer(models.BPE()), tmp_path / "tokenizer.json"
+    library.pre_tokenizer = getattr(pre_tokenizers, kind)()
+    library.decoder = getattr(decoders, kind)()
+    known = pre_tokenizers.ByteLevel.alphabet() if kind == "ByteLevel" else list("éß")
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=known)
+    library.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 3], trainer)
+    library.save(str(path))
+    prompt, rest = "the quick", " brown fox  jumps éß"
+    ids = library.encode(prompt + rest, add_special_tokens=False).ids
+    prompted = library.encode(prompt, add_special_tokens=False).ids
+    assert ids[: len(prompted)] == prompted
+    pieces = streamed("tokenizer", path, prompt, ids[len(prompted) :])
+    assert "".join(pieces) == rest
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+    text = Text(tokenizer=path.read_bytes(), end=library.token_to_id("<|endoftext|>"))
+    model = attrs.evolve(MODEL, vocab=library.get_vocab_size())
+    parts = save(Chain(model, TRAINING), tmp_path)
+    export.write(tmp_path / "model", parts, model, TRAINING.seed, run="r", text=text)
+    ask = ("generate", prompt, "--model", str(tmp_path / "model"), "--max-tokens", "6", "--json")
+    document = json.loads(agoractl_says(*ask).stdout)
+    assert document["text"]
+    assert document["tokens"] == 6 or document["end"] == "document"
 
 
 def test_what_cannot_be_exported_is_said_in_a_sentence(a_run: Path, tmp_path: Path) -> None:

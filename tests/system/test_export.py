@@ -1,0 +1,64 @@
+"""A real swarm's model, in one process: its evaluation loss is the one that the swarm has measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from stage import exported
+from stage.data import Source
+from stage.model import document_index
+from tests.system.swarms import demo
+
+EVAL_ROWS = 8
+"""That a trainer evaluates on."""
+
+
+def agoractl(*words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "agorad.cli", *words], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_an_exported_swarm_has_the_loss_that_the_swarm_has_measured(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(60):
+        lines = "".join(f"def function_{number}_{i}(x):\n    return x + {i}\n\n" for i in range(number + 1))
+        (text / f"{number}.txt").write_text(lines)
+    folder, model_folder = tmp_path / "swarm", tmp_path / "model"
+    options = (
+        "--stages", "3", "--workers", "1", "--steps", "16", "--data", str(text),
+        "--set", "model.seq=64", "--set", "training.target_batch=8", "--set", "model.full_rank_tail=true",
+    )  # fmt: skip
+    with demo(folder, *options) as swarm:
+        swarm.swarm()
+        report = swarm.finish()
+    document = json.loads(agoractl("export", str(folder), "--to", str(model_folder), "--json"))
+    assert document["steps"] == [16, 16, 16]
+    model = exported.Model.load(model_folder)
+    table = tomllib.loads((folder / "run.toml").read_text())
+    source = Source(text, table["model"]["seq"], table["training"]["seed"])
+    losses = []
+    for row in source.held_out(EVAL_ROWS):
+        ids = torch.frombuffer(bytearray(row.ids), dtype=torch.int32).long()
+        documents = document_index(row.starts, len(ids) - 1)
+        losses.append(float(model.loss(ids[None], documents[None])))
+    step, measured = report["eval_loss"][-1]
+    assert step == 16
+    assert measured < report["eval_loss"][0][1] - 0.5, "it has learned, so that no other weights would do"
+    assert sum(losses) / len(losses) == pytest.approx(measured, abs=1e-4)
+    words = ("generate", "def ", "--model", str(model_folder), "--max-tokens", "40", "--json")
+    made = json.loads(agoractl(*words, "--temperature", "0"))
+    assert made["tokens"] > 0
+    assert made["steps"] == [16, 16, 16]
