@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tomllib
@@ -22,19 +23,19 @@ EVAL_ROWS = 8
 
 def agoractl(*words: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "agorad.cli", *words], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "agorad.cli", *words], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_an_exported_swarm_has_the_loss_that_the_swarm_has_measured(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.mkdir()
-    for number in range(60):
-        lines = "".join(f"def function_{number}_{i}(x):\n    return x + {i}\n\n" for i in range(number + 1))
+    for number in range(300):
+        lines = "".join(f"def function_{number}_{i}(x):\n    return x + {i}\n\n" for i in range(number % 5))
         (text / f"{number}.txt").write_text(lines)
     folder, model_folder = tmp_path / "swarm", tmp_path / "model"
     options = (
@@ -49,8 +50,9 @@ def test_an_exported_swarm_has_the_loss_that_the_swarm_has_measured(tmp_path: Pa
     model = exported.Model.load(model_folder)
     table = tomllib.loads((folder / "run.toml").read_text())
     source = Source(text, table["model"]["seq"], table["training"]["seed"])
-    losses = []
-    for row in source.held_out(EVAL_ROWS):
+    losses, rows = [], source.held_out(EVAL_ROWS)
+    assert any(row.starts for row in rows), "of several documents"
+    for row in rows:
         ids = torch.frombuffer(bytearray(row.ids), dtype=torch.int32).long()
         documents = document_index(row.starts, len(ids) - 1)
         losses.append(float(model.loss(ids[None], documents[None])))
@@ -62,3 +64,20 @@ def test_an_exported_swarm_has_the_loss_that_the_swarm_has_measured(tmp_path: Pa
     made = json.loads(agoractl(*words, "--temperature", "0"))
     assert made["tokens"] > 0
     assert made["steps"] == [16, 16, 16]
+    settings = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(settings | {"eos_token_id": None}))
+    check_that_it_ends_when_it_is_interrupted(model_folder)
+
+
+def check_that_it_ends_when_it_is_interrupted(model: Path) -> None:
+    words = ("generate", "def ", "--model", str(model), "--max-tokens", "1000000")
+    with subprocess.Popen(
+        [sys.executable, "-m", "agorad.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        begun = process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
+    assert begun.startswith(b"def ")
+    assert rest.endswith(b"\n")
+    assert (process.returncode, errors) == (130, b"")
