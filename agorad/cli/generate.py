@@ -80,7 +80,7 @@ def generate(
     except KeyboardInterrupt:
         if not as_json:
             click.echo()
-        raise
+        raise SystemExit(130) from None
     seconds = time.perf_counter() - began
     if as_json:
         document = {
