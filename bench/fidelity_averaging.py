@@ -8,7 +8,7 @@ learning rate of one grid on the first seed, and with the best of them on the ot
 optimizer and reducer are the code of a run (``stage``); only the wire is not there: an average is merged
 ``delay`` steps after its slice was packed.
 
-Arms: ``gradients`` (the mean of all gradients, every step), ``powersgd`` (the same as factors of rank 8),
+Arms: ``gradients`` (the mean of all gradients, every step), ``powersgd`` (the same as factors of rank 16),
 ``none``, ``full`` (the mean of all weights, every step), ``overwrite``, ``delta``, ``ema`` (5 % of the
 weights every step, ten steps late), ``20%`` (larger slices, ``ema``, four steps late); in ``newcomer`` a
 replica is replaced half way. The learning rate stays, or falls to a tenth (``decay/``).
@@ -77,7 +77,7 @@ ARMS: dict[str, Arm] = {
     "overwrite": Arm("overwrite", delay=10),
     "none": Arm(),
     "decay/gradients": Arm(gradients=True, decay=True),
-    "decay/powersgd": Arm(gradients=True, rank=8, decay=True),
+    "decay/powersgd": Arm(gradients=True, rank=16, decay=True),
     "decay/ema": Arm("ema", delay=10, decay=True),
     "decay/newcomer": Arm("ema", delay=10, newcomer=True, decay=True),
     "decay/20%": Arm("ema", fraction=0.2, delay=4, decay=True),
