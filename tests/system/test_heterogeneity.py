@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,8 @@ from tests.system.placed import Placed, started
 SPEEDS = {"worker-1-0": 0.4, "worker-1-1": 0.4, "worker-1-2": 4.0}
 """Seconds a microbatch: waits, so that this machine is not what bounds them."""
 WARM_S, MEASURED_S = 30.0, 60.0
+BUSY = 2.0
+"""Load a processor; the swarm itself makes less than 1."""
 PLAN = Plan(
     stages=2, workers=3, trainers=1, steps=None, seconds=None, data=None,
     assignments=("model.seq=32", "training.target_batch=64", "worker.snapshot_every=50"),
@@ -35,7 +38,12 @@ def test_ten_to_one_in_speed_loses_little(tmp_path: Path) -> None:
         time.sleep(MEASURED_S)
         work = done(swarm, since)
         seconds = time.time() - since
+    load = os.getloadavg()[0]
     able = {name: seconds / each for name, each in SPEEDS.items()}
+    if load > BUSY * len(os.sched_getaffinity(0)):
+        pytest.skip(
+            f"the machine was busy with other things (load {load:.1f}), which is what would be measured"
+        )
     assert sum(work.values()) >= 0.9 * sum(able.values()), (work, able)
     for name, most in able.items():
         assert work[name] >= 0.5 * most, f"{name} starves: {work[name]} of {most:.0f}"
