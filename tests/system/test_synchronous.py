@@ -23,7 +23,7 @@ SETTINGS = (
 @pytest.mark.long
 @pytest.mark.timeout(400)
 def test_replicas_step_together_and_one_that_was_away_does_again(tmp_path: Path) -> None:
-    with demo(tmp_path / "swarm", "--stages", "1", "--workers", "3", "--steps", "70", *SETTINGS) as swarm:
+    with demo(tmp_path / "swarm", "--stages", "1", "--workers", "3", "--seconds", "100", *SETTINGS) as swarm:
         swarm.wait_for(lambda: swarm.count("worker-0-0", "gradients_averaged") > 5, 90, "synchronous steps")
         swarm.kill("worker-0-0")
         before = swarm.count("worker-0-1", "gradients_averaged")
