@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 import trio
 
 from agorad import neighbours, outside, reachability
 from agorad.node import Node
 from p2p.multiaddr import Multiaddr
+from p2p.records import StageRecord
 from stage.roster import Entry, Roster
 from tests.net.test_probe import Place, living
 
@@ -118,7 +118,8 @@ def test_who_cannot_be_dialled_dials_those_who_would(tmp_path: Path, monkeypatch
     async def main() -> None:
         async with three(tmp_path) as (place, node), living(place.settings("before", "worker")) as caller:
             roster = Roster(node.dht, node.trust, node.clock)
-            entry = Entry(caller.identity.peer_id, attrs.NOTHING, list(caller.host.addrs), 0.0)  # type: ignore[arg-type]
+            record = StageRecord(addrs=(), phase="active", step=0, slots=1, rate=0.0, certificate=b"")
+            entry = Entry(caller.identity.peer_id, record, list(caller.host.addrs), 0.0)
             roster.view(0).replace({entry.peer: entry})
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(neighbours.keep, node, roster, 1)
