@@ -63,5 +63,9 @@ def main(peers: int, floats: int, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    try:
+        main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    except (Exception, SystemExit) as error:
+        print(error or type(error).__name__, file=sys.stderr, flush=True)
+        os._exit(1)
     os._exit(0)  # hivemind's threads may wait for daemons that are gone

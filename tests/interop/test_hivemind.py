@@ -16,6 +16,7 @@ from tests.interop import peers
 
 TURNS = 2
 MEASURE_S = 400.0
+TRIES = 3
 
 
 def measured(command: list[str], *, ours: bool) -> dict[str, Any]:
@@ -42,6 +43,16 @@ def measured(command: list[str], *, ours: bool) -> dict[str, Any]:
     return result
 
 
+def met(command: list[str]) -> dict[str, Any]:
+    """hivemind's averagers do not always find each other; what counts is a round in which they did."""
+    for _ in range(TRIES - 1):
+        try:
+            return measured(command, ours=False)
+        except AssertionError as error:
+            print(error)
+    return measured(command, ours=False)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("count", [32, 64])
@@ -62,12 +73,12 @@ def test_store_and_get_take_a_third_of_what_they_take_hivemind(count: int) -> No
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_round_takes_no_longer_than_hiveminds() -> None:
     floats = 10_000_000
     theirs = [*peers.hivemind("hivemind_averaging.py"), "4", str(floats), "3"]
     ours = [sys.executable, "-m", "agorad.cli", "bench", "allreduce", f"--floats={floats}", "--json"]
-    turns = [(measured(ours, ours=True), measured(theirs, ours=False)) for _ in range(TURNS)]
+    turns = [(measured(ours, ours=True), met(theirs)) for _ in range(TURNS)]
     print(json.dumps(turns))
     for here, there in turns:
         assert here["max_error"] < 1e-6
