@@ -13,6 +13,10 @@ SETTLED_S = 10.0
 """After a fault has ended: what was held up by it is answered, or asked for elsewhere, by then."""
 
 
+PASS_S = 2.0
+"""For a backward pass to end that stood still with its process."""
+
+
 class Logged(Protocol):
     """A swarm whose nodes' events can be read."""
 
@@ -80,7 +84,7 @@ class Twice:
 
 def check_chaos(swarm: Logged, stages: int, faults: Iterable[Fault]) -> Twice:
     """Each issued microbatch ended once; each completed one was in before its answer, and twice only where
-    the replica that added it first suffered a fault meanwhile. Returns what counted twice."""
+    a replica that was past its commit point suffered a fault meanwhile. Returns what counted twice."""
     trainer = swarm.events("trainer-0")
     issued = Counter(e["ticket"] for e in trainer if e["event"] == "microbatch_issued")
     ends = {e["ticket"]: e for e in trainer if e["event"] in ("microbatch_completed", "microbatch_failed")}
@@ -96,12 +100,21 @@ def check_chaos(swarm: Logged, stages: int, faults: Iterable[Fault]) -> Twice:
     unexplained = []
     for (stage, ticket), each in added.items():
         for first, again in pairwise(each):
+            # The one past its commit point is the first that added, or it stood still in the midst of it and
+            # its replacement was faster.
             suspects = [
                 number
                 for number, fault in blame.items()
-                if fault.name == first.name
-                and fault.at - SETTLED_S <= again.at
-                and first.at <= fault.until + SETTLED_S
+                if (
+                    fault.name == first.name
+                    and fault.at - SETTLED_S <= again.at
+                    and first.at <= fault.until + SETTLED_S
+                )
+                or (
+                    fault.name == again.name
+                    and fault.at <= first.at <= fault.until
+                    and again.at <= fault.until + PASS_S
+                )
             ]
             if suspects:
                 charged[min(suspects, key=lambda number: charged[number])] += 1
