@@ -144,8 +144,11 @@ def test_both_ways_on_the_connection_that_we_dialled(foreign: Foreign) -> None:
     async def main(host: Host) -> None:
         peer = parse_peer_id(foreign.peer)
         connection = await host.connect(peer, addrs=[Multiaddr.parse(foreign.addr)], deadline=20)
+        # An answer means that they have it in their table, too; before, they might dial one of their own.
+        await ping(connection, block=b"w" * 32, deadline=10)
         about = await trio.to_thread.run_sync(lambda: foreign.ask(dial=str(host.addrs[0])))
         assert about.get("pings") == 3, about
+        assert host.connections[peer] is connection
         assert await ping(connection, block=b"x" * 32, deadline=10) < 10
 
     hosted(main)
