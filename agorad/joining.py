@@ -46,7 +46,7 @@ from agorad.exitcodes import RETRYABLE, DaemonExit, ExitCode
 from agorad.node import Node
 from agorad.preflight import read_secret
 from p2p.errors import LocalError, P2PError, PeerGone, Refused, RemoteError
-from p2p.files import read_small
+from p2p.files import read_small, write_whole
 from p2p.groups import plain
 from p2p.identity import PeerId
 from p2p.membership import CERTIFICATE_LIMIT, Certificate
@@ -121,7 +121,7 @@ async def obtain_move(node: Node, stage: int) -> None:
             node.trust.check(certificate, node.identity.peer_id, node.clock())
             if certificate.stage != stage:
                 raise RemoteError(f"the authority gave stage {certificate.stage} instead of {stage}")
-            _write(_path(node), certificate)
+            write_whole(_path(node), certificate.encode())
         except P2PError as error:
             trouble = error
         except OSError as error:
@@ -400,17 +400,11 @@ def _keep(node: Node, certificate: Certificate, why: str) -> None:
     )
     path = _path(node)
     try:
-        _write(path, certificate)
+        write_whole(path, certificate.encode())
     except OSError as error:  # the node works without it; only the next start has to ask
         node.warnings["certificate"] = f"cannot keep the certificate in {path}: {error.strerror}"
     else:
         node.warnings.pop("certificate", None)
-
-
-def _write(path: Path, certificate: Certificate) -> None:
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_bytes(certificate.encode())
-    fresh.replace(path)
 
 
 def _read(node: Node) -> Certificate | None:

@@ -22,7 +22,7 @@ import attrs
 
 from agorad.run import Manifest, Signature, from_table
 from p2p.errors import LocalError, RemoteError
-from p2p.files import read_small
+from p2p.files import read_small, write_whole
 from p2p.membership import KNOWN_LIMIT
 
 PAGE: Final = 3072
@@ -214,10 +214,8 @@ def keep(state: Path, manifest: Manifest, known: Sequence[bytes]) -> None:
         "known": [one.hex() for one in known],
     }
     path = state / FILE
-    fresh = path.with_name(path.name + ".new")
     try:
-        fresh.write_text(json.dumps(document))
-        fresh.replace(path)
+        write_whole(path, json.dumps(document).encode())
     except OSError as error:
         raise LocalError(f"cannot keep the manifest in {path}: {error.strerror}") from error
 

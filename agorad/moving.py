@@ -1,6 +1,6 @@
 """A worker that is missed more at another stage goes there.
 
-Every half minute (``Node.moves_s``) a worker reads who serves which stage and how fast, and asks the rule
+Every ``LOOK_S`` a worker reads who serves which stage and how fast, and asks the rule
 that all share (``stage.balance``) who should move. Only the one that it names acts: it asks an authority
 for a certificate of the other stage, which the authority grants if the run allows moves, none was lately, and
 the stage that is left keeps another node. Then the worker finishes what it has in progress, begins anew in
@@ -34,6 +34,7 @@ from stage.roster import MATES, Entry, Roster, StageView
 if TYPE_CHECKING:
     from agorad.node import Node
 
+LOOK_S: Final = 30.0
 MOST: Final = 4.0
 LINE_BYTES_S: Final = 25e6
 """Assumed of a mover's line: 200 Mbit/s."""
@@ -118,8 +119,8 @@ async def watch(
     work = [float(forward_flops(model, index)) for index in stages]
     params = [parameter_count(model, index) for index in stages]
     while True:
-        await trio.sleep(node.moves_s * node.rng.uniform(0.75, 1.25))
-        if phase() != "active" or node.config.worker.stage is not None:
+        await trio.sleep(LOOK_S * node.rng.uniform(0.75, 1.25))
+        if phase() != "active":
             continue
         views = [roster.view(index) for index in stages]
         for view in views:

@@ -113,8 +113,6 @@ class Node:
     """Called when ``manifest`` was replaced by a newer one; roles add theirs."""
     watch_s: float = standing.WATCH_S
     """Longest pause between two looks at what authorities publish."""
-    moves_s: float = 30.0
-    """Between two looks at whether another stage misses this node more."""
     stopping: trio.Event = attrs.field(factory=trio.Event)
     """Set when the node is to leave."""
     session: bytes = attrs.field(factory=lambda: os.urandom(16), repr=False)

@@ -26,6 +26,7 @@ import attrs
 
 from agorad.settings import read_toml, structure, unstructure
 from p2p.errors import LocalError, RemoteError
+from p2p.files import write_whole
 from p2p.identity import Identity, PeerId, public_key_of, verify
 from p2p.membership import Trust
 from p2p.multiaddr import Multiaddr
@@ -339,9 +340,7 @@ def save(manifest: Manifest, path: Path) -> None:
     import tomli_w  # only those who write manifests pay for it
 
     head = "# Run manifest of agorad: public, signed by the run's operator; edit and sign it again.\n"
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(head + tomli_w.dumps(manifest.table()))
-    temporary.replace(path)
+    write_whole(path, (head + tomli_w.dumps(manifest.table())).encode())
 
 
 def _in_order(table: Any, pattern: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Reading small files that people name: never more than a limit, and never a wait.
+"""Small files: read with a limit and without a wait, written whole or not at all.
 
 A pipe, a socket or a device in the place of a file would block its reader, perhaps for ever.
 """
@@ -24,3 +24,14 @@ def read_small(path: Path, limit: int) -> bytes:
             return file.read(limit)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file; a reader sees the old one or all of the new one. OSError leaves the old one."""
+    fresh = path.with_name(path.name + ".new")
+    try:
+        fresh.write_bytes(content)
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise

@@ -47,13 +47,13 @@ from p2p.event import Emit
 from p2p.identity import Identity, PeerId
 from p2p.rpc import Call
 from stage import receipts
+from stage.appointments import Appointments
 from stage.clock import StepClock
 from stage.device import BACKWARD, FORWARD, Device
 from stage.events import MicrobatchAdded, Reused, ReusedStale
 from stage.kept import Kept, KeptAnswers
 from stage.messages import BASIS, MAX_PATH, Accepted, Answer, BusyReply, Load, NoReplica, Progress, Request
 from stage.nexthop import NextHop, NoReplicaError
-from stage.pace import Pace
 from stage.traffic import BoundaryCount
 from stage.work import Work
 
@@ -153,7 +153,7 @@ class MicrobatchServer:
         self._nursery: trio.Nursery | None = None
         self.kept = KeptAnswers(shape.dc_bytes)
         self.slots_free = slots
-        self._pace = Pace()
+        self._appointments = Appointments()
         self.shedding = False
         """Takes no microbatch that it does not work on already."""
         self.added = 0
@@ -204,7 +204,9 @@ class MicrobatchServer:
             self._clock_advanced()
         known = request.ticket.id in self._working or request.ticket.id in self.kept
         if not known and (self.shedding or not self._room()):
-            await call.send(BusyReply(retry_after_s=self._pace.retry_after_s(trio.current_time())).to_wire())
+            await call.send(
+                BusyReply(retry_after_s=self._appointments.retry_after_s(trio.current_time())).to_wire()
+            )
             return
         slot = _Slot(self, held=not known)
         try:
@@ -355,7 +357,7 @@ class MicrobatchServer:
         finally:
             del self._working[work.request.ticket.id]
             self.slots_free += 1
-            self._pace.ended(trio.current_time())
+            self._appointments.ended(trio.current_time())
             work.done = True
             work.tell()
             if not self._working:

@@ -9,7 +9,7 @@ from typing import final
 import attrs
 
 from p2p.identity import PeerId
-from stage.pace import Pace
+from stage.appointments import Appointments
 from stage.router import Choice, Router
 from stage.scenario import Cost, Worker
 
@@ -58,9 +58,28 @@ class SimReplica:
     """A node that serves a stage, or is away."""
 
     __slots__ = (
-        "added", "back", "busy_s", "computing", "cost", "down_free", "forward", "hops", "known_by", "number",
-        "pace", "peer", "router", "scale", "served_s", "serving", "since", "slots", "stage", "up_free",
-        "view", "worker",
+        "added",
+        "appointments",
+        "back",
+        "busy_s",
+        "computing",
+        "cost",
+        "down_free",
+        "forward",
+        "hops",
+        "known_by",
+        "number",
+        "peer",
+        "router",
+        "scale",
+        "served_s",
+        "serving",
+        "since",
+        "slots",
+        "stage",
+        "up_free",
+        "view",
+        "worker",
     )  # fmt: skip
 
     def __init__(self, number: int, worker: Worker, cost: Cost, slots: int, rng: random.Random) -> None:
@@ -70,7 +89,7 @@ class SimReplica:
         self.stage = worker.stage
         self.cost = cost
         self.scale = 1.0 / worker.speed
-        self.pace = Pace()
+        self.appointments = Appointments()
         self.router = Router(random.Random(rng.random()))
         self.view: dict[PeerId, float] = {}
         self.known_by: dict[int, Sender] = {}

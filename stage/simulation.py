@@ -293,7 +293,9 @@ class Simulation:
     def _told_busy(self, hop: Hop) -> None:
         self._busy += 1
         if hop.choice is not None:
-            self._router_of(hop).busy(hop.choice, self._now, hop.replica.pace.retry_after_s(self._now))
+            self._router_of(hop).busy(
+                hop.choice, self._now, hop.replica.appointments.retry_after_s(self._now)
+            )
         self._again(hop)
 
     def _failed_to_reach(self, hop: Hop) -> None:
@@ -386,7 +388,7 @@ class Simulation:
         replica = hop.replica
         replica.added += 1
         replica.slots += 1
-        replica.pace.ended(self._now)
+        replica.appointments.ended(self._now)
         replica.hops.pop(id(hop), None)
         hop.done = True
         caller = hop.caller

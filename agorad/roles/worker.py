@@ -320,16 +320,17 @@ class _Worker:
             await trio.lowlevel.checkpoint()
             self.moves = await trio.to_thread.run_sync(moving.possible, node)
             nursery.start_soon(self.declaration.run)
-            nursery.start_soon(
-                partial(
-                    moving.watch,
-                    node,
-                    Roster(node.dht, node.trust, node.clock),
-                    self.stage,
-                    phase=lambda: self.replica.phase,
-                    moved=self.has_moved,
+            if self.moves:
+                nursery.start_soon(
+                    partial(
+                        moving.watch,
+                        node,
+                        Roster(node.dht, node.trust, node.clock),
+                        self.stage,
+                        phase=lambda: self.replica.phase,
+                        moved=self.has_moved,
+                    )
                 )
-            )
             node.ready()
             await node.stopping.wait()
             await self.leave()

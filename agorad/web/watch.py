@@ -8,6 +8,7 @@ comes every ``BOOKS_S`` at most. The history is kept in the state folder every `
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -22,6 +23,7 @@ from agorad.clockwatch import READ_S
 from agorad.web.facts import SERVING, Door, Earned, Facts, Replica, Trainer, Waiting
 from agorad.web.history import Change, History, Moment, Round, read
 from p2p.errors import P2PError, RemoteError
+from p2p.files import write_whole
 from p2p.membership import Certificate
 from p2p.records import ClockRecord, clock_key, read_all
 from stage.clock import Reading, StepClock
@@ -274,9 +276,5 @@ def _load(path: Path, run: str) -> History:
 
 
 def _save(path: Path, document: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".new")
-    try:
-        temporary.write_text(json.dumps(document))
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk costs no more than the curves of this life
+    with contextlib.suppress(OSError):  # a full disk costs no more than the curves of this life
+        write_whole(path, json.dumps(document).encode())

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import attrs
 
 from p2p.errors import LocalError
+from p2p.files import write_whole
 from stage.data.catalog import Section
 from stage.data.files import Troubles, Unavailable, open_file
 
@@ -104,9 +105,7 @@ class HubFiles:
         fields = {"dataset": self._text, "commit": commit, "files": files}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".new")
-            temporary.write_text(json.dumps(fields))
-            temporary.replace(path)
+            write_whole(path, json.dumps(fields).encode())
         except OSError as error:
             raise LocalError(f"cannot write {path}: {error.strerror or error}") from None
         return commit, files

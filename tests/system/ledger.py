@@ -11,8 +11,6 @@ import attrs
 
 SETTLED_S = 10.0
 """After a fault has ended: what was held up by it is answered, or asked for elsewhere, by then."""
-
-
 PASS_S = 2.0
 """For a backward pass to end that stood still with its process."""
 

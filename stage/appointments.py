@@ -22,7 +22,7 @@ GROWTH: Final = 1.25
 
 
 @attrs.define
-class Pace:
+class Appointments:
     """The usual time between two microbatches that end, and who comes when."""
 
     interval_s: float = LEAST_S
