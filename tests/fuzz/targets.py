@@ -12,11 +12,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Final, cast
 
+import h11
 import msgpack
 
 from agorad import manifests, outside
 from agorad.authority import leaderboard, revocation
 from agorad.authority import messages as authority
+from agorad.web import server
 from p2p import base58, identify, multistream, noise, passes, probe, protobuf, rpc
 from p2p.averaging.lobby import Announcement
 from p2p.averaging.roster import Candidate, Roster
@@ -31,11 +33,13 @@ from p2p.multiaddr import Multiaddr
 from p2p.probe import Probed
 from p2p.records import CandidateRecord, ClockRecord, LeaseRecord, StageRecord
 from p2p.yamux import Session
+from stage import boundary, donor, packing
 from stage.clock import readings_from_wire
-from stage.messages import Request, reply_from_wire
+from stage.messages import WIRE_DTYPES, Request, reply_from_wire
 from stage.receipts import Receipt
 from stage.state import SnapshotManifest
 from stage.ticket import Ticket
+from tests.fuzz import rounds
 
 ALLOWED: Final = (P2PError,)
 ALICE: Final = Identity.generate(b"a" * 32)
@@ -131,15 +135,52 @@ def kad_record(data: bytes) -> None:
     Verifier().open(data)
 
 
-def yamux_session(data: bytes) -> None:
-    session = Session(dialer=False, limits=Limits(inbound_streams=8, queued_frames=64))
+def wish(header: dict[str, Any]) -> None:
+    donor.Donor._read(cast(Any, SimpleNamespace(_stage=1)), header)
+
+
+def packed_chunk(data: bytes) -> None:
+    for size in (4096, 12):
+        try:
+            assert len(packing.unpack(data, size)) == size
+        except P2PError:
+            pass
+
+
+def boundary_payload(data: bytes) -> None:
+    """The first byte says in which form the rest is."""
+    form = WIRE_DTYPES[data[0] % len(WIRE_DTYPES)] if data else WIRE_DTYPES[0]
+    boundary.unpack_ids(data[1:17], 3, 300)
+    assert boundary.unpack(data[1:], 4, 8, form).shape == (4, 8)
+
+
+def page_request(data: bytes) -> None:
+    """What a browser sends, as the page reads it."""
+    wire = h11.Connection(h11.SERVER, max_incomplete_event_size=16_384)
+    try:
+        wire.receive_data(data)
+        wire.receive_data(b"")
+        while (event := wire.next_event()) is not h11.NEED_DATA:
+            if isinstance(event, h11.Request):
+                request = server._request(event, server.OWN)
+                assert request is None or request.path.startswith("/")
+            if isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
+                break
+    except h11.RemoteProtocolError:
+        pass
+
+
+def yamux_session(data: bytes, dialer: bool = False) -> None:
+    session = Session(dialer=dialer, limits=Limits(inbound_streams=8, queued_frames=64))
+    if dialer:
+        session.send(session.open(), [memoryview(b"asked")])
     record = memoryview(bytearray(65_519))
     for start in range(0, len(data), 100):
         session.receive(memoryview(data)[start : start + 100])
         while session.wants_to_send():
             session.fill(record)
         session.drained.clear()
-        assert len(session.streams) <= 8
+        assert len(session.streams) <= 8 + dialer
         assert sum(stream.inbox_bytes for stream in session.streams.values()) <= len(data)
 
 
@@ -180,9 +221,12 @@ TARGETS: Final[dict[str, Callable[[bytes], object]]] = {
     "authority answer": lambda data: a_header(data, authority.read_answer),
     "authority request": lambda data: a_header(data, authority.read_request),
     "base58": base58_text,
+    "boundary": boundary_payload,
     "candidate": lambda data: a_value(data, Candidate.decode),
     "candidate record": lambda data: a_value(data, CandidateRecord.from_value),
     "certificate": certificate,
+    "chunk message": lambda data: a_header(data, lambda header: donor.chunk_index(header, 5)),
+    "chunk packed": packed_chunk,
     "clock record": lambda data: a_value(data, ClockRecord.from_value),
     "clock readings": lambda data: a_value(data, readings_from_wire),
     "credited": lambda data: a_header(data, leaderboard.Credited.from_header),
@@ -207,6 +251,7 @@ TARGETS: Final[dict[str, Callable[[bytes], object]]] = {
     "noise dialer": noise_dialer,
     "noise listener": noise_listener,
     "outside request": lambda data: a_header(data, outside._request),
+    "page request": page_request,
     "pass": guest_pass,
     "peer id": peer_id,
     "probe request": lambda data: a_header(data, probe._request),
@@ -217,9 +262,12 @@ TARGETS: Final[dict[str, Callable[[bytes], object]]] = {
     "revoked": lambda data: pages(data, revocation.read),
     "roster": roster,
     "snapshot manifest": snapshot,
+    "snapshot wish": lambda data: a_header(data, wish),
     "stage record": lambda data: a_value(data, StageRecord.from_value),
     "ticket": lambda data: a_value(data, Ticket.from_wire),
     "yamux": yamux_session,
+    "yamux dialer": lambda data: yamux_session(data, dialer=True),
+    **rounds.TARGETS,
 }
 
 
@@ -249,6 +297,9 @@ def seeds(name: str) -> list[bytes]:
                 ).to_wire()
             )
         ],
+        "boundary": [bytes(1 + 4 * 8 * 4), b"\x02" + bytes(4 * 4 + 4 * 8)],
+        "chunk packed": [cast(bytes, packing.Packer().pack(bytes(4096)))],
+        "page request": [b"GET /run?since=3 HTTP/1.1\r\nhost: a\r\nx-forwarded-for: 1.2.3.4\r\n\r\n"],
         "kad question": [
             msgpack.packb({"op": "find_value", "key": "k", "after": None, "now": now, "addrs": [addr]})
         ],
@@ -281,6 +332,10 @@ def seeds(name: str) -> list[bytes]:
             bytes.fromhex("000100010000000100000000") + bytes.fromhex("000000000000000100000003") + b"abc"
         ],
     }
+    if name in rounds.TARGETS:
+        return rounds.seeds(name)
+    if name == "yamux dialer":
+        return seeds("yamux")
     more = {target: [msgpack.packb(value)] for target, value in _values().items()}
     return [*good.get(name, []), *more.get(name, []), b"", b"\x80", b"\x90"]
 
@@ -303,6 +358,7 @@ def _values() -> dict[str, Any]:
         },
         "candidate": me,
         "candidate record": {"addrs": me[1], "bandwidth": 1.0, "weight": 1.0, "certificate": b"c"},
+        "chunk message": {"t": "chunk", "index": 3},
         "clock readings": [reading],
         "clock record": {
             "samples": 7,
@@ -359,6 +415,7 @@ def _values() -> dict[str, Any]:
             "disagreement": 0.1,
             "snapshot_step": None,
         },
+        "snapshot wish": {"t": "want", "stage": 1, "snapshot": bytes(32), "only": True},
         "ticket": ticket,
     }
 
