@@ -16,7 +16,7 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o
 help:
 	@echo "make demo       set up, then train a small model with a whole swarm on this machine (ARGS='--steps 20')"
 	@echo "make test       set up, then check style and types and run the tests (under 15 minutes on 2 cores)"
-	@echo "make test-long  the tests that take longer: chaos, fuzzing, soak (under 80 minutes)"
+	@echo "make test-long  the tests that take longer: chaos, fuzzing, soak (more than an hour)"
 	@echo "make docs       the documents as a site, links checked"
 	@echo "make lint       style and types only"
 	@echo "make format     put the style right"
@@ -31,6 +31,11 @@ BESIDE := tests/unit tests/sim tests/interop tests/fuzz tests/net \
 ALONE := $(filter-out $(BESIDE),$(wildcard tests/system/test_*.py))
 QUICK := -m "not long and not gpu"
 
+# Of the long ones, those that neither measure nor need both cores.
+LONG_BESIDE := tests/unit tests/sim tests/fuzz $(patsubst %,tests/system/test_%.py,authority_away authority_crash authority_kills)
+LONG_ALONE := tests/interop tests/net $(filter-out $(LONG_BESIDE),$(wildcard tests/system/test_*.py))
+LONG := -m long --timeout 3600
+
 test: .venv/.tools lint
 	@echo "make: running the tests"
 ifneq ($(filter tests/%,$(ARGS)),)
@@ -42,7 +47,12 @@ endif
 
 test-long: .venv/.tools
 	@echo "make: running the long tests"
-	@$(BIN)/python -m pytest -m long --timeout 3600 $(ARGS)
+ifneq ($(filter tests/%,$(ARGS)),)
+	@$(BIN)/python -m pytest $(LONG) $(ARGS)
+else
+	@$(BIN)/python -m pytest $(LONG) $(ARGS) -n 2 --dist loadfile $(LONG_BESIDE) || [ $$? = 5 ]
+	@$(BIN)/python -m pytest $(LONG) $(ARGS) $(LONG_ALONE) || [ $$? = 5 ]
+endif
 
 lint: .venv/.tools
 	@echo "make: checking style and types"
