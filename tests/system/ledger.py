@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, Protocol
@@ -75,14 +75,15 @@ def check_ledger(swarm: Logged, stages: int) -> None:
 class Twice:
     """Gradients that were added again at their stage."""
 
-    charged: Counter[int]
-    """How many each fault explains, by its number."""
+    charged: dict[int, set[str]]
+    """The tickets that each fault explains, by its number."""
     unexplained: list[tuple[int, str, list[Added]]]
 
 
 def check_chaos(swarm: Logged, stages: int, faults: Iterable[Fault]) -> Twice:
     """Each issued microbatch ended once; each completed one was in before its answer, and twice only where
-    a replica that was past its commit point suffered a fault meanwhile. Returns what counted twice."""
+    a replica that was past its commit point suffered a fault meanwhile, or was called by one that did.
+    Returns what counted twice."""
     trainer = swarm.events("trainer-0")
     issued = Counter(e["ticket"] for e in trainer if e["event"] == "microbatch_issued")
     ends = {e["ticket"]: e for e in trainer if e["event"] in ("microbatch_completed", "microbatch_failed")}
@@ -93,29 +94,43 @@ def check_chaos(swarm: Logged, stages: int, faults: Iterable[Fault]) -> Twice:
         if end["event"] == "microbatch_completed":
             for stage in range(stages):
                 assert added[stage, ticket][0].at <= end["at"], (stage, ticket)
-    charged: Counter[int] = Counter()
-    blame = dict(enumerate(faults))
+    charged: dict[int, set[str]] = defaultdict(set)
+    blame, left = dict(enumerate(faults)), left_behind(swarm)
     unexplained = []
     for (stage, ticket), each in added.items():
         for first, again in pairwise(each):
-            # The one past its commit point is the first that added, or it stood still in the midst of it and
-            # its replacement was faster.
             suspects = [
                 number
                 for number, fault in blame.items()
-                if (
-                    fault.name == first.name
-                    and fault.at - SETTLED_S <= again.at
-                    and first.at <= fault.until + SETTLED_S
-                )
-                or (
-                    fault.name == again.name
-                    and fault.at <= first.at <= fault.until
-                    and again.at <= fault.until + PASS_S
-                )
+                if _explains(fault, first, again, left.get(ticket, set()))
             ]
             if suspects:
-                charged[min(suspects, key=lambda number: charged[number])] += 1
+                number = min(suspects, key=lambda one: (ticket not in charged[one], len(charged[one])))
+                charged[number].add(ticket)
             else:
                 unexplained.append((stage, ticket, each))
-    return Twice(charged, unexplained)
+    return Twice({number: tickets for number, tickets in charged.items() if tickets}, unexplained)
+
+
+def left_behind(swarm: Logged) -> dict[str, set[str]]:
+    """By ticket, the workers that a caller gave up for another of their stage."""
+    logs = {node["name"]: swarm.events(node["name"]) for node in swarm.nodes}
+    names = {
+        e["replica"]: name for name, log in logs.items() for e in log if e["event"] == "microbatch_added"
+    }
+    found: dict[str, set[str]] = defaultdict(set)
+    for log in logs.values():
+        for event in log:
+            if event["event"] == "rerouted" and event["from"] in names:
+                found[event["ticket"]].add(names[event["from"]])
+    return found
+
+
+def _explains(fault: Fault, first: Added, again: Added, left: set[str]) -> bool:
+    meanwhile = fault.at - SETTLED_S <= again.at and first.at <= fault.until + SETTLED_S
+    if fault.name == first.name:  # it was past its commit point, and its answer was lost
+        return meanwhile
+    if fault.name == again.name:  # it stood still in the midst of adding, and its replacement was faster
+        return fault.at <= first.at <= fault.until and again.at <= fault.until + PASS_S
+    # Their caller was lost before it could say upstream whom it had called.
+    return meanwhile and fault.name in left
