@@ -23,6 +23,7 @@ from agorad import hours
 from agorad.metrics.address import check_url, read_address
 from agorad.settings import override, read_toml, structure
 from p2p.errors import LocalError
+from stage.config import SLOTS
 from stage.settings import ComputeSettings
 
 Role = Literal["seed", "worker", "trainer", "authority"]
@@ -69,7 +70,7 @@ class WorkerSection:
     """Holds the account's secret; needed until the first grant binds the account to the node's key."""
     stage: int | None = None
     """Ask for this stage; the authority chooses where it is not set."""
-    slots: int = 8
+    slots: int = SLOTS
     """Microbatches accepted before BUSY is answered."""
     snapshot_every: int = 20
     """Steps between two snapshots on disk; 0 writes one only at the end."""

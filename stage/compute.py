@@ -44,6 +44,8 @@ from stage.settings import ComputeSettings
 from stage.snapshot import State
 from stage.weights import CHUNK, MAX_VERSIONS, Version
 
+FIRST_GRAPHS = 8
+"""Graphs that have room before copies of the weights do; more of them have what the copies leave."""
 NOT_FINITE = "not_finite"
 """The refusal of a replica whose own numbers are not, or absurd; its caller goes to another one."""
 
@@ -436,8 +438,8 @@ class StageCompute:
     def warm_up(self) -> Computing:
         """Run one microbatch of noise, measure it, and decide how many graphs may wait; before serving.
 
-        With ``graph = auto`` as many graphs are retained as fit the budget beside everything else; what then
-        remains bounds old versions of the weights and copies of the state for readers.
+        With ``graph = auto`` as many graphs are retained as fit the budget beside everything else; old
+        versions of the weights and copies of the state for readers have what the first few of them leave.
         """
         held, noise = self._noise()
         prepared = self.stage.prepare(held.ids)
@@ -463,7 +465,7 @@ class StageCompute:
         room = budget - fixed - self.peak_bytes
         wanted = 1 if self.stage.is_tail else self.in_flight
         if self.settings.graph == "auto":
-            self.retain = min(wanted, max(0, room // max(1, self.graph_bytes)))
+            self.retain = min(wanted, FIRST_GRAPHS, max(0, room // max(1, self.graph_bytes)))
         room = max(0, room - self.retain * self.graph_bytes)
         copy = weights.flat.nbytes + self.optimizer.moments.nbytes
         if self.settings.optimizer == "host" and not on_cpu:
@@ -474,6 +476,9 @@ class StageCompute:
         version = weights.flat.nbytes if weights.compute is None else weights.compute.nbytes
         shared = int(weights.compute is None and weights.max_copies > 0)
         weights.max_versions = min(MAX_VERSIONS, shared + room // version)
+        room -= max(0, weights.max_versions - shared) * version
+        if self.settings.graph == "auto":
+            self.retain = min(wanted, self.retain + room // max(1, self.graph_bytes))
         return Computing(
             stage=self.index,
             device=str(self.device),

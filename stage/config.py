@@ -53,6 +53,9 @@ _TRAINING_BOUNDS: Final = {
     "eval_every": (0, 1 << 40),
 }
 MAX_STAGES: Final = 256
+SLOTS: Final = 32
+"""Microbatches that a worker takes at a time where nobody says otherwise: over long lines most of them are on
+their way, and trainers send no more than keeps everybody busy (``stage.credits``)."""
 _MAX_LAYERS: Final = 4096
 
 

@@ -18,6 +18,7 @@ from typing import Final
 import attrs
 
 from p2p.errors import LocalError
+from stage.config import SLOTS
 from stage.hardware import check
 from stage.memory import wire_bytes
 from stage.plan import Plan, StagePlan
@@ -79,7 +80,7 @@ class Scenario:
     workers: tuple[Worker, ...]
     seconds: float
     rtt_s: float = 0.04
-    slots: int = 8
+    slots: int = SLOTS
     """Microbatches that a replica takes at a time."""
     credits: int = 0
     """Microbatches in flight; 0: two for every replica, as a trainer begins."""
@@ -117,7 +118,7 @@ def from_plan(
     spread: float = 1.0,
     churn: Churn = Churn(),
     cores: int | None = None,
-    slots: int = 8,
+    slots: int = SLOTS,
     credits: int = 0,
     trainers: int = 1,
     balance: bool = False,

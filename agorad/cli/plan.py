@@ -13,7 +13,7 @@ from agorad.cli import simulate as simulation
 from agorad.usage import NamedPath
 from p2p.errors import LocalError
 from stage import hardware, presets
-from stage.config import ModelConfig, TrainingConfig
+from stage.config import SLOTS, ModelConfig, TrainingConfig
 from stage.hardware import GB, MFU, Gpu, Link, Machine
 from stage.memory import DeviceKind, Dtype, Graph, OptimizerPlace
 from stage.plan import GRAPHS, OPTIMIZERS, ROUND_S, DoesNotFit, Plan, Setting, StagePlan, fit
@@ -22,8 +22,6 @@ from stage.plan import plan as plan_run
 DEFAULT_GPU: Final = "RTX 4090"
 CPU_TFLOPS: Final = 0.1
 """Assumed of two ordinary cores, sustained in fp32."""
-DEFAULT_SLOTS: Final = 8
-"""Of ``worker.slots``."""
 
 
 @click.command()
@@ -225,10 +223,8 @@ def notes(found: Plan) -> list[str]:
     """What an operator has to change or know, one sentence each."""
     said = []
     slots = max(stage.in_flight for stage in found.stages)
-    if slots > DEFAULT_SLOTS:
-        said.append(
-            f"{slots} microbatches in flight need worker.slots = {slots} (the default is {DEFAULT_SLOTS})"
-        )
+    if slots > SLOTS:
+        said.append(f"{slots} microbatches in flight need worker.slots = {slots} (the default is {SLOTS})")
     longest = max(found.stages, key=lambda stage: stage.round_s)
     if longest.round_s > ROUND_S:
         said.append(

@@ -10,6 +10,7 @@ import attrs
 import click
 
 from p2p.errors import LocalError
+from stage.config import SLOTS
 from stage.plan import Plan
 from stage.scenario import Churn, Scenario, from_plan
 from stage.simulated import Report
@@ -25,7 +26,7 @@ OPTIONS: Final = (
     click.option("--life", type=float, metavar="MINUTES", help="Mean time until a replica leaves.  [never]"),
     click.option("--away", type=float, default=5.0, show_default=True, help="Minutes until it is back."),
     click.option("--cores", type=int, help="All replicas on one machine with that many cores."),
-    click.option("--slots", type=int, default=8, show_default=True, help="Microbatches a replica takes."),
+    click.option("--slots", type=int, default=SLOTS, show_default=True, help="Microbatches a replica takes."),
     click.option("--credits", "in_flight", type=int, default=0, help="In flight.  [two for every replica]"),
     click.option("--trainers", type=int, default=1, show_default=True),
     click.option("--balance", is_flag=True, help="Replicas move to the slowest stage."),

@@ -101,6 +101,17 @@ def test_a_small_budget_recomputes_and_copies_nothing() -> None:
     assert StageCompute(MODEL, TRAINING, 1).warm_up().graphs == 8
 
 
+def test_graphs_beyond_the_first_leave_room_for_copies() -> None:
+    compute = StageCompute(MODEL, TRAINING, 1, in_flight=1000)
+    usual = compute.warm_up()
+    room = usual.fixed_bytes + usual.peak_bytes + 60 * usual.graph_bytes
+    compute.settings = ComputeSettings(memory_gib=room / (1 << 30))
+    decision = compute._decide()
+    copies = compute.weights.flat.nbytes * (1 + 2 + 2)  # weights and moments, and two versions of their own
+    assert decision.graphs == (60 * usual.graph_bytes - copies) // usual.graph_bytes
+    assert (decision.versions, compute.weights.max_copies) == (3, 1)
+
+
 def test_8bit_moments_come_back_to_the_bit_and_never_lose_v() -> None:
     size = 64 * GROUP
     generator = torch.Generator().manual_seed(2)

@@ -1,0 +1,36 @@
+"""A swarm over home lines does hardly less than without them, though every hop takes 80 ms there and back."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+
+from agorad.lab.network import NoLab
+from tests.system.linked import BOUNDARY_100M, Pair, measure
+
+PAIRS, SECONDS = 6, 6.0
+ENOUGH = 0.95
+NOISE = 0.15
+"""Free turns that differ by more say that the machine was not ours alone."""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("settings", [(), BOUNDARY_100M], ids=["demo", "100m"])
+def test_lines_cost_little(settings: tuple[str, ...], tmp_path: Path) -> None:
+    try:
+        found = measure(tmp_path, settings, pairs=PAIRS, seconds=SECONDS)
+    except NoLab as error:
+        pytest.skip(str(error))
+    ratio = statistics.median(pair.ratio for pair in found)
+    print(f"{ratio:.3f} of {statistics.median(speeds(found)):.0f} tokens a second without lines")
+    spread = statistics.stdev(speeds(found)) / statistics.mean(speeds(found))
+    if ratio < ENOUGH and spread > NOISE:
+        pytest.skip(f"the machine did other things too: its free turns differ by {spread:.0%}")
+    assert ratio >= ENOUGH, found
+
+
+def speeds(found: list[Pair]) -> list[float]:
+    return [pair.free.tokens_per_second for pair in found]
