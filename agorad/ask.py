@@ -73,7 +73,7 @@ def ask_all(
 
 
 def follow(path: Path, do: str, *, timeout: float | None = None, **arguments: Any) -> Iterator[Any]:
-    """The items that streaming command ``do`` yields; ends when the daemon does."""
+    """The items that streaming command ``do`` yields, each within ``timeout``; ends when the daemon does."""
     with _opened(path, {"do": do, **arguments}) as connection:
         for message in _messages(connection, path, timeout):
             if "item" not in message:
@@ -113,10 +113,10 @@ def _answer(connection: socket.socket, path: Path, timeout: float, *, said_s: fl
 def _messages(
     connection: socket.socket, path: Path, timeout: float | None, *, said_s: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    deadline = None if timeout is None else time.monotonic() + timeout
     late = f"the daemon on {path} did not answer within {said_s or timeout} s"
     buffer = bytearray()
     while True:
+        deadline = None if timeout is None else time.monotonic() + timeout
         while (end := buffer.find(b"\n")) < 0:
             if len(buffer) > ANSWER_LIMIT:
                 raise CommandFailed("too_large", f"the daemon on {path} sent more than {ANSWER_LIMIT} bytes")

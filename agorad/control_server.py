@@ -124,6 +124,11 @@ async def _answer(client: trio.SocketStream, line: bytes, commands: Mapping[str,
             known = ", ".join(sorted(commands))
             raise BadRequest(f"no command {name!r}; this node, of version {__version__}, knows {known}")
         result = await commands[name](arguments)
+        if hasattr(result, "__aiter__"):
+            async with contextlib.aclosing(result) as items:
+                async for item in items:
+                    await client.send_all(encode({"item": item}))
+            result = None
     except BadRequest as error:
         await client.send_all(encode(failure("bad_request", str(error))))
         return
@@ -133,9 +138,4 @@ async def _answer(client: trio.SocketStream, line: bytes, commands: Mapping[str,
     except P2PError as error:
         await client.send_all(encode(failure("failed", str(error))))
         return
-    if hasattr(result, "__aiter__"):
-        async with contextlib.aclosing(result) as items:
-            async for item in items:
-                await client.send_all(encode({"item": item}))
-        result = None
     await client.send_all(encode({"ok": True, "result": result}))

@@ -28,7 +28,7 @@ from p2p.averaging import Outcome
 from p2p.errors import LocalError, Refused
 from p2p.event import Emit, ignore
 from p2p.identity import PeerId
-from stage import boundary, genesis
+from stage import boundary, genesis, likeliest
 from stage.config import ModelConfig, TrainingConfig
 from stage.events import BadGradient, Computing
 from stage.memory import Memory
@@ -48,6 +48,7 @@ FIRST_GRAPHS = 8
 """Graphs that have room before copies of the weights do; more of them have what the copies leave."""
 NOT_FINITE = "not_finite"
 """The refusal of a replica whose own numbers are not, or absurd; its caller goes to another one."""
+WHAT_IS_NOT_FINITE = "what this replica computes is not finite"
 
 
 def wire_shape(model: ModelConfig, training: TrainingConfig, stage: int) -> Shape:
@@ -63,6 +64,7 @@ def wire_shape(model: ModelConfig, training: TrainingConfig, stage: int) -> Shap
         c_bytes=0 if head else forward,
         dc_bytes=0 if head else backward,
         next_back_bytes=0 if tail else backward,
+        likeliest_bytes=likeliest.wire_bytes(model.vocab),
         dtype=training.wire_dtype,
         dtype_back=training.wire_dtype_backward,
     )
@@ -75,6 +77,7 @@ class HeldMicrobatch:
     def __init__(self, released: list[HeldMicrobatch], ids: Tensor, docs: Tensor | None, weight: float):
         self.loss = 0.0
         self.c: Any = b""
+        self.likeliest: Any = b""
         self.ids = ids
         self.docs = docs
         self.weight = weight
@@ -173,6 +176,9 @@ class StageCompute:
         if not train:
             with torch.no_grad():
                 out = self.stage.forward(self.weights.passing(), held.ids, held.c_in, docs=held.docs)
+            if isinstance(out, TailLoss) and request.place is not None:
+                held.likeliest = self._likeliest(out.logits(request.place)[0])
+                return held
             if isinstance(out, TailLoss):
                 held.loss = float(out.losses[0])
                 self._check_loss(held.loss)
@@ -185,9 +191,17 @@ class StageCompute:
             out = self._run_states(held)
         answer = out.detach()[0]
         if not bool(torch.isfinite(answer).all()):
-            raise Refused(NOT_FINITE, "what this replica computes is not finite")
+            raise Refused(NOT_FINITE, WHAT_IS_NOT_FINITE)
         held.c = boundary.pack(answer, self.training.wire_dtype)
         return held
+
+    def _likeliest(self, logits: Tensor) -> bytes:
+        """The answer to a ticket of generation, of logits [V]."""
+        if not bool(torch.isfinite(logits).all()):
+            raise Refused(NOT_FINITE, WHAT_IS_NOT_FINITE)
+        ordered, tokens = logits.sort(descending=True, stable=True)
+        most = likeliest.MOST
+        return likeliest.pack(tokens[:most].tolist(), ordered[:most].tolist())
 
     def _run_whole(self, held: HeldMicrobatch) -> Tensor:
         """A forward pass that retains its graph, on the weights as they are now: c, or the tail's x."""

@@ -8,8 +8,10 @@
                                    <-        answer {loss, c_hash, path, load, stale, receipts} [dc]
 
 Payload forward: T+1 little-endian uint32 ids, then ``c`` packed by ``stage.boundary`` (absent towards
-the head). Payload back: ``dc`` packed likewise (absent towards the trainer and for evaluation). Everything
-that is not payload is counted as control traffic. Sans-IO and torch-free; hostile input -> RemoteError.
+the head). Payload back: ``dc`` packed likewise (absent towards the trainer and for evaluation); for a ticket
+of generation what ``stage.likeliest`` packs, unchanged from the tail to the trainer. Everything but the
+payloads forward and ``dc`` is counted as control traffic. Sans-IO and torch-free; hostile input ->
+RemoteError.
 """
 
 from __future__ import annotations
@@ -60,9 +62,12 @@ class Request:
     """How long the caller will wait, counted from now."""
     hint: list[PeerId] = attrs.field(factory=list)
     """Who works on it already in the stages after the callee's, or did: to be asked first. May be empty."""
+    place: int | None = None
+    """Of a ticket of generation: where in the T tokens that stands whose next one is asked."""
 
     def to_wire(self) -> dict[str, Any]:
         return {
+            **({} if self.place is None else {"place": self.place}),
             "t": "microbatch",
             "ticket": self.ticket.to_wire(),
             "clock": [reading.to_wire() for reading in self.clock],
@@ -105,11 +110,14 @@ class Request:
             raise RemoteError(f"microbatch: path or hint is not a list of at most {MAX_PATH} peer ids")
         if len(documents) > MAX_DOCUMENTS or not _ascending(documents, tokens):
             raise RemoteError("microbatch: document boundaries are not ascending positions in [1, T)")
+        issued, place = Ticket.from_wire(ticket), header.get("place")
+        if place is not None if issued.kind != "generate" else not _whole(place, tokens - 1):
+            raise RemoteError("microbatch: tickets of generation, and no others, name a place in [0, T)")
         return cls(
-            ticket=Ticket.from_wire(ticket), clock=readings_from_wire(clock), basis=basis,
+            ticket=issued, clock=readings_from_wire(clock), basis=basis,
             path=[PeerId(peer) for peer in path], tokens=tokens, documents=documents,
             dtype=dtype, dtype_back=dtype_back, inline=inline, deadline_s=deadline_s,
-            hint=[PeerId(peer) for peer in hint],
+            hint=[PeerId(peer) for peer in hint], place=place,
         )  # fmt: skip
 
 
@@ -193,10 +201,10 @@ class Progress:
 
 @attrs.frozen(kw_only=True)
 class Answer:
-    """The microbatch is done from the callee to the tail; ``dc`` is the payload of this message."""
+    """The microbatch is done from the callee to the tail; the payload of this message is ``dc``, if any."""
 
     loss: float
-    """Mean cross-entropy a token, nats."""
+    """Mean cross-entropy a token, nats; 0 for a ticket of generation."""
     c_hash: bytes
     """SHA-256 of the packed ``c`` that the answer belongs to (empty towards the trainer)."""
     path: list[PeerId]

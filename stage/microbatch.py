@@ -74,6 +74,8 @@ class Held(Protocol):
     """Mean loss a token (tail only)."""
     c: Any
     """Packed boundary for the next stage (empty at the tail)."""
+    likeliest: Any
+    """Of a ticket of generation, at the tail: what ``stage.likeliest`` packs; else empty."""
 
     def release(self) -> None:
         """Forget the graph. Safe to call twice."""
@@ -102,8 +104,14 @@ class Shape:
     """Packed ``dc`` towards the previous stage (0 at the head)."""
     next_back_bytes: int
     """Packed ``dc`` expected from the next stage (0 at the tail)."""
+    likeliest_bytes: int
+    """What the tail answers to a ticket of generation."""
     dtype: str
     dtype_back: str
+
+    def answer_bytes(self, kind: str) -> int:
+        """Exact payload of the next stage's answer to a ticket of this kind."""
+        return {"train": self.next_back_bytes, "generate": self.likeliest_bytes}.get(kind, 0)
 
     @property
     def head(self) -> bool:
@@ -335,7 +343,7 @@ class MicrobatchServer:
         own = receipts.sign(self._identity, request.ticket, self._shape.stage, call.peer)
         answer = attrs.evolve(kept.answer, path=path, load=self.load, receipts=[own, *kept.answer.receipts])
         await call.send(answer.to_wire(), kept.dc)
-        if len(kept.dc):
+        if len(kept.dc) and request.ticket.kind == "train":
             self._count.backward(len(kept.dc))
 
     def _begin(self, request: Request, ids: memoryview, c: memoryview, c_hash: bytes) -> Work:
@@ -372,7 +380,7 @@ class MicrobatchServer:
             answer = Answer(
                 loss=held.loss, c_hash=work.c_hash, path=[self._peer_id], load=Load(0), stale=False
             )
-            dc = memoryview(b"")
+            dc = memoryview(held.likeliest)
             train, ids_hash = request.ticket.kind == "train", request.ticket.ids_hash
             if self._next_hop is not None:
                 so_far = [*request.path, self._peer_id]
@@ -380,13 +388,13 @@ class MicrobatchServer:
                 passed = await self._next_hop.send(
                     onward,
                     [work.ids, held.c],
-                    back_bytes=self._shape.next_back_bytes if train else 0,
+                    back_bytes=self._shape.answer_bytes(request.ticket.kind),
                     passed_on=work.passed_on,
                 )
                 path, dc = passed.answer.path[len(request.path) :], passed.dc
                 answer = attrs.evolve(passed.answer, c_hash=work.c_hash, path=path)
             if not train:
-                return Kept(answer, b"", ids_hash)
+                return Kept(answer, dc, ids_hash)
             dc_in, backward_s = await self._commit(work, held, dc)
             if self._next_hop is None:  # the tail's loss comes out of the pass that makes its gradient
                 answer = attrs.evolve(answer, loss=held.loss)

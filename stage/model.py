@@ -65,6 +65,11 @@ class TailLoss:
                 self._losses, _ = self._fused(None)
         return self._losses
 
+    def logits(self, place: int) -> Tensor:
+        """What follows the token at ``place`` [B, V], fp32 at least; alone, without any loss."""
+        with torch.no_grad():
+            return (self.x[:, place] @ self._out.t()).to(self._weights.dtype)
+
     def seed(self, accumulate: Tensor) -> Tensor:
         """Computes the losses, adds the gradient of the output matrix to ``accumulate``; gradient of x."""
         with torch.no_grad():

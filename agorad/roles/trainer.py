@@ -13,7 +13,7 @@ import random
 
 import trio
 
-from agorad import trainer_data
+from agorad import generating, trainer_data
 from agorad.clockwatch import watch_clock
 from agorad.leasing import Leasing
 from agorad.metrics.readings import Readings
@@ -27,6 +27,7 @@ from stage.credits import Credits, places
 from stage.data import Source
 from stage.data.files import Unavailable
 from stage.events import DataUnavailable
+from stage.generation import Generation
 from stage.leases import Leases
 from stage.nexthop import NextHop
 from stage.progress import JOURNAL, Journal
@@ -141,6 +142,21 @@ async def run(node: Node) -> None:
     node.nursery.start_soon(watch_clock, node, clock, lambda: None)
     node.nursery.start_soon(end_on_stop)
     node.nursery.start_soon(submitter.run)
+    generating.install(
+        node,
+        Generation(
+            identity=node.identity,
+            run=manifest.run.id,
+            model=manifest.model,
+            training=lambda: trainer.training,
+            clock=clock,
+            next_hop=next_hop,
+            shard=trainers.index(node.identity.peer_id),
+            first=int(node.clock() * 1000),
+        ),
+        source.tokens,
+        clock,
+    )
     node.ready()
     node.status["phase"] = "joining"
     await _until_served(stages, ending)

@@ -79,8 +79,8 @@ class Source:
         if not 1 <= shards <= 1 << 20:
             raise LocalError(f"data: {shards} shards; between 1 and {1 << 20} are possible")
         self._catalog = data if data is not None and not isinstance(data, Path) else LocalFiles(data)
-        self._tokens = tokens or Tokens()
-        self._bytes = self._tokens.name == Tokens.name
+        self.tokens = tokens or Tokens()
+        self._bytes = self.tokens.name == Tokens.name
         self.seq = seq
         self.shards = shards
         self._seed = seed
@@ -92,7 +92,7 @@ class Source:
         self._held_out: list[Block] = []
         self._recent: dict[tuple[int, int], Block] = {}
         """A window's blocks that were read last."""
-        known = (self._catalog.name, self._tokens.name, seq, seed, shards)
+        known = (self._catalog.name, self.tokens.name, seq, seed, shards)
         self.fingerprint = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
         """Of everything that positions depend on."""
         if self._catalog.sections == 1:  # the others cost a download
@@ -211,7 +211,7 @@ class Source:
         found = self._recent.pop((section, block), None)
         if found is None:
             opened = self._section(section)
-            packed = self._tokens.pack(opened.documents(block))
+            packed = self.tokens.pack(opened.documents(block))
             blocks = opened.blocks * self._catalog.sections
             found = Block(packed, self.seq, blocks=blocks, key=(self._seed, section, block))
         self._recent[section, block] = found

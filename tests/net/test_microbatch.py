@@ -60,7 +60,7 @@ from stage.traffic import BoundaryCount
 
 ANY = Multiaddr.parse("/ip4/127.0.0.1/tcp/0")
 PATIENCE_S = 15.0
-TOKENS, BOUNDARY = 4, 8
+TOKENS, BOUNDARY, LIKELIEST = 4, 8, 24
 IDS = bytes(4 * (TOKENS + 1))
 LIMITS = Limits(watched_ping_s=0.1, watched_silence_s=0.6)
 
@@ -202,7 +202,7 @@ class FakeHeld:
     """A microbatch after its forward pass."""
 
     def __init__(self, compute: FakeCompute, c: bytes) -> None:
-        self.loss, self.c = 1.5, c
+        self.loss, self.c, self.likeliest = 1.5, c, b""
         self._compute = compute
         compute.held.add(self)
 
@@ -221,13 +221,18 @@ class FakeCompute:
         self.held: set[FakeHeld] = set()
         self.at_forward, self.at_backward = Gate(), Gate()
         self.refuses_gradients = False
+        self.likeliest = b""
+        """What it answered last to a ticket of generation."""
 
     def forward(self, request: Request, ids: memoryview, c: memoryview) -> FakeHeld:
         assert (len(ids), len(c)) == (len(IDS), self._shape.c_bytes)
         self.forwards.append((time.time(), request))
         self.at_forward()
         out = hashlib.sha256(self._weights + bytes(ids) + bytes(c)).digest()
-        return FakeHeld(self, b"" if self._shape.tail else out[:BOUNDARY])
+        held = FakeHeld(self, b"" if self._shape.tail else out[:BOUNDARY])
+        if self._shape.tail and request.ticket.kind == "generate":
+            self.likeliest = held.likeliest = out[:LIKELIEST]
+        return held
 
     def backward(self, held: FakeHeld, dc: memoryview) -> bytes:
         assert held in self.held
@@ -295,6 +300,7 @@ class Node:
             c_bytes=BOUNDARY * (stage > 0),
             dc_bytes=BOUNDARY * (stage > 0),
             next_back_bytes=BOUNDARY * (stage < self.stages - 1),
+            likeliest_bytes=LIKELIEST,
             dtype="fp32",
             dtype_back="fp32",
         )
@@ -399,6 +405,12 @@ class Swarm:
         """One microbatch from the trainer through the pipeline."""
         assert self.trainer.next_hop is not None
         return await self.trainer.next_hop.send(request or self.request(), [IDS], back_bytes=0)
+
+    async def generate(self) -> Passed:
+        """One token from the pipeline."""
+        assert self.trainer.next_hop is not None
+        request = self.request("generate", place=2)
+        return await self.trainer.next_hop.send(request, [IDS], back_bytes=LIKELIEST)
 
 
 @asynccontextmanager
@@ -527,6 +539,36 @@ async def test_evaluation_is_never_added_nor_kept(swarm: Swarm) -> None:
     assert len(head.compute.forwards) == len(tail.compute.forwards) == 2
     assert head.compute.gradients == tail.compute.gradients == []
     assert tail.count.backward_hops == 0
+
+
+@with_swarm(bodies=1)
+async def test_generation_brings_what_the_tail_answers_and_leaves_no_trace(swarm: Swarm) -> None:
+    passed = await swarm.generate()
+    assert bytes(passed.dc) == swarm.tails[0].compute.likeliest
+    assert [request.place for _, request in swarm.tails[0].compute.forwards] == [2]
+    for node in swarm.workers:
+        assert (node.added, node.compute.gradients, node.count.backward_hops) == ([], [], 0)
+        assert passed.answer.path.count(node.peer) == 1
+
+
+@with_swarm(tails=2)
+async def test_generation_goes_to_another_replica_where_one_is_lost(swarm: Swarm) -> None:
+    first = swarm.tails[0]
+    swarm.show(swarm.heads[0], first)
+    first.compute.at_forward.shut()
+    answers: list[Passed] = []
+
+    async def ask() -> None:
+        answers.append(await swarm.generate())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await first.compute.at_forward.reached()
+        swarm.show(*swarm.workers)
+        first.cable.cut()
+        await until(lambda: answers)
+    assert bytes(answers[0].dc) == swarm.tails[1].compute.likeliest
+    assert [event.from_ for event in swarm.heads[0].of(Rerouted)] == [first.peer]
 
 
 # Room

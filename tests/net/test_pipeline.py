@@ -24,6 +24,7 @@ from stage.compute import StageCompute, wire_shape
 from stage.config import ModelConfig, TrainingConfig
 from stage.data import Row, Source
 from stage.device import Device
+from stage.generation import Generation, Wish
 from stage.messages import PROTOCOL, Request
 from stage.microbatch import MicrobatchServer
 from stage.nexthop import NextHop
@@ -206,3 +207,40 @@ def test_evaluation_leaves_no_trace(tmp_path: Path) -> None:
         assert float(replica.compute.weights.gradient.abs().sum()) == 0.0
     assert pipeline.replicas[0].count.forward_hops == 1
     assert sum(replica.count.backward_hops for replica in pipeline.replicas) == 0
+
+
+def greedy(chain: Chain, known: list[int], count: int) -> list[int]:
+    """The likeliest tokens by the stages in one process, sequences that grow full going on with a half."""
+    made: list[int] = []
+    for _ in range(count):
+        if len(known) > T:
+            known = known[-T // 2 :]
+        ids, state = torch.tensor([[*known, 0]]), None
+        with torch.no_grad():
+            for stage, weights in zip(chain.stages, chain.weights, strict=True):
+                state = stage.forward(weights.named(), ids, state)
+            made.append(int(state.logits(len(known) - 1)[0].argmax()))
+        known = [*known, made[-1]]
+    return made
+
+
+def test_generated_text_is_that_of_the_stages_in_one_process(tmp_path: Path) -> None:
+    model, training = settings(3)
+    pipeline = Pipeline(model, training)
+    prompt = list(b"a pipeline of stages")
+
+    async def main() -> list[int]:
+        async with AsyncExitStack() as stack:
+            await pipeline.start(stack)
+            generation = Generation(
+                identity=pipeline.trainer, run="run", model=model, training=lambda: training,
+                clock=StepClock("run", frozenset({pipeline.trainer.peer_id}), 4), next_hop=pipeline.first,
+                shard=0, first=0,
+            )  # fmt: skip
+            wish = Wish(most=T, temperature=0.0, top_k=0, top_p=1.0, seed=1)
+            return [token async for token in generation.tokens(prompt, wish, None)]
+
+    assert trio.run(main) == greedy(Chain(model, training), prompt, T)
+    for replica in pipeline.replicas:
+        assert replica.server.added == replica.compute.samples == 0
+        assert float(replica.compute.weights.gradient.abs().sum()) == 0.0

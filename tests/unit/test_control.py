@@ -41,6 +41,14 @@ async def count(request: Mapping[str, Any]) -> Any:
     return numbers()
 
 
+async def break_off(_request: Mapping[str, Any]) -> Any:
+    async def numbers() -> AsyncIterator[int]:
+        yield 0
+        raise Refused("too_late", "it is over")
+
+    return numbers()
+
+
 async def hang(_request: Mapping[str, Any]) -> Any:
     await trio.sleep_forever()
 
@@ -50,6 +58,7 @@ COMMANDS: dict[str, control.Command] = {
     "refuse": refuse,
     "wrong": wrong,
     "count": count,
+    "break_off": break_off,
     "hang": hang,
 }
 
@@ -78,11 +87,15 @@ def test_answers_refusals_and_streams(tmp_path: Path) -> None:
         for do, code, words in (
             ("refuse", "too_late", "it is over"),
             ("wrong", "failed", "that cannot be"),
-            ("nope", "bad_request", "knows count, echo"),
+            ("nope", "bad_request", "knows break_off, count, echo"),
         ):
             with pytest.raises(CommandFailed, match=words) as failed:
                 ask(path, do)
             assert failed.value.code == code
+        items = follow(path, "break_off")
+        assert next(items) == 0
+        with pytest.raises(CommandFailed, match="it is over"):
+            next(items)
         with pytest.raises(NoAnswer, match="did not answer within"):
             ask(path, "hang", timeout=0.1)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from agorad import run as manifests
 from agorad.cli import agoractl
-from agorad.cli.generate import text_of
+from agorad.text import text_of
 from p2p.errors import LocalError
 from p2p.identity import Identity
 from stage import export, exported, kernels

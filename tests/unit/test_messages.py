@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import attrs
 import msgpack
 import pytest
 from hypothesis import given, settings
@@ -77,6 +78,24 @@ def test_a_request_survives_the_wire(
         inline=inline,
     )
     assert Request.from_wire(over_the_wire(request.to_wire())) == request
+
+
+GENERATE = attrs.evolve(TICKET, kind="generate").signed_by(TRAINER)
+
+
+@pytest.mark.parametrize("place", [0, 15])
+def test_a_ticket_of_generation_names_a_place(place: int) -> None:
+    request = made(ticket=GENERATE, place=place)
+    assert Request.from_wire(over_the_wire(request.to_wire())) == request
+
+
+@pytest.mark.parametrize(
+    ("ticket", "place"),
+    [(GENERATE, None), (GENERATE, -1), (GENERATE, 16), (GENERATE, True), (GENERATE, 1.0), (TICKET, 0)],
+)
+def test_other_places_are_refused(ticket: Ticket, place: Any) -> None:
+    with pytest.raises(RemoteError, match="place"):
+        Request.from_wire(made(ticket=ticket).to_wire() | {"place": place})
 
 
 def test_the_largest_request_fits_a_header() -> None:
