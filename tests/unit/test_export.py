@@ -25,6 +25,7 @@ from stage.chained import Chain
 from stage.checkpoints import CheckpointStore, Line
 from stage.config import ModelConfig, TrainingConfig
 from stage.data import Row, Source
+from stage.data.tokens import Tokenizer, Tokens
 from stage.export import LocalPart, StoredPart, Text
 from stage.model import document_index
 from stage.snapshot import SnapshotStore
@@ -298,7 +299,7 @@ def test_from_a_folder_to_text_in_two_commands(a_run: Path, tmp_path: Path) -> N
 
 
 def streamed(kind: str, tokenizer: Path, prompt: str, ids: list[int]) -> list[str]:
-    encode, decode = text_of(kind, tokenizer)
+    encode, decode = text_of(Tokens() if kind == "bytes" else Tokenizer(tokenizer))
     encode(prompt)
     return [*map(decode, ids), decode(None)]
 
