@@ -33,7 +33,7 @@ from p2p.multiaddr import Multiaddr
 from p2p.probe import Probed
 from p2p.records import CandidateRecord, ClockRecord, LeaseRecord, StageRecord
 from p2p.yamux import Session
-from stage import boundary, donor, packing
+from stage import boundary, donor, likeliest, packing
 from stage.clock import readings_from_wire
 from stage.messages import WIRE_DTYPES, Request, reply_from_wire
 from stage.receipts import Receipt
@@ -240,6 +240,7 @@ TARGETS: Final[dict[str, Callable[[bytes], object]]] = {
     "lease record": lambda data: a_value(data, LeaseRecord.from_value),
     "kad record": kad_record,
     "leaderboard": lambda data: a_header(data, leaderboard.Leaderboard.from_header),
+    "likeliest": lambda data: likeliest.unpack(data, 3),
     "manifest pages": lambda data: pages(data, manifests.read),
     "microbatch answer": lambda data: a_header(data, reply_from_wire),
     "microbatch request": lambda data: a_header(data, Request.from_wire),
@@ -309,6 +310,7 @@ def seeds(name: str) -> list[bytes]:
         "kad batch": [kad.pack_batch([b"record"])],
         "kad page": [kad.pack_page([(b"record", 3.0)])],
         "kad record": [seal(ALICE, "k", ALICE.peer_id, {"a": 1}, seq=1, issued=now, ttl=60.0).wire],
+        "likeliest": [likeliest.pack([2, 0, 1], [1.5, 1.0, -2.0])],
         "multiaddr": [Multiaddr.parse(addr).encode()],
         "multiaddr text": [addr.encode(), b"/dns4/example.org/tcp/443/wss"],
         "multistream listener": [multistream.proposal("/noise")],
