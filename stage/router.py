@@ -78,17 +78,18 @@ class _Replica:
     away: bool = False
     """Busy, failed or full when others were chosen."""
 
-    def ready(self, now: float) -> bool:
-        return self.busy_until <= now and self.failed_until <= now
-
     def wait_s(self, now: float) -> float:
         """How long a microbatch sent now would wait behind others; 0 while there is need for more."""
-        if self.service_s is None:
+        service_s = self.service_s
+        if service_s is None:
             return self.in_flight * UNKNOWN_S
-        others = max(0.0, self.others - (now - self.heard_at) / (DRAIN_TIMES * self.service_s))
-        need = min(MOST_NEED, 1.0 + self.floor_s / self.service_s)
-        beyond = self.in_flight + others + 1.0 - need
-        return beyond * self.service_s if beyond > 0.999 else 0.0
+        more = self.floor_s / service_s  # than one microbatch, to keep it busy
+        beyond = self.in_flight - (more if more < MOST_NEED - 1.0 else MOST_NEED - 1.0)
+        if self.others:
+            others = self.others - (now - self.heard_at) / (DRAIN_TIMES * service_s)
+            if others > 0.0:
+                beyond += others
+        return beyond * service_s if beyond > 0.999 else 0.0
 
 
 @attrs.frozen(eq=False)
@@ -161,23 +162,38 @@ class Router:
         most = min(len(self._order), max(NEIGHBOURS, 2 * self._in_flight))
         if most <= NEIGHBOURS:
             return self._order[:most]
-        return [self._order[place] for place in self._rng.sample(range(most), NEIGHBOURS)]
+        return [self._order[place] for place in self._rng.choices(range(most), k=NEIGHBOURS)]
 
     def _best(self, peers: Iterable[PeerId], now: float, exclude: Collection[PeerId]) -> PeerId | None:
-        ready = []
+        """Least wait first, then virtual time, then by lot."""
+        replicas, reached = self._replicas, self._reached
+        ready: list[tuple[float, PeerId]] = []
+        least = most = virtual = 0.0
+        best: PeerId | None = None
+        alike = 0
         for peer in peers:
-            known = self._replicas[peer]
-            if peer in exclude or not known.ready(now):
+            known = replicas[peer]
+            if known.busy_until > now or known.failed_until > now or (exclude and peer in exclude):
                 continue
             if known.away:
-                known.away, known.virtual = False, max(known.virtual, self._reached)
-            ready.append((known.wait_s(now), known.virtual, self._rng.random(), peer))
-        if not ready:
-            return None
-        least = min(ready)
-        for wait, _, _, peer in ready:
-            self._replicas[peer].away |= wait > least[0]
-        return least[3]
+                known.away = False
+                if known.virtual < reached:
+                    known.virtual = reached
+            wait = known.wait_s(now)
+            ready.append((wait, peer))
+            if wait > most:
+                most = wait
+            if best is None or wait < least or (wait == least and known.virtual < virtual):
+                least, virtual, best, alike = wait, known.virtual, peer, 1
+            elif wait == least and known.virtual == virtual:
+                alike += 1
+                if self._rng.random() * alike < 1.0:
+                    best = peer
+        if most > least:
+            for wait, peer in ready:
+                if wait > least:
+                    replicas[peer].away = True
+        return best
 
     def _charge(self, peer: PeerId, known: _Replica) -> Choice:
         choice = Choice(peer, self._cost(known), known.slots > 0)

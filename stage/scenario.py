@@ -21,8 +21,13 @@ from p2p.errors import LocalError
 from stage.config import SLOTS
 from stage.hardware import check
 from stage.memory import wire_bytes
-from stage.plan import Plan, StagePlan
+from stage.plan import Plan, StagePlan, plan_stage
 
+WORDS_BYTES: Final = 700
+"""Beside the payload, each way of a crossing: ticket, path and hint there, progress, receipts and path back
+(480 to 590 and 420 to 750 bytes of msgpack in a run of three stages), and a stream's opening and frames."""
+FRAMED: Final = 1.05
+"""Bytes on a line for one of payload: TCP, IP, and the frames of the encrypted connection."""
 MAX_HOPS: Final = 1_000_000
 MAX_REPLICAS: Final = 100_000
 MAX_SECONDS: Final = 30 * 86400.0
@@ -47,10 +52,10 @@ class Cost:
     forward_s: float
     backward_s: float
     """Both passes at the tail, which makes them in one go."""
-    forward_bytes: int
-    """To the next stage, ids included (0 at the tail)."""
-    backward_bytes: int
-    """To the stage before (0 at the head)."""
+    forward_bytes: float
+    """To the next stage, ids and words included (0 at the tail)."""
+    backward_bytes: float
+    """To the stage before, or the trainer, words included."""
     averaging_bytes: float
     """Of rounds, each way, this microbatch's share."""
     state_bytes: int
@@ -79,11 +84,13 @@ class Scenario:
     stages: tuple[Cost, ...]
     workers: tuple[Worker, ...]
     seconds: float
+    issue_bytes: float = 0.0
+    """From the trainer to the head."""
     rtt_s: float = 0.04
     slots: int = SLOTS
     """Microbatches that a replica takes at a time."""
     credits: int = 0
-    """Microbatches in flight; 0: two for every replica, as a trainer begins."""
+    """Microbatches in flight; 0: as many as trainers decide (``stage.credits``)."""
     trainers: int = 1
     churn: Churn = attrs.Factory(Churn)
     cores: int | None = None
@@ -115,6 +122,7 @@ def from_plan(
     replicas: Sequence[int],
     seconds: float,
     seed: int,
+    measured: Sequence[Sequence[float]] | None = None,
     spread: float = 1.0,
     churn: Churn = Churn(),
     cores: int | None = None,
@@ -123,9 +131,18 @@ def from_plan(
     trainers: int = 1,
     balance: bool = False,
 ) -> Scenario:
-    """The plan's run with so many replicas of each stage. Raises LocalError."""
+    """The plan's run with so many replicas of each stage. Raises LocalError.
+
+    ``measured``: seconds that a microbatch takes each replica of each stage, in place of the plan's.
+    """
     if len(replicas) != len(plan.stages):
         raise LocalError(f"{len(replicas)} counts of replicas for {len(plan.stages)} stages")
+    stages = [
+        plan_stage(attrs.evolve(plan.setting, replicas=count), stage.stage, stage.in_flight)
+        for stage, count in zip(plan.stages, replicas, strict=True)
+    ]
+    if measured is None:
+        measured = [[stage.compute_s] * count for stage, count in zip(stages, replicas, strict=True)]
     check("spread", spread, 1, 1000)
     check("replicas", sum(replicas), 1, MAX_REPLICAS)
     rng = random.Random(seed)
@@ -133,12 +150,12 @@ def from_plan(
     # one machine: what they say to each other does not leave it
     line = math.inf if cores is not None else link.bytes_per_s
     workers = [
-        Worker(stage=stage, speed=_drawn(rng, spread), up=line * _drawn(rng, spread**0.5),
-               down=line * _drawn(rng, spread**0.5))
-        for stage, count in enumerate(replicas)
-        for _ in range(count)
+        Worker(stage=stage, speed=_drawn(rng, spread) * times[0] / took_s,
+               up=line * _drawn(rng, spread**0.5), down=line * _drawn(rng, spread**0.5))
+        for stage, times in enumerate(measured)
+        for took_s in times
     ]  # fmt: skip
-    costs = tuple(_cost(plan, stage) for stage in plan.stages)
+    costs = tuple(_cost(plan, stage, times[0]) for stage, times in zip(stages, measured, strict=True))
     at_most = min(
         sum(worker.speed for worker in workers if worker.stage == index) / cost.seconds
         for index, cost in enumerate(costs)
@@ -150,6 +167,7 @@ def from_plan(
         stages=tuple(_grained(cost, grain) for cost in costs),
         workers=tuple(workers),
         seconds=seconds,
+        issue_bytes=_on_line(_ids_bytes(plan)) * grain,
         rtt_s=0.0002 if cores is not None else link.rtt_ms / 1e3,
         slots=slots,
         credits=credits,
@@ -162,21 +180,31 @@ def from_plan(
     )
 
 
-def _cost(plan: Plan, stage: StagePlan) -> Cost:
+def _cost(plan: Plan, stage: StagePlan, compute_s: float) -> Cost:
+    """Of a replica whose passes take so long together."""
     last = len(plan.stages) - 1
-    ids = 4 * (plan.setting.model.seq + 1)
+    ids = _ids_bytes(plan)
     back = wire_bytes(plan.setting.model, plan.setting.training, backward=True) if stage.stage else 0
     there = 0 if stage.stage == last else stage.boundary_bytes + ids
     passes = 3 if stage.mode.graph == "retain" else 4
-    forward = 0.0 if stage.stage == last else stage.compute_s / passes
+    forward = 0.0 if stage.stage == last else compute_s / passes
     return Cost(
         forward_s=forward,
-        backward_s=stage.compute_s - forward + stage.step_s,
-        forward_bytes=there,
-        backward_bytes=back,
-        averaging_bytes=max(0.0, stage.up_bytes - there - back),
+        backward_s=compute_s - forward + stage.step_s,
+        forward_bytes=_on_line(there) if there else 0.0,
+        backward_bytes=_on_line(back),
+        averaging_bytes=FRAMED * max(0.0, stage.up_bytes - there - back),
         state_bytes=12 * stage.params,
     )
+
+
+def _ids_bytes(plan: Plan) -> int:
+    return 4 * (plan.setting.model.seq + 1)
+
+
+def _on_line(payload: float) -> float:
+    """Bytes that so many of payload are, one way of a crossing."""
+    return FRAMED * payload + WORDS_BYTES
 
 
 def _grained(cost: Cost, grain: int) -> Cost:

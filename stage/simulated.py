@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import deque
-from typing import final
+from typing import Final, final
 
 import attrs
 
 from p2p.identity import PeerId
 from stage.appointments import Appointments
+from stage.credits import Credits
 from stage.router import Choice, Router
 from stage.scenario import Cost, Worker
+
+VIEW: Final = 32
+"""Replicas of the next stage that a worker knows in a large swarm."""
 
 
 @attrs.frozen(kw_only=True)
@@ -36,7 +41,7 @@ class Report:
     completed: int
     in_flight: int
     lost: int
-    """Neither completed nor in flight: 0."""
+    """Issued, not completed, and nothing will happen with them any more: 0."""
     microbatches_per_second: float
     tokens_per_second: float
     seconds_p50: float
@@ -68,6 +73,7 @@ class SimReplica:
         "forward",
         "hops",
         "known_by",
+        "most",
         "number",
         "peer",
         "router",
@@ -92,6 +98,7 @@ class SimReplica:
         self.appointments = Appointments()
         self.router = Router(random.Random(rng.random()))
         self.view: dict[PeerId, float] = {}
+        self.most = VIEW
         self.known_by: dict[int, Sender] = {}
         self.serving = False
         self.since = 0.0
@@ -114,12 +121,15 @@ class SimReplica:
 class SimTrainer:
     """A sender without a line to wait for."""
 
-    __slots__ = ("number", "router", "view")
+    __slots__ = ("credits", "in_flight", "most", "number", "router", "view")
 
     def __init__(self, number: int, rng: random.Random) -> None:
         self.number = -1 - number
+        self.credits = Credits()
+        self.in_flight = 0
         self.router = Router(random.Random(rng.random()))
         self.view: dict[PeerId, float] = {}
+        self.most = sys.maxsize
 
 
 Sender = SimReplica | SimTrainer
@@ -127,10 +137,9 @@ Sender = SimReplica | SimTrainer
 
 @final
 class SimMicrobatch:
-    __slots__ = ("at", "began", "number", "trainer")
+    __slots__ = ("at", "began", "trainer")
 
-    def __init__(self, number: int, trainer: SimTrainer, began: float) -> None:
-        self.number = number
+    def __init__(self, trainer: SimTrainer, began: float) -> None:
         self.trainer = trainer
         self.began = began
         self.at: dict[int, Hop] = {}

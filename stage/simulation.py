@@ -1,6 +1,7 @@
 """A run in virtual time: what it reaches and what it loses, by the real router and balancer.
 
-Every sender has a ``Router`` of its own and knows at most ``VIEW`` replicas of the next stage. A microbatch
+Every sender has a ``Router`` of its own; a trainer knows all heads, a worker at most ``VIEW`` replicas of the
+next stage. A microbatch
 is a nested call: it waits for its sender's line and its receiver's, is taken or told BUSY, waits for the
 device (backward before forward, oldest first), goes on, and comes back the same way. A replica that leaves
 takes what it works on with it: its callers notice at once where connections close and after ``FROZEN_S``
@@ -19,7 +20,7 @@ import itertools
 import math
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, final
 
 from p2p.identity import PeerId
@@ -27,10 +28,8 @@ from stage.balance import Move, propose
 from stage.messages import Load
 from stage.router import Router
 from stage.scenario import Scenario
-from stage.simulated import Hop, Report, Sender, SimMicrobatch, SimReplica, SimTrainer, StageReport
+from stage.simulated import VIEW, Hop, Report, Sender, SimMicrobatch, SimReplica, SimTrainer, StageReport
 
-VIEW: Final = 32
-"""Replicas of the next stage that a sender knows in a large swarm."""
 ROSTER_S: Final = 2.0
 """Until those who should know of a replica do."""
 FORGOTTEN_S: Final = 15.0
@@ -62,6 +61,8 @@ class Simulation:
         self._waiting: deque[SimReplica] = deque()
         self._moving: SimReplica | None = None
         self._from = scenario.seconds / 10
+        self._open: set[SimMicrobatch] = set()
+        """Issued and not completed."""
         self._issued = self._completed = self._counted = 0
         self._times: list[float] = []
         self._rerouted = self._busy = self._departures = self._moves = 0
@@ -73,12 +74,9 @@ class Simulation:
             self._arrive(replica)
         for stage in range(len(self._scenario.stages)):
             for sender in self._senders(stage):
-                for replica in self._draw(stage, VIEW):
-                    self._introduce(sender, replica)
-        total = self._scenario.credits or 2 * len(self._replicas)
-        for number in range(total):
-            trainer = self._trainers[number % len(self._trainers)]
-            self._at(self._now + 0.001 * number, self._issue, trainer)
+                self._introduce(sender, self._draw(stage, sender.most))
+        for trainer in self._trainers:
+            self._fill(trainer, apart_s=0.001)
         if self._scenario.balance:
             self._at(BALANCE_S, self._balance)
         end, events, told = self._scenario.seconds, self._events, 0
@@ -105,20 +103,19 @@ class Simulation:
         here = list(self._serving[stage].values())
         return here if len(here) <= most else self._rng.sample(here, most)
 
-    def _introduce(self, sender: Sender, replica: SimReplica) -> None:
-        if not replica.serving or replica.peer in sender.view:
-            return
-        if len(sender.view) >= VIEW:
-            known = self._by_peer[self._rng.choice(list(sender.view))]
-            self._forget(sender, known)
-        sender.view[replica.peer] = self._now
-        replica.known_by[sender.number] = sender
-        sender.router.update(dict(sender.view))
-
-    def _forget(self, sender: Sender, replica: SimReplica) -> None:
-        if sender.view.pop(replica.peer, None) is not None:
-            replica.known_by.pop(sender.number, None)
-            sender.router.update(dict(sender.view))
+    def _introduce(self, sender: Sender, replicas: Iterable[SimReplica]) -> None:
+        """From now on it knows those that serve, in place of others where it knows enough."""
+        view = sender.view
+        for replica in replicas:
+            if not replica.serving or replica.peer in view:
+                continue
+            if len(view) >= sender.most:
+                other = self._by_peer[self._rng.choice(list(view))]
+                del view[other.peer]
+                other.known_by.pop(sender.number, None)
+            view[replica.peer] = self._now
+            replica.known_by[sender.number] = sender
+        sender.router.update(dict(view))
 
     def _arrive(self, replica: SimReplica) -> None:
         """The replica serves from now on."""
@@ -131,8 +128,7 @@ class Simulation:
         if self._now:
             self._at(self._now + ROSTER_S, self._announce, replica, replica.since)
             if replica.stage < self._last:
-                for other in self._draw(replica.stage + 1, VIEW):
-                    self._introduce(replica, other)
+                self._introduce(replica, self._draw(replica.stage + 1, VIEW))
         churn = self._scenario.churn
         if math.isfinite(churn.life_s):
             lives = self._rng.expovariate(1 / churn.life_s)
@@ -142,10 +138,10 @@ class Simulation:
         if not replica.serving or replica.since != since:
             return
         senders = self._senders(replica.stage)
-        share = min(1.0, VIEW / len(self._serving[replica.stage]))
+        share = 1.0 if replica.stage == 0 else min(1.0, VIEW / len(self._serving[replica.stage]))
         count = min(len(senders), max(1, math.ceil(share * len(senders)))) if senders else 0
         for sender in self._rng.sample(senders, count):
-            self._introduce(sender, replica)
+            self._introduce(sender, (replica,))
 
     # Coming and going
 
@@ -173,23 +169,21 @@ class Simulation:
                 # what it had passed on is joined by whoever takes its place
                 self._at(self._now + notice_s + self._rtt(), self._failed, hop)
         replica.hops.clear()
-        for sender in self._known(replica):
-            self._forget(replica, sender)
+        for other in replica.view:
+            self._by_peer[other].known_by.pop(replica.number, None)
+        replica.view.clear()
+        replica.router.update({})
         if replica.computing and self._cores is not None:
             self._cores += 1
             self._next_on_cores()
-
-    def _known(self, replica: SimReplica) -> list[SimReplica]:
-        return [self._by_peer[peer] for peer in replica.view]
 
     def _forgotten(self, replica: SimReplica, since: float) -> None:
         if replica.serving and replica.since == since:
             return
         for sender in list(replica.known_by.values()):
-            self._forget(sender, replica)
-            if isinstance(sender, SimTrainer) or sender.serving:
-                for other in self._draw(replica.stage, 1):
-                    self._introduce(sender, other)
+            del sender.view[replica.peer]
+            self._introduce(sender, self._draw(replica.stage, 1))
+        replica.known_by.clear()
 
     def _drop(self, hop: Hop) -> bool:
         """Forget an attempt; whether its caller still waits for it."""
@@ -203,9 +197,24 @@ class Simulation:
 
     # A microbatch on its way
 
+    def _allowed(self, trainer: SimTrainer) -> int:
+        """Microbatches that it may have in flight."""
+        trainers = len(self._trainers)
+        if self._scenario.credits:
+            return -(-(self._scenario.credits + trainer.number + 1) // trainers)
+        serving = [len(replicas) for replicas in self._serving]
+        return trainer.credits.count(sum(serving), min(serving) * self._scenario.slots, trainers)
+
+    def _fill(self, trainer: SimTrainer, apart_s: float = 0.0) -> None:
+        count = self._allowed(trainer) - trainer.in_flight
+        for number in range(count):
+            trainer.in_flight += 1
+            self._at(self._now + apart_s * number, self._issue, trainer)
+
     def _issue(self, trainer: SimTrainer) -> None:
-        microbatch = SimMicrobatch(self._issued, trainer, self._now)
+        microbatch = SimMicrobatch(trainer, self._now)
         self._issued += 1
+        self._open.add(microbatch)
         self._send(microbatch, None)
 
     def _send(self, microbatch: SimMicrobatch, caller: Hop | None) -> None:
@@ -234,7 +243,7 @@ class Simulation:
             self._at(start, self._told_busy, hop)
             return
         replica.hops[id(hop)] = hop
-        size = 0 if caller is None else caller.replica.cost.forward_bytes
+        size = self._scenario.issue_bytes if caller is None else caller.replica.cost.forward_bytes
         sender = None if caller is None else caller.replica
         self._at(self._through(sender, replica, size, start), self._came, hop)
 
@@ -406,14 +415,22 @@ class Simulation:
             load, took_s = self._load(hop.replica), self._now - hop.asked_at
             self._router_of(hop).answered(hop.choice, self._now, took_s, load, self._rtt())
         if caller is None:
-            self._completed += 1
-            if self._now > self._from:
-                self._counted += 1
-                self._times.append(self._now - microbatch.began)
-            self._issue(microbatch.trainer)
+            self._complete(microbatch)
         else:
             caller.replica.back.append(caller)
             self._compute(caller.replica)
+
+    def _complete(self, microbatch: SimMicrobatch) -> None:
+        took_s = self._now - microbatch.began
+        self._completed += 1
+        self._open.remove(microbatch)
+        if self._now > self._from:
+            self._counted += 1
+            self._times.append(took_s)
+        trainer = microbatch.trainer
+        trainer.in_flight -= 1
+        trainer.credits.answered(self._now, took_s)
+        self._fill(trainer)
 
     # Balance
 
@@ -448,13 +465,12 @@ class Simulation:
         grain = self._scenario.grain
         rate = self._counted * grain / seconds
         times = sorted(self._times) or [0.0]
-        in_flight = self._scenario.credits or 2 * len(self._replicas)
-        in_flight = min(in_flight, self._issued - self._completed)
+        lost = len(self._open - self._still_moving())
         return Report(
             issued=self._issued * grain,
             completed=self._completed * grain,
-            in_flight=in_flight * grain,
-            lost=(self._issued - self._completed - in_flight) * grain,
+            in_flight=(len(self._open) - lost) * grain,
+            lost=lost * grain,
             microbatches_per_second=rate,
             tokens_per_second=rate * self._scenario.tokens,
             seconds_p50=times[len(times) // 2],
@@ -468,6 +484,17 @@ class Simulation:
             grain=grain,
             events=events,
         )
+
+    def _still_moving(self) -> set[SimMicrobatch]:
+        """Those with which something will happen: an event is due, or they wait for a device."""
+        moving = {hop.microbatch for replica in self._replicas for hop in (*replica.back, *replica.forward)}
+        for _, _, _, args in self._events:
+            for arg in args:
+                if isinstance(arg, Hop):
+                    moving.add(arg.microbatch)
+                elif isinstance(arg, SimMicrobatch):
+                    moving.add(arg)
+        return moving
 
     def _stage_report(self, stage: int) -> StageReport:
         here = [replica for replica in self._replicas if replica.stage == stage]

@@ -11,6 +11,7 @@ import click
 
 from p2p.errors import LocalError
 from stage.config import SLOTS
+from stage.hardware import check
 from stage.plan import Plan
 from stage.scenario import Churn, Scenario, from_plan
 from stage.simulated import Report
@@ -21,13 +22,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 OPTIONS: Final = (
     click.option("--simulate", is_flag=True, help="Run it in virtual time: speeds, departures, queues."),
     click.option("--counts", metavar="4/1/1", help="Simulate so many replicas of each stage."),
+    click.option("--measured", metavar="50/40,400", help="Milliseconds a microbatch takes each replica."),
     click.option("--minutes", type=float, default=60.0, show_default=True, help="Simulated."),
     click.option("--spread", type=float, default=1.0, show_default=True, help="Fastest machine to slowest."),
     click.option("--life", type=float, metavar="MINUTES", help="Mean time until a replica leaves.  [never]"),
     click.option("--away", type=float, default=5.0, show_default=True, help="Minutes until it is back."),
     click.option("--cores", type=int, help="All replicas on one machine with that many cores."),
     click.option("--slots", type=int, default=SLOTS, show_default=True, help="Microbatches a replica takes."),
-    click.option("--credits", "in_flight", type=int, default=0, help="In flight.  [two for every replica]"),
+    click.option("--credits", "in_flight", type=int, default=0, help="In flight.  [as trainers decide]"),
     click.option("--trainers", type=int, default=1, show_default=True),
     click.option("--balance", is_flag=True, help="Replicas move to the slowest stage."),
     click.option("--seed", type=int, default=1, show_default=True, help="Of the simulation."),
@@ -45,6 +47,7 @@ def simulate(
     plan: Plan,
     *,
     counts: str | None,
+    measured: str | None,
     minutes: float,
     spread: float,
     life: float | None,
@@ -57,9 +60,15 @@ def simulate(
     seed: int,
 ) -> tuple[Scenario, Report]:
     """Simulate a planned run; a line on a terminal's stderr tells how far it is. Raises LocalError."""
+    replicas = _counts(counts, plan)
+    seconds = None
+    if measured is not None:
+        seconds = _measured(measured, replicas, named=counts is not None)
+        replicas = [len(stage) for stage in seconds]
     scenario = from_plan(
         plan,
-        replicas=_counts(counts, plan),
+        replicas=replicas,
+        measured=seconds,
         seconds=60 * minutes,
         seed=seed,
         spread=spread,
@@ -90,6 +99,24 @@ def _counts(text: str | None, plan: Plan) -> list[int]:
     if len(counts) != len(plan.stages) or min(counts) < 1:
         raise LocalError(f"--counts {text!r}: name at least 1 for each of the {len(plan.stages)} stages")
     return counts
+
+
+def _measured(text: str, counts: list[int], *, named: bool) -> list[list[float]]:
+    """Seconds of each replica. A stage with one number has it for as many replicas as it has."""
+    try:
+        stages = [[float(each) / 1000 for each in stage.split(",")] for stage in text.split("/")]
+    except ValueError:
+        raise LocalError(f"--measured {text!r}: write milliseconds for each stage, like 50/40,400") from None
+    if len(stages) != len(counts):
+        raise LocalError(f"--measured {text!r}: name every one of the {len(counts)} stages")
+    for seconds in (seconds for stage in stages for seconds in stage):
+        check("measured", 1000 * seconds, 1e-3, 1e8)
+    for index, (stage, count) in enumerate(zip(stages, counts, strict=True)):
+        if len(stage) == 1:
+            stages[index] = stage * count
+        elif named and len(stage) != count:
+            raise LocalError(f"--measured names {len(stage)} replicas of stage {index}, --counts {count}")
+    return stages
 
 
 def document(scenario: Scenario, report: Report) -> dict[str, Any]:
