@@ -32,6 +32,9 @@ MAX_HOPS: Final = 1_000_000
 MAX_REPLICAS: Final = 100_000
 MAX_SECONDS: Final = 30 * 86400.0
 
+Passes = tuple[float, float]
+"""Seconds of the forward and of the backward pass of one microbatch."""
+
 
 @attrs.frozen(kw_only=True)
 class Worker:
@@ -51,7 +54,7 @@ class Cost:
 
     forward_s: float
     backward_s: float
-    """Both passes at the tail, which makes them in one go."""
+    """At the tail this is both passes, which it makes in one go, unless both are given."""
     forward_bytes: float
     """To the next stage, ids and words included (0 at the tail)."""
     backward_bytes: float
@@ -122,7 +125,7 @@ def from_plan(
     replicas: Sequence[int],
     seconds: float,
     seed: int,
-    measured: Sequence[Sequence[float]] | None = None,
+    measured: Sequence[Sequence[Passes]] | None = None,
     spread: float = 1.0,
     churn: Churn = Churn(),
     cores: int | None = None,
@@ -133,7 +136,8 @@ def from_plan(
 ) -> Scenario:
     """The plan's run with so many replicas of each stage. Raises LocalError.
 
-    ``measured``: seconds that a microbatch takes each replica of each stage, in place of the plan's.
+    ``measured``: what a microbatch takes each replica of each stage, in place of the plan's; how a stage's
+    time is shared by its passes is taken from the first replica.
     """
     if len(replicas) != len(plan.stages):
         raise LocalError(f"{len(replicas)} counts of replicas for {len(plan.stages)} stages")
@@ -142,18 +146,20 @@ def from_plan(
         for stage, count in zip(plan.stages, replicas, strict=True)
     ]
     if measured is None:
-        measured = [[stage.compute_s] * count for stage, count in zip(stages, replicas, strict=True)]
+        measured = [
+            [passes(plan, stage.stage, stage.compute_s)] * stage_replicas
+            for stage, stage_replicas in zip(stages, replicas, strict=True)
+        ]
     check("spread", spread, 1, 1000)
     check("replicas", sum(replicas), 1, MAX_REPLICAS)
     rng = random.Random(seed)
     link = plan.setting.link
-    # one machine: what they say to each other does not leave it
-    line = math.inf if cores is not None else link.bytes_per_s
     workers = [
-        Worker(stage=stage, speed=_drawn(rng, spread) * times[0] / took_s,
-               up=line * _drawn(rng, spread**0.5), down=line * _drawn(rng, spread**0.5))
+        Worker(stage=stage, speed=_drawn(rng, spread) * sum(times[0]) / sum(took),
+               up=link.bytes_per_s * _drawn(rng, spread**0.5),
+               down=link.bytes_per_s * _drawn(rng, spread**0.5))
         for stage, times in enumerate(measured)
-        for took_s in times
+        for took in times
     ]  # fmt: skip
     costs = tuple(_cost(plan, stage, times[0]) for stage, times in zip(stages, measured, strict=True))
     at_most = min(
@@ -168,7 +174,7 @@ def from_plan(
         workers=tuple(workers),
         seconds=seconds,
         issue_bytes=_on_line(_ids_bytes(plan)) * grain,
-        rtt_s=0.0002 if cores is not None else link.rtt_ms / 1e3,
+        rtt_s=link.rtt_ms / 1e3,
         slots=slots,
         credits=credits,
         trainers=trainers,
@@ -180,17 +186,23 @@ def from_plan(
     )
 
 
-def _cost(plan: Plan, stage: StagePlan, compute_s: float) -> Cost:
-    """Of a replica whose passes take so long together."""
+def passes(plan: Plan, stage: int, seconds: float) -> Passes:
+    """How a stage divides so many seconds for both passes: the tail makes them in one go."""
+    if stage == len(plan.stages) - 1:
+        return 0.0, seconds
+    forward_s = seconds / (3 if plan.stages[stage].mode.graph == "retain" else 4)
+    return forward_s, seconds - forward_s
+
+
+def _cost(plan: Plan, stage: StagePlan, took: Passes) -> Cost:
+    """Of a replica whose passes take so long."""
     last = len(plan.stages) - 1
     ids = _ids_bytes(plan)
     back = wire_bytes(plan.setting.model, plan.setting.training, backward=True) if stage.stage else 0
     there = 0 if stage.stage == last else stage.boundary_bytes + ids
-    passes = 3 if stage.mode.graph == "retain" else 4
-    forward = 0.0 if stage.stage == last else compute_s / passes
     return Cost(
-        forward_s=forward,
-        backward_s=compute_s - forward + stage.step_s,
+        forward_s=took[0],
+        backward_s=took[1] + stage.step_s,
         forward_bytes=_on_line(there) if there else 0.0,
         backward_bytes=_on_line(back),
         averaging_bytes=FRAMED * max(0.0, stage.up_bytes - there - back),

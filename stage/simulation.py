@@ -258,7 +258,7 @@ class Simulation:
             return False
         orphan.caller, orphan.choice = caller, None
         if orphan.done:
-            self._at(self._now + self._rtt(), self._answered, orphan)
+            self._at(self._now + self._rtt(), self._answered, orphan, caller)
         return True
 
     def _through(
@@ -405,10 +405,11 @@ class Simulation:
             return  # kept, for whoever takes the caller's place
         receiver = None if caller is None else caller.replica
         size = replica.cost.backward_bytes + replica.cost.averaging_bytes
-        self._at(self._through(replica, receiver, size, self._now), self._answered, hop)
+        self._at(self._through(replica, receiver, size, self._now), self._answered, hop, caller)
 
-    def _answered(self, hop: Hop) -> None:
-        caller, microbatch = hop.caller, hop.microbatch
+    def _answered(self, hop: Hop, caller: Hop | None) -> None:
+        """The answer is with the caller that it was sent to, unless that is gone."""
+        microbatch = hop.microbatch
         if caller is not None and caller.dead:
             return
         if hop.choice is not None:

@@ -22,6 +22,8 @@ from stage.plan import plan as plan_run
 DEFAULT_GPU: Final = "RTX 4090"
 CPU_TFLOPS: Final = 0.1
 """Assumed of two ordinary cores, sustained in fp32."""
+LOOPBACK: Final = Link(mbps=1e5, rtt_ms=0.2)
+"""Between nodes on one machine."""
 
 
 @click.command()
@@ -32,8 +34,8 @@ CPU_TFLOPS: Final = 0.1
 @click.option("--ram", type=float, metavar="GB", help="Memory of a host.")
 @click.option("--gpu", metavar="NAME", help=f"What computes.  [default: {DEFAULT_GPU}]")
 @click.option("--tflops", type=float, help=f"Sustained, instead of {MFU:.0%} of the GPU's peak.")
-@click.option("--mbps", type=float, default=200.0, show_default=True, help="A line's rate, each way.")
-@click.option("--rtt-ms", type=float, default=40.0, show_default=True, help="Between two nodes.")
+@click.option("--mbps", type=float, help="A line's rate, each way.  [default: 200, with --cores no limit]")
+@click.option("--rtt-ms", type=float, help="Between two nodes.  [default: 40, with --cores none]")
 @click.option("--replicas", type=int, default=2, show_default=True, help="Of every stage.")
 @click.option("--device", type=click.Choice(get_args(DeviceKind)), default="cuda", show_default=True)
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), help="[default: bf16 on a GPU, else fp32]")
@@ -50,8 +52,8 @@ def plan(
     ram: float | None,
     gpu: str | None,
     tflops: float | None,
-    mbps: float,
-    rtt_ms: float,
+    mbps: float | None,
+    rtt_ms: float | None,
     replicas: int,
     device: DeviceKind,
     dtype: Dtype | None,
@@ -81,7 +83,7 @@ def plan(
         model=model,
         training=training,
         machine=_machine(device, gpu, tflops, vram, ram),
-        link=Link(mbps=mbps, rtt_ms=rtt_ms),
+        link=_link(mbps, rtt_ms, LOOPBACK if simulated["cores"] else Link()),
         replicas=replicas,
         device=device,
         dtype=dtype or ("bf16" if device == "cuda" else "fp32"),
@@ -141,6 +143,12 @@ def _described(path: Path | None, preset: str | None) -> tuple[ModelConfig, Trai
     assert path is not None
     manifest = manifests.load(path)
     return manifest.model, manifest.training
+
+
+def _link(mbps: float | None, rtt_ms: float | None, default: Link) -> Link:
+    return Link(
+        mbps=default.mbps if mbps is None else mbps, rtt_ms=default.rtt_ms if rtt_ms is None else rtt_ms
+    )
 
 
 def _memory_of(text: str) -> tuple[float | None, float | None]:

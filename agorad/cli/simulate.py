@@ -13,7 +13,7 @@ from p2p.errors import LocalError
 from stage.config import SLOTS
 from stage.hardware import check
 from stage.plan import Plan
-from stage.scenario import Churn, Scenario, from_plan
+from stage.scenario import Churn, Passes, Scenario, from_plan, passes
 from stage.simulated import Report
 from stage.simulation import Simulation
 
@@ -22,7 +22,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 OPTIONS: Final = (
     click.option("--simulate", is_flag=True, help="Run it in virtual time: speeds, departures, queues."),
     click.option("--counts", metavar="4/1/1", help="Simulate so many replicas of each stage."),
-    click.option("--measured", metavar="50/40,400", help="Milliseconds a microbatch takes each replica."),
+    click.option(
+        "--measured",
+        metavar="50/40,400",
+        help="Milliseconds a microbatch takes each replica, or 15+35: forward and backward.",
+    ),
     click.option("--minutes", type=float, default=60.0, show_default=True, help="Simulated."),
     click.option("--spread", type=float, default=1.0, show_default=True, help="Fastest machine to slowest."),
     click.option("--life", type=float, metavar="MINUTES", help="Mean time until a replica leaves.  [never]"),
@@ -63,7 +67,7 @@ def simulate(
     replicas = _counts(counts, plan)
     seconds = None
     if measured is not None:
-        seconds = _measured(measured, replicas, named=counts is not None)
+        seconds = _measured(measured, plan, replicas, named=counts is not None)
         replicas = [len(stage) for stage in seconds]
     scenario = from_plan(
         plan,
@@ -101,22 +105,36 @@ def _counts(text: str | None, plan: Plan) -> list[int]:
     return counts
 
 
-def _measured(text: str, counts: list[int], *, named: bool) -> list[list[float]]:
+def _measured(text: str, plan: Plan, counts: list[int], *, named: bool) -> list[list[Passes]]:
     """Seconds of each replica. A stage with one number has it for as many replicas as it has."""
-    try:
-        stages = [[float(each) / 1000 for each in stage.split(",")] for stage in text.split("/")]
-    except ValueError:
-        raise LocalError(f"--measured {text!r}: write milliseconds for each stage, like 50/40,400") from None
+    stages = [
+        [_passes(word, plan, index) for word in words.split(",")]
+        for index, words in enumerate(text.split("/"))
+    ]
     if len(stages) != len(counts):
         raise LocalError(f"--measured {text!r}: name every one of the {len(counts)} stages")
-    for seconds in (seconds for stage in stages for seconds in stage):
-        check("measured", 1000 * seconds, 1e-3, 1e8)
     for index, (stage, count) in enumerate(zip(stages, counts, strict=True)):
         if len(stage) == 1:
             stages[index] = stage * count
         elif named and len(stage) != count:
             raise LocalError(f"--measured names {len(stage)} replicas of stage {index}, --counts {count}")
     return stages
+
+
+def _passes(word: str, plan: Plan, stage: int) -> Passes:
+    try:
+        times = [float(each) for each in word.split("+")]
+    except ValueError:
+        times = []
+    if len(times) not in (1, 2):
+        raise LocalError(
+            f"--measured {word!r}: write milliseconds for each stage, like 50/40,400, or 15+35 for passes"
+        )
+    check("measured", sum(times), 1e-3, 1e8)
+    if len(times) == 1:
+        return passes(plan, min(stage, len(plan.stages) - 1), times[0] / 1000)
+    check("measured", min(times), 0, 1e8)
+    return times[0] / 1000, times[1] / 1000
 
 
 def document(scenario: Scenario, report: Report) -> dict[str, Any]:

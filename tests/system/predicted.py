@@ -25,11 +25,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from statistics import linear_regression
+from statistics import linear_regression, median
 from typing import Any
 
 import attrs
 
+from agorad.cli.plan import LOOPBACK
 from agorad.demo import layout
 from agorad.demo.layout import Layout, Plan
 from agorad.lab.network import Line, lab
@@ -38,7 +39,7 @@ from stage.parameters import forward_flops
 from tests.net.lab_swarms import LabSwarm
 from tests.system.placed import Placed, started
 
-SETTLED_S, IDLE_S, WARM_S, MEASURED_S = 3.0, 8.0, 20.0, 40.0
+SETTLED_S, IDLE_S, WARM_S, MEASURED_S = 3.0, 8.0, 15.0, 30.0
 SETTINGS = ("training.eval_every=0", "worker.snapshot_every=50")
 CALIBRATION = "1/1/1,model.layers=[1,2,3]"
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -112,6 +113,10 @@ class Measured:
     completed: int
     tokens: int
     """Of a microbatch."""
+    latency_s: float
+    """From end to end, the median."""
+    busy: int
+    """Times that a replica had no room."""
     added: Mapping[str, int]
     """Microbatches by worker."""
     processor_s: Mapping[str, float]
@@ -129,6 +134,8 @@ class Measured:
         """For people."""
         return {
             "tokens_per_second": round(self.tokens_per_second),
+            "latency_s": round(self.latency_s, 2),
+            "busy": self.busy,
             "cores": round(sum(self.processor_s.values()) / self.seconds, 2),
             "elsewhere": round(self.elsewhere, 2),
             "added": dict(self.added),
@@ -168,19 +175,21 @@ def laid_out(swarm: Swarm, folder: Path) -> Iterator[Placed]:
         yield Placed(made, places, programs)
 
 
-def measured(placed: Placed, warm_s: float = WARM_S, measured_s: float = MEASURED_S) -> Measured:
-    """The swarm at work, after a while."""
+def measured(placed: Placed, *, idle_s: float = 0.0) -> Measured:
+    """The swarm at work, after a while; before that, for so long, with nothing to do."""
     with started(placed) as running:
-        time.sleep(SETTLED_S)
-        before, since = _processor_s(running), time.time()
-        time.sleep(IDLE_S)
-        after, until = _processor_s(running), time.time()
-        idle = {name: (after[name] - before[name]) / (until - since) for name in before}
+        idle: dict[str, float] = {}
+        if idle_s:
+            time.sleep(SETTLED_S)
+            before = _processor_s(running)
+            time.sleep(idle_s)
+            after = _processor_s(running)
+            idle = {name: (after[name] - before[name]) / idle_s for name in before}
         running.start("trainer-0")
         running.wait_for(lambda: bool(_at(running, "trainer-0", "microbatch_completed")), 100, "work")
-        time.sleep(warm_s)
+        time.sleep(WARM_S)
         before, since, all_before = _processor_s(running), time.time(), _machine_s()
-        time.sleep(measured_s)
+        time.sleep(MEASURED_S)
         after, until, all_after = _processor_s(running), time.time(), _machine_s()
         spent = {name: after[name] - before[name] for name in before}
         completed = _at(running, "trainer-0", "microbatch_completed")
@@ -188,6 +197,8 @@ def measured(placed: Placed, warm_s: float = WARM_S, measured_s: float = MEASURE
             seconds=until - since,
             completed=sum(since <= at < until for at in completed),
             tokens=running.made.manifest.model.seq,
+            latency_s=_latency_s(running.events("trainer-0"), since),
+            busy=sum(since <= at < until for name in running.processes for at in _at(running, name, "busy")),
             added={
                 name: sum(since <= at < until for at in _at(running, name, "microbatch_added"))
                 for name in running.workers
@@ -196,6 +207,15 @@ def measured(placed: Placed, warm_s: float = WARM_S, measured_s: float = MEASURE
             elsewhere=(all_after - all_before - sum(spent.values())) / (until - since),
             idle=idle,
         )
+
+
+def _latency_s(events: list[dict[str, Any]], since: float) -> float:
+    issued = {event["ticket"]: event["at"] for event in events if event["event"] == "microbatch_issued"}
+    return median(
+        event["at"] - issued[event["ticket"]]
+        for event in events
+        if event["event"] == "microbatch_completed" and event["at"] >= since
+    )
 
 
 def _at(swarm: Placed, name: str, kind: str) -> list[float]:
@@ -261,18 +281,19 @@ def prediction(swarm: Swarm, made: Layout, known: Calibration, minutes: float = 
     """What ``agoractl run plan --simulate`` says."""
     model = made.manifest.model
     if swarm.waits:
-        times = ["/".join(",".join(f"{wait:g}" for wait in waits) for waits in swarm.waits)]
+        # half in each pass, as ``slowed`` does it
+        times = "/".join(",".join(f"{wait / 2:g}+{wait / 2:g}" for wait in waits) for waits in swarm.waits)
     else:
         ms = 1000 / known.free(sum(swarm.counts))
-        times = ["/".join(f"{ms * known.stage_s(model, stage):.4f}" for stage in range(model.stages))]
+        times = "/".join(f"{ms * known.stage_s(model, stage):.4f}" for stage in range(model.stages))
     command = [
         sys.executable, "-m", "agorad.cli", "run", "plan", str(made.manifest_path), "--device", "cpu",
         "--graph", "retain", "--simulate", "--json", "--minutes", str(minutes),
-        "--counts", "/".join(map(str, swarm.counts)), "--measured", *times,
+        "--counts", "/".join(map(str, swarm.counts)), "--measured", times,
     ]  # fmt: skip
     if not swarm.waits:
         command += ["--cores", str(CORES)]
-    mbps, rtt_ms = swarm.link or (1e5, 0.2)
+    mbps, rtt_ms = swarm.link or (LOOPBACK.mbps, LOOPBACK.rtt_ms)
     command += ["--mbps", str(mbps), "--rtt-ms", str(rtt_ms)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -283,7 +304,7 @@ def prediction(swarm: Swarm, made: Layout, known: Calibration, minutes: float = 
 def calibrated(folder: Path) -> Calibration:
     """From a swarm that is none of the predicted ones."""
     with laid_out(Swarm.read(CALIBRATION), folder) as placed:
-        run = measured(placed)
+        run = measured(placed, idle_s=IDLE_S)
         say(calibrating=run.words())
         return Calibration.of(placed.made.manifest.model, run)
 
@@ -297,7 +318,10 @@ def main(words: Sequence[str]) -> None:
             with laid_out(swarm, Path(folder) / str(number)) as placed:
                 said = prediction(swarm, placed.made, known)
                 predicted = said["tokens_per_second"]
-                say(swarm=swarm.words, predicted=round(predicted), utilisation=_busy(said))
+                say(
+                    swarm=swarm.words, predicted=round(predicted), latency_s=round(said["seconds_p50"], 2),
+                    busy=said["busy"], utilisation=_busy(said),
+                )  # fmt: skip
                 run = measured(placed)
                 off = round(predicted / run.tokens_per_second - 1, 3)
                 say(swarm=swarm.words, off=off, measured=run.words())

@@ -100,6 +100,16 @@ def test_departures_cost_time_and_no_microbatch() -> None:
     assert all(stage.replicas > 0 for stage in report.stages)
 
 
+def test_an_answer_on_its_way_to_one_that_left_is_given_once() -> None:
+    """Lines so slow that answers are often on their way while their caller leaves and is replaced."""
+    given = scenario([4, 4, 4], churn=Churn(life_s=60, away_s=20), rtt_s=0.1)
+    costs = tuple(attrs.evolve(each, forward_bytes=1e6, backward_bytes=1e6) for each in given.stages)
+    workers = tuple(attrs.evolve(worker, up=1.2e6, down=1.2e6) for worker in given.workers)
+    report = simulated(attrs.evolve(given, stages=costs, workers=workers))
+    assert report.rerouted > 50
+    assert report.completed > 100
+
+
 def test_the_same_seed_gives_the_same_events() -> None:
     given = scenario([3, 3], churn=Churn(life_s=60, away_s=10))
     assert simulated(given, 7) == simulated(given, 7)
@@ -150,7 +160,7 @@ def test_measured_replicas_take_what_was_measured() -> None:
     model, training = presets.preset("demo")
     machine = Machine(tflops=1, bandwidth_gb_s=100)
     planned = plan(Setting(model=model, training=training, machine=machine, device="cpu", dtype="fp32"))
-    times = [[0.1], [0.4, 0.4, 4.0], [0.05]]
+    times = [[(0.05, 0.05)], [(0.1, 0.3), (0.1, 0.3), (1.0, 3.0)], [(0.0, 0.05)]]
     given = from_plan(planned, replicas=[1, 3, 1], seconds=300, seed=1, measured=times)
     assert simulated(given).microbatches_per_second == pytest.approx(5.25, rel=0.05)
 
@@ -184,7 +194,9 @@ def test_the_command_simulates_what_it_planned() -> None:
     assert "--counts" in wrong.stderr
 
 
-@pytest.mark.parametrize("words", [["50/50"], ["50/x/50"], ["50/0/50"], ["1/1,1,1/1", "--counts", "1/2/1"]])
+@pytest.mark.parametrize(
+    "words", [["50/50"], ["5/x/5"], ["5/0/5"], ["5/1+1+1/5"], ["1/1,1,1/1", "--counts", "1/2/1"]]
+)
 def test_what_was_measured_is_named_for_every_stage(words: list[str]) -> None:
     wrong = command("--preset", "demo", "--device", "cpu", "--simulate", "--measured", *words)
     assert wrong.returncode == 2
