@@ -249,6 +249,8 @@ class Calibration:
     idle_worker: float
     idle_others: float
     """Shares of a processor that go without a microbatch: of each worker, of all others together."""
+    elsewhere: float
+    """Processors that were busy with other things."""
 
     @classmethod
     def of(cls, model: ModelConfig, run: Measured) -> Calibration:
@@ -265,6 +267,7 @@ class Calibration:
             others_s=sum(took for name, took in spent.items() if name not in run.added) / run.completed,
             idle_worker=sum(run.idle[name] for name in run.added) / len(run.added),
             idle_others=sum(share for name, share in run.idle.items() if name not in run.added),
+            elsewhere=run.elsewhere,
         )
 
     def stage_s(self, model: ModelConfig, stage: int) -> float:
