@@ -1,11 +1,12 @@
 """One secured, multiplexed connection to a peer: the trio shell around Noise records and yamux.
 
 Three tasks. The *reader* takes large reads, decrypts record by record and feeds yamux, which puts data where
-it is waited for: from the socket to there a byte is copied once.
-The *writer* sleeps until yamux has something, encrypts up to ``BATCH`` records and sends them in one
-call; batches stay small so that a ping waits behind little. The *keeper* pings: every 10 s normally
-(silent for 20 s is gone), every 0.5 s while somebody holds ``watched()`` (silent for 2 s is gone). A peer
-that lately took long to answer, on a machine with too much to do, has longer: ``p2p.patience``.
+it is waited for; records in the middle of such data are decrypted to there at once.
+The *writer* sleeps until yamux has something, encrypts up to ``BATCH`` records, long data from where its user
+has it, and sends them in one call; batches stay small so that a ping waits behind little. The *keeper* pings:
+every 10 s normally (silent for 20 s is gone), every 0.5 s while somebody holds ``watched()`` (silent for 2 s
+is gone). A peer that lately took long to answer, on a machine with too much to do, has longer:
+``p2p.patience``.
 
 Pings also renew the connection's lease, see ``p2p.lease``.
 
@@ -36,14 +37,15 @@ from p2p.patience import Patience
 from p2p.secure import Upgraded
 from p2p.shaper import Shaper
 from p2p.transport import Wire
-from p2p.yamux import Changed, Credit, Opened, PingAnswered, Session, Stream
+from p2p.yamux import Changed, Credit, Opened, PingAnswered, Session, Stream, YamuxEvent
 
 BATCH = 4
 """Records encrypted for one send: 256 KiB, 10 ms at 200 Mbit/s."""
-READ_SIZE = 256 * KIB
 RECORD = 2 + noise.MAX_RECORD
+READ_SIZE = BATCH * RECORD
+"""With the beginning of a record that is there already: so reads of much data end where records do."""
 BUFFER = READ_SIZE + RECORD
-"""Room for a read behind the beginning of a record, and for a batch."""
+"""Room for a batch, and an empty record before it."""
 SMALL = 8 * KIB
 OUTSTANDING_PINGS = 64
 COUNT_EVERY = 256 * KIB
@@ -52,6 +54,11 @@ AT_ONCE = 8
 """Streams of one read that may be answered before others have their turn."""
 STALL_S = 0.25
 """Waking up this much too late means that we were the ones who were silent."""
+
+
+def _beyond(room: int) -> int:
+    """Bytes of plaintext in the records that fit into ``room`` bytes behind a first one."""
+    return max(0, room // RECORD - 1) * noise.MAX_PLAINTEXT
 
 
 @final
@@ -341,7 +348,7 @@ class Connection:
 
     async def _read(self, nursery: trio.Nursery) -> None:
         if self._first:
-            self._dispatch(memoryview(self._first), nursery)
+            self._dispatch(self._session.receive(memoryview(self._first)), nursery)
         begun = self._open(memoryview(self._tail), nursery)
         while True:
             most = self._download.portion(READ_SIZE)
@@ -349,7 +356,7 @@ class Connection:
             buffer = self._scratch.take()
             kept = len(begun)
             buffer[:kept] = begun
-            size = self._wire.read(buffer[kept : kept + most])
+            size = self._wire.read(buffer[kept : min(kept + most, READ_SIZE)])
             if size:
                 self._counters.bytes_in += size
                 self.bytes_in += size
@@ -385,10 +392,14 @@ class Connection:
             stop = offset + 2 + size
             if stop > end:
                 break
-            plain = self._scratch.plain[: size - noise.TAG]
+            size -= noise.TAG
+            target = self._session.place(size) if size else None
+            plain = self._scratch.plain[:size] if target is None else target
             self._receiving.decrypt_into(data[offset + 2 : stop], plain)
-            if plain:
-                self._dispatch(plain, nursery)
+            if target is not None:
+                self._dispatch(self._session.placed(size), nursery)
+            elif size:
+                self._dispatch(self._session.receive(plain), nursery)
             elif self._aes_promised:
                 self._receiving = self._receiving.faster()
                 self._aes_promised, self._reads_aes = False, True
@@ -397,9 +408,9 @@ class Connection:
             self._wake()
         return bytes(data[offset:])
 
-    def _dispatch(self, plain: memoryview, nursery: trio.Nursery) -> None:
+    def _dispatch(self, events: list[YamuxEvent], nursery: trio.Nursery) -> None:
         at_once = AT_ONCE
-        for event in self._session.receive(plain):
+        for event in events:
             if isinstance(event, Changed):
                 stream = self._streams.get(event.stream)
                 if stream is not None:
@@ -414,42 +425,47 @@ class Connection:
                 self._answered(event.value)
 
     async def _write(self, _nursery: trio.Nursery) -> None:
-        session = self._session
+        session, plain = self._session, self._scratch.plain
         while True:
             if not session.wants_to_send():
                 self._emptied.set()
                 await self._output.wait()
                 self._output = trio.Event()
                 continue
-            size = session.fill(self._scratch.plain)
-            if size <= SMALL and not session.wants_to_send():
+            room = self._upload.portion(BATCH * RECORD)
+            size = session.fill(plain, _beyond(room))
+            if size <= SMALL and not session.behind and not session.wants_to_send():
                 small = memoryview(bytearray(2 + size + noise.TAG))
-                self._seal(size, small)
+                self._seal(plain[:size], small)
                 self._tell_drained()
                 await self._send(small)
                 continue
             out = self._scratch.take()
-            used, room = 0, self._upload.portion(BATCH * RECORD)
+            used = 0
             if self._aes_agreed:
-                used += self._seal(0, out)
+                used += self._seal(plain[:0], out)
                 self._sending = self._sending.faster()
                 self._aes_agreed, self._writes_aes = False, True
             while True:
-                used += self._seal(size, out[used:])
+                used += self._seal(plain[:size], out[used:])
+                behind = session.behind
+                while behind:
+                    used += self._seal(behind[: noise.MAX_PLAINTEXT], out[used:])
+                    behind = behind[noise.MAX_PLAINTEXT :]
                 if used + RECORD > room or not session.wants_to_send():
                     break
-                size = session.fill(self._scratch.plain)
+                size = session.fill(plain, _beyond(room - used))
             self._tell_drained()
             await self._send(out[:used])
             self._scratch.give(out)
             await trio.lowlevel.checkpoint()  # what is to follow is queued meanwhile, and others have a turn
 
-    def _seal(self, size: int, out: memoryview) -> int:
-        """One record of the first ``size`` bytes of the scratch buffer; bytes written."""
-        sealed = size + noise.TAG
+    def _seal(self, plain: memoryview, out: memoryview) -> int:
+        """One record of ``plain``; bytes written."""
+        sealed = len(plain) + noise.TAG
         out[0] = sealed >> 8
         out[1] = sealed & 0xFF
-        self._sending.encrypt_into(self._scratch.plain[:size], out[2 : 2 + sealed])
+        self._sending.encrypt_into(plain, out[2 : 2 + sealed])
         return 2 + sealed
 
     async def _send(self, data: memoryview) -> None:

@@ -221,25 +221,29 @@ class MuxedStream(trio.abc.HalfCloseableStream):
         finally:
             self._receiving = False
 
-    async def receive_into(self, target: memoryview) -> None:
-        """Fill ``target``; PeerGone when the stream ends before."""
+    async def receive_into(self, target: memoryview, filled: Callable[[], memoryview] | None = None) -> None:
+        """Fill ``target``, then whatever ``filled`` gives when the last one is full, until that is empty.
+
+        PeerGone when the stream ends before. ``filled`` is called in the turn in which the data came; it must
+        not raise, or end the stream.
+        """
         self._begin_receiving()
         stream = self._stream
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
+            stream.target, stream.filled = target, filled
             if stream.inbox:
-                target = target[self._took(self._session.take_into(stream, target)) :]
-            if target:
-                stream.target = target  # what still comes goes there, and nobody is woken before all has
-                while stream.target:
-                    self._check_receiving()
-                    if stream.fin_received:
-                        raise PeerGone("the peer ended the stream in the middle of a message")
-                    await self._wait_changed()
+                self._session.pour(stream)
+                self._took(None)
+            while stream.target:  # what still comes goes there, and nobody is woken before all has
+                self._check_receiving()
+                if stream.fin_received:
+                    raise PeerGone("the peer ended the stream in the middle of a message")
+                await self._wait_changed()
         except trio.BrokenResourceError as error:
             raise PeerGone(str(error)) from error
         finally:
-            stream.target = None
+            stream.target = stream.filled = None
             self._receiving = False
 
     async def receive_exactly(self, size: int) -> bytearray:

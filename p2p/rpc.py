@@ -14,7 +14,7 @@ when the answer is read; the callee's echo leaves with its first answer, or as s
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, final
 
@@ -26,6 +26,7 @@ from p2p import multistream
 from p2p.connection import Connection
 from p2p.counters import Counters
 from p2p.errors import LocalError, PeerGone, Refused, RemoteError
+from p2p.hearing import Hearing
 from p2p.identity import PeerId, short
 from p2p.limits import Limits
 from p2p.membership import Member
@@ -218,6 +219,41 @@ class Call:
         if header.get("t") == "refused":
             raise _refusal(header)
         return Message(header, payload)
+
+    async def hear(self, heard: Callable[[dict[str, Any], memoryview], None], *, into: memoryview) -> None:
+        """Have further messages ``heard`` in the turn in which they come; raises what ends the call.
+
+        Like ``receive`` again and again, but nobody has to be woken for each. One was received before. What
+        ``heard`` raises is raised here. Payloads come into ``into``, one after the other, and none is longer.
+        """
+        assert self._begun
+
+        def sizes_of(head: memoryview) -> tuple[int, int]:
+            header_size, payload_size = _sizes(head, self.protocol, self.connection.limits, len(into))
+            if not header_size:
+                raise RemoteError(f"{self.protocol}: a message without a header")
+            return header_size, payload_size
+
+        def header_of(data: memoryview) -> dict[str, Any]:
+            header = _unpack(data, self.protocol)
+            if header.get("t") == "refused":
+                raise _refusal(header)
+            return header
+
+        def counted(header: dict[str, Any], payload: memoryview) -> None:
+            self._counters.count(self.protocol, 0, len(payload))
+            heard(header, payload)
+
+        hearing = Hearing(
+            sizes_of,
+            header_of,
+            counted,
+            lambda size: self._stream.expect(size + len(into)),
+            size=LENGTHS.size,
+            into=into,
+        )
+        await self._stream.receive_into(hearing.first, hearing.filled)
+        raise hearing.failure or PeerGone(f"{short(self.peer)} ended the call")
 
     async def refuse(self, refusal: Refused) -> None:
         """Answer with a typed no and stop reading."""

@@ -3,9 +3,10 @@
 Frames have a 12-byte header (version, type, flags, stream id, length). Data counts against a
 window, 256 KiB at first, that the receiver extends as its user consumes. ``receive`` takes bytes cut
 anywhere and returns events; data goes where the stream's user waits for it (``Stream.target``), the rest into
-its inbox. ``fill`` writes the next frames into a buffer of the caller, sized so that a frame never crosses a
-Noise record. Control frames go first, then one data frame of each
-ready stream in turn: no stream and no ping waits behind more than one record a stream.
+its inbox. ``fill`` writes the next frames into a buffer of the caller, the size of a Noise record. Control
+frames go first, then one data frame of each ready stream in turn. A frame is no longer than its record and
+what the caller lets follow at once (``behind``), which nobody copies; on the other side such records are
+decrypted to where they are waited for (``place``).
 
 Larger windows between agora peers. Each hello promises a window; the smaller of both is agreed. A
 side that has the other's promise opens a stream with WINDOW_UPDATE|SYN whose delta lifts 256 KiB to
@@ -45,6 +46,7 @@ UNHURRIED = 256
 """Frames that may wait for company; more leave at once."""
 MIN_DATA_ROOM = 1024
 """With less room than this left in a record, a long message rather starts the next one."""
+_NOTHING = memoryview(b"")
 
 
 @final
@@ -54,6 +56,7 @@ class Stream:
     __slots__ = (
         "consumed",
         "discarding",
+        "filled",
         "fin_pending",
         "fin_received",
         "fin_sent",
@@ -83,6 +86,7 @@ class Stream:
         self.inbox: deque[memoryview | bytearray] = deque()
         self.inbox_bytes = 0
         self.target: memoryview | None = None  # what is left of a buffer that its user waits to see full
+        self.filled: Callable[[], memoryview] | None = None  # gives the next buffer, or an empty one
         self.pending: deque[memoryview] = deque()
         self.pending_bytes = 0
         self.queued = False  # in the session's ring of streams that can send
@@ -148,6 +152,8 @@ class Session:
         self.streams: dict[int, Stream] = {}
         self.drained: list[Stream] = []
         """Streams whose pending data ``fill`` finished; the caller empties this."""
+        self.behind: memoryview = _NOTHING
+        """The rest of the last frame that ``fill`` wrote: it leaves before anything else."""
         self.remote_gone: int | None = None
         self._limits = limits
         self._next_id = 1 if dialer else 2
@@ -260,24 +266,19 @@ class Session:
         self._consumed(stream, size)
         return piece
 
-    def take_into(self, stream: Stream, target: memoryview) -> int:
-        """Copy what has arrived into ``target``; number of bytes copied."""
-        done = 0
-        room = len(target)
+    def pour(self, stream: Stream) -> None:
+        """Copy what has arrived into the target, and into those that follow it."""
         inbox = stream.inbox
-        while inbox and done < room:
+        while inbox and stream.target:
             piece = inbox[0]
-            size = min(len(piece), room - done)
+            size = min(len(piece), len(stream.target))
+            view = memoryview(piece)
+            stream.target[:size] = view[:size]
             if size == len(piece):
-                target[done : done + size] = piece
                 inbox.popleft()
             else:
-                view = memoryview(piece)
-                target[done : done + size] = view[:size]
                 inbox[0] = view[size:]
-            done += size
-        self._consumed(stream, done)
-        return done
+            self._advance(stream, size)
 
     def grow(self, stream: Stream, window: int) -> None:
         """Let the peer have up to ``window`` under way, as far as the budget allows."""
@@ -302,11 +303,15 @@ class Session:
         self._extra_credit = 0
         self.streams.clear()
 
-    def fill(self, record: memoryview) -> int:
-        """Write the next frames into ``record``; how many bytes of it were used."""
+    def fill(self, record: memoryview, beyond: int = 0) -> int:
+        """Write the next frames into ``record``; how many bytes of it were used.
+
+        ``beyond``: of a long piece of data so many bytes more may be left in ``behind``, to follow at once.
+        """
         used = 0
         size = HEADER.size
         capacity = len(record)
+        self.behind = _NOTHING
         while self._unhurried and used + size <= capacity:
             record[used : used + size] = self._unhurried.popleft()
             used += size
@@ -314,18 +319,27 @@ class Session:
             record[used : used + size] = self._control.popleft()
             used += size
         ready = self._ready
-        while ready:
+        while ready and not self.behind:
             stream = ready[0]
-            amount = min(stream.pending_bytes, stream.send_window)
             room = capacity - used - size
-            if amount > room:
-                if room < MIN_DATA_ROOM:
-                    break
-                amount = room
+            wanted = min(stream.pending_bytes, stream.send_window)
+            if wanted > room and room < MIN_DATA_ROOM:
+                break
             ready.popleft()
             stream.queued = False
+            place = used
+            used += size
+            left = min(wanted, room)
+            while left:
+                piece = self._take_pending(stream, left)
+                record[used : used + len(piece)] = piece
+                used += len(piece)
+                left -= len(piece)
+            amount = used - place - size
+            if wanted > amount and beyond:
+                self.behind = self._take_pending(stream, min(beyond, wanted - amount))
+                amount += len(self.behind)
             stream.send_window -= amount
-            stream.pending_bytes -= amount
             flags = self._flags(stream)
             # A FIN behind data has a frame of its own: js-libp2p takes the flags of a frame before its data
             # and drops data that comes with the end.
@@ -335,18 +349,7 @@ class Session:
                 stream.fin_sent = True
                 if stream.fin_received:
                     self._forget(stream)
-            HEADER.pack_into(record, used, 0, DATA, flags, stream.id, amount)
-            used += size
-            while amount:
-                piece = stream.pending[0]
-                if len(piece) <= amount:
-                    stream.pending.popleft()
-                else:
-                    stream.pending[0] = piece[amount:]
-                    piece = piece[:amount]
-                record[used : used + len(piece)] = piece
-                used += len(piece)
-                amount -= len(piece)
+            HEADER.pack_into(record, place, 0, DATA, flags, stream.id, amount)
             if stream.pending_bytes:
                 self._enqueue(stream)
             else:
@@ -355,6 +358,17 @@ class Session:
                     stream.queued = True
                     ready.appendleft(stream)
         return used
+
+    def _take_pending(self, stream: Stream, most: int) -> memoryview:
+        """Up to ``most`` bytes of the first piece that waits to be sent."""
+        piece = stream.pending[0]
+        if len(piece) <= most:
+            stream.pending.popleft()
+        else:
+            stream.pending[0] = piece[most:]
+            piece = piece[:most]
+        stream.pending_bytes -= len(piece)
+        return piece
 
     # what the peer does
 
@@ -390,6 +404,25 @@ class Session:
                 raise RemoteError(f"yamux version {version}")
             self._frame(kind, flags, stream_id, length, events)
         return events
+
+    def place(self, size: int) -> memoryview | None:
+        """Where the peer's next ``size`` bytes belong, if all of them are waited for; then ``placed``."""
+        stream = self._body_stream
+        if stream is None or size > self._body or stream.reset or stream.discarding:
+            return None
+        return stream.target[:size] if stream.target and len(stream.target) >= size else None
+
+    def placed(self, size: int) -> list[YamuxEvent]:
+        """They are there."""
+        stream = self._body_stream
+        assert stream is not None
+        self._body -= size
+        stream.inbox_bytes += size
+        self._advance(stream, size)
+        ended = not self._body and self._body_flags
+        if ended:
+            self._flagged(stream, self._body_flags)
+        return [] if stream.target and not ended else [Changed(stream)]
 
     def _frame(self, kind: int, flags: int, stream_id: int, length: int, events: list[YamuxEvent]) -> None:
         if kind == PING:
@@ -465,22 +498,26 @@ class Session:
             return  # our own reset crossed it
         size = len(piece)
         stream.inbox_bytes += size
-        if stream.target:
-            room = len(stream.target)
-            if size <= room:
-                stream.target[:size] = piece
-                stream.target = stream.target[size:]
-                self._consumed(stream, size)
+        while stream.target:
+            size = min(len(piece), len(stream.target))
+            stream.target[:size] = piece[:size]
+            piece = piece[size:]
+            self._advance(stream, size)
+            if not piece:
                 return
-            stream.target[:] = piece[:room]
-            stream.target = stream.target[room:]
-            self._consumed(stream, room)
-            piece = piece[room:]
         inbox = stream.inbox
         if inbox and type(inbox[-1]) is bytearray and len(inbox[-1]) < MERGE_BELOW:
             inbox[-1] += piece
         else:
             inbox.append(bytearray(piece))
+
+    def _advance(self, stream: Stream, size: int) -> None:
+        """So much more of the target is there."""
+        assert stream.target is not None
+        stream.target = stream.target[size:]
+        self._consumed(stream, size)
+        if not stream.target and stream.filled is not None:
+            stream.target = stream.filled()
 
     def _flagged(self, stream: Stream, flags: int) -> None:
         if flags & RST:

@@ -128,12 +128,12 @@ def _live(model: ModelConfig, training: TrainingConfig, stage: int, graphs: int,
     del held, each
     compute.step(2)
     packed = compute.pack(0)
-    vector = bytearray(packed.buffer())
+    vector = memoryview(bytearray(packed.buffer()))
     compute.merge(packed, _all_averaged(packed.index, vector))
     return sequence_s
 
 
-def _all_averaged(slice_index: int, vector: bytearray) -> Outcome:
+def _all_averaged(slice_index: int, vector: memoryview) -> Outcome:
     return Outcome(
         number=0,
         slice_index=slice_index,

@@ -57,7 +57,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 from blake3 import blake3
 
-from p2p.averaging import fields
+from p2p.averaging import fields, memory
 from p2p.averaging.audit import Audit
 from p2p.averaging.outcome import EVERYBODY_LOST, PARTS_MISSED, Outcome
 from p2p.averaging.reducer import Buffer, Codec, MakeReducer, PlainCodec, Reducer
@@ -84,6 +84,10 @@ REPORT_BY: Final = 0.82
 BALLOT_EVERY: Final = 0.035
 """Between the turns of successive ballot owners where nobody is known to be lost; the last is at the end."""
 
+AHEAD: Final = 4
+"""A reducer's first means that go to its deputy before all that waits: so that, once nobody has numbers left
+to send, there are acknowledged means for the other lines."""
+
 _DOMAIN: Final = "round-part"
 _ROUNDING: Final = 1e-9
 """So that a timer set for ``wake_at`` finds its mark passed, whatever the last bit of the division."""
@@ -104,6 +108,8 @@ class Send:
     to: int
     header: dict[str, Any]
     payload: Buffer = attrs.field(default=b"", repr=False)
+    first: bool = False
+    """Whether it should pass what waits for that member."""
 
 
 class Exchange:
@@ -131,8 +137,7 @@ class Exchange:
         self.outcome: Outcome | None = None
         self.failed: str | None = None
         self._vector = vector
-        self._result = bytearray(len(vector))
-        self._view = memoryview(self._result)
+        self._result = memory.fresh(len(vector))
         self._make_reducer = make_reducer
         self._codec = codec
         self._coded: dict[int, Buffer] = {}
@@ -168,6 +173,8 @@ class Exchange:
         """Deputies that have audited with this member's help: one part each."""
         self.accused: PeerId | None = None
         """A reducer whose mean was not that of what its contributors sent."""
+        self._reduced = 0
+        """Parts of this member's share whose mean went to the deputy."""
         self._took_over = False
         self._replaced = False
         self._passed = 0.0
@@ -388,7 +395,8 @@ class Exchange:
         if deputy in self._lost:
             self._spread(part)
         else:
-            self._hand(part, deputy)
+            self._reduced += 1
+            self._hand(part, deputy, first=self._reduced <= AHEAD)
 
     def _spread(self, part: int) -> None:
         if part in self._unacked:
@@ -454,13 +462,13 @@ class Exchange:
             self._unacked.discard(part)
             if not self._replaced:  # messages not sent yet may point into the first one
                 self._replaced = True
-                self._result = bytearray(self._result)
-                self._view = memoryview(self._result)
+                self._result = memoryview(bytearray(self._result))
             self._hold(part, payload, reducer, contributors, signature)
         elif self._status[part] is not Part.HELD:
             self._hold(part, payload, reducer, contributors, signature)
         if sender == owner and self.me == deputy and self._proofs[part][0] == owner:
-            self._tell(owner, {"t": "ack", "p": part})
+            # Everybody waits for a part until its deputy's word is there, which depends on nothing else.
+            self._tell(owner, {"t": "ack", "p": part}, first=True)
             if part == self._to_audit and self._passed < RAW_BY:
                 self._begin_audit(part)
 
@@ -475,7 +483,7 @@ class Exchange:
         elif not self._verify(self.roster.peers[reducer], _DOMAIN, said, signature):
             raise RemoteError("a mean that its reducer did not sign")
         begin, end = self._spans[part]
-        self._view[begin:end] = self._codec.decode(coded)
+        self._result[begin:end] = self._codec.decode(coded)
         if not isinstance(self._codec, PlainCodec):
             self._coded[part] = bytes(coded)  # coding what was decoded may give other bytes
         self._digests[part] = digest[:DIGEST]
@@ -530,7 +538,7 @@ class Exchange:
             return
         self._audit = Audit(
             part,
-            bytes(self._view[begin:end]),
+            bytes(self._result[begin:end]),
             sum(1 << i for i in others),
             self._make_reducer(end - begin),
             self._codec.error,
@@ -599,7 +607,8 @@ class Exchange:
         result = self._result
         others = set(range(len(self._spans))) - set(counted)
         if any(self._status[part] is Part.HELD for part in others):
-            result = bytearray(result)  # a copy, since messages not sent yet may point into the first one
+            # A copy, since messages not sent yet may point into the first one.
+            result = memoryview(bytearray(result))
         for begin, end in (self._spans[part] for part in others):
             result[begin:end] = self._vector[begin:end]
         drops = {**self._barred, **self._lost}
@@ -611,19 +620,19 @@ class Exchange:
 
     # -- helpers
 
-    def _hand(self, part: int, to: int) -> None:
+    def _hand(self, part: int, to: int, *, first: bool = False) -> None:
         begin, end = self._spans[part]
         reducer, contributors, signature = self._proofs[part]
         header = {"t": "mean", "p": part, "rd": reducer, "by": contributors, "sig": signature}
-        self._tell(to, header, self._coded.get(part, self._view[begin:end]))
+        self._tell(to, header, self._coded.get(part, self._result[begin:end]), first=first)
 
     def _wire_size(self, part: int) -> int:
         begin, end = self._spans[part]
         return self._codec.size(end - begin)
 
-    def _tell(self, to: int, header: dict[str, Any], payload: Buffer = b"") -> None:
+    def _tell(self, to: int, header: dict[str, Any], payload: Buffer = b"", *, first: bool = False) -> None:
         if to != self.me and to not in self._lost:
-            self.out.append(Send(to, header, payload))
+            self.out.append(Send(to, header, payload, first))
 
     def _part(self, header: Mapping[str, Any]) -> int:
         return fields.integer(header, "p", 0, len(self._spans) - 1)

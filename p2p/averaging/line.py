@@ -105,14 +105,17 @@ async def carry(call: Call, outbox: Outbox, heard: Heard, *, max_payload: int = 
         buffer = memoryview(bytearray(max_payload))
         async with trio.open_nursery() as nursery:
 
+            def told(header: Mapping[str, Any], payload: memoryview) -> None:
+                outbox.payload_in += len(payload)
+                if header.get("t") != HEARD:
+                    heard(header, payload)
+
             async def listen() -> None:
                 nonlocal failure
                 try:
-                    while True:
-                        message = await call.receive(into=buffer, ahead=max_payload)
-                        outbox.payload_in += len(message.payload)
-                        if message.header.get("t") != HEARD:
-                            heard(message.header, message.payload)
+                    first = await call.receive(into=buffer, ahead=max_payload)
+                    told(first.header, first.payload)
+                    await call.hear(told, into=buffer)
                 except Exception as error:
                     failure = error
                     nursery.cancel_scope.cancel()

@@ -43,7 +43,7 @@ class Outcome:
     """Who finished, by the verdict."""
     fraction: float
     """Of the vector that was averaged, above 0 up to 1."""
-    vector: bytearray = attrs.field(repr=False)
+    vector: memoryview = attrs.field(repr=False)
     """fp32: the mean where averaged, this member's own numbers elsewhere."""
     averaged: list[tuple[int, int]]
     """Ranges of floats [start, stop) that were averaged; neighbours are joined."""
@@ -62,7 +62,7 @@ class Outcome:
     def of(
         cls,
         roster: Roster,
-        vector: bytearray,
+        vector: memoryview,
         counted: Mapping[int, tuple[int, bytes]],
         finished: int,
         drops: Mapping[int, str],

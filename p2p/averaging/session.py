@@ -169,8 +169,6 @@ class Session:
         while exchange.out:
             out, exchange.out = exchange.out, []
             for send in out:
-                # Everybody waits for a part until its deputy's word is there, which depends on nothing else.
-                acknowledged = send.header["t"] == "ack"
-                self._outboxes[peers[send.to]].post(send.header, send.payload, first=acknowledged)
+                self._outboxes[peers[send.to]].post(send.header, send.payload, first=send.first)
         if exchange.done:
             self._changed.set()

@@ -64,8 +64,8 @@ def settle(one: Session, two: Session) -> None:
 def opened(one: Session, two: Session, data: bytes = b"x") -> tuple[Stream, Stream]:
     near = one.open()
     one.send(near, [memoryview(data)])
-    (event,) = [event for event in transfer(one, two) if isinstance(event, Opened)]
-    return near, event.stream
+    (came,) = [event for event in transfer(one, two) if isinstance(event, Opened)]
+    return near, came.stream
 
 
 def read(session: Session, stream: Stream) -> bytes:
@@ -461,3 +461,64 @@ def test_random_traffic_arrives_whole(data: st.DataObject) -> None:
             break
     for _near, _far, sent, got in streams:
         assert got == sent
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_long_data_goes_from_user_to_user(data: st.DataObject) -> None:
+    """In records of their own for what is left behind, into targets of any size, one behind the other."""
+    one, two = pair()
+    near, far = opened(one, two)
+    record = memoryview(bytearray(RECORD))
+    sent, got = bytearray(b"x"), bytearray()
+    target = bytearray()
+
+    def next_target() -> memoryview:
+        nonlocal target
+        got.extend(target)
+        target = bytearray(data.draw(st.integers(1, 200_000)))
+        return memoryview(target)
+
+    far.target, far.filled = next_target(), next_target
+    two.pour(far)
+    for _ in range(data.draw(st.integers(1, 6))):
+        for size in data.draw(st.lists(st.sampled_from([1, 100, 70_000, 300_000]), max_size=3)):
+            piece = bytes([len(sent) % 251]) * size
+            sent += piece
+            one.send(near, [memoryview(piece)])
+        one.ping(1)
+        while one.wants_to_send():
+            beyond = data.draw(st.sampled_from([0, 1, 30_000, 3 * RECORD]))
+            two.receive(record[: one.fill(record, beyond)])
+            behind = one.behind
+            assert len(behind) <= beyond
+            while behind:
+                piece_of_it, behind = behind[:RECORD], behind[RECORD:]
+                place = two.place(len(piece_of_it))
+                if place is None:
+                    two.receive(piece_of_it)
+                else:
+                    place[:] = piece_of_it
+                    assert two.placed(len(piece_of_it)) == []
+        settle(one, two)
+    rest = len(target) - len(far.target or b"")
+    assert got + target[:rest] == sent
+    assert not far.inbox_bytes
+    assert not near.pending_bytes
+
+
+def test_a_reset_ends_the_place_of_its_data() -> None:
+    one, two = pair()
+    near, far = opened(one, two)
+    read(two, far)
+    far.target = memoryview(bytearray(200_000))
+    one.send(near, [memoryview(bytes(150_000))])
+    record = memoryview(bytearray(RECORD))
+    two.receive(record[: one.fill(record, 2 * RECORD)])
+    assert two.place(len(one.behind)) is not None
+    assert two.place(len(one.behind) + 1) is None  # the next frame's header would go astray
+    two.reset(far)
+    assert two.place(len(one.behind)) is None
+    left = len(far.target)
+    two.receive(one.behind)
+    assert len(far.target) == left
