@@ -22,17 +22,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.system.linked import BOUNDARY_100M, measure
 
 SETTINGS = {"demo": (), "100m": BOUNDARY_100M}
-WIDTH = 128
-"""Of the demo's model."""
+WIDTH = {"demo": 128, "100m": 64}
+"""Of what stands for each."""
 
 
 @click.command(help=__doc__)
 @click.option("--boundary", type=click.Choice(sorted(SETTINGS)), default="demo")
 @click.option("--whole", is_flag=True)
 @click.option("--pairs", default=6)
-@click.option("--seconds", default=12.0)
+@click.option("--seconds", default=8.0)
 def main(boundary: str, whole: bool, pairs: int, seconds: float) -> None:
-    settings = SETTINGS[boundary] + ((f"model.k={WIDTH}",) if whole else ())
+    settings = SETTINGS[boundary] + ((f"model.k={WIDTH[boundary]}",) if whole else ())
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder), settings, pairs=pairs, seconds=seconds)
     for pair in found:

@@ -10,7 +10,7 @@ import pytest
 from agorad.lab.network import NoLab
 from tests.system.linked import BOUNDARY_100M, Pair, measure
 
-PAIRS, SECONDS = 6, 6.0
+PAIRS, SECONDS = 5, 8.0
 ENOUGH = 0.95
 NOISE = 0.15
 """Free turns that differ by more say that the machine was not ours alone."""
