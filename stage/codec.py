@@ -1,75 +1,55 @@
-"""How parts of a round travel: bf16, or int8 with a scale every 256 numbers; fp32 is ``PlainCodec``.
+"""How parts of a round travel: bf16, or int8 with a scale for each block of 256; fp32 is ``PlainCodec``.
 
 A member encodes its own numbers, the reducer adds them up in fp32 and encodes the mean once, and all take
 over that mean as decoded: so that they agree to the bit, and each number is rounded twice at most. Sizes: 2
-bytes a number; 1 byte and 4 for each begun block. Little endian.
+bytes a number; 1 byte and 4 for each begun block. Little endian, on a little-endian machine; one thread.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
-import numpy
+import agora_kernels
+import attrs
 
 from p2p.averaging.reducer import Buffer, Codec, PlainCodec
 
 BLOCK: Final = 256
-"""Numbers that share a scale in int8: the largest of them is 127 steps."""
-_FP32: Final = numpy.dtype("<f4")
-_WORD: Final = numpy.dtype("<u4")
-_HALF: Final = numpy.dtype("<u2")
-_QUIET: Final = 0x7FC0
-"""A bf16 that is no number."""
-
-Floats = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
+"""Numbers that share a scale in int8: the largest is 127 steps; one that is not finite makes all NaN."""
+_BF16: Final = 1
+_INT8: Final = 3
+"""As the kernels number the forms."""
 
 
-class Bf16Codec:
-    """The upper half of fp32, rounded to nearest, ties to even."""
+@attrs.define
+class KernelCodec:
+    """One form. A block is its scale and then its numbers in steps of it (int8), or its numbers (bf16)."""
 
-    error = 2.0**-8
+    form: int
+    error: float
 
     def size(self, n: int) -> int:
-        return n // 2
+        return n // 2 if self.form == _BF16 else n // 4 + 4 * -(-n // (4 * BLOCK))
 
     def encode(self, part: Buffer) -> Buffer:
-        words = numpy.frombuffer(part, _WORD)
-        rounded = (words + (0x7FFF + (words >> 16 & 1)).astype(_WORD)) >> 16
-        no_number = numpy.isnan(words.view(_FP32))  # rounding may carry one past all exponents
-        return numpy.where(no_number, _QUIET, rounded).astype(_HALF).tobytes()
-
-    def decode(self, coded: Buffer) -> Buffer:
-        return (numpy.frombuffer(coded, _HALF).astype(_WORD) << 16).astype(_WORD).tobytes()
-
-
-class Int8Codec:
-    """Whole steps of a block's scale, scales first. A number that is not finite makes its block NaN."""
-
-    error = 1 / 127
-
-    def size(self, n: int) -> int:
-        count = n // 4
-        return count + 4 * -(-count // BLOCK)
-
-    def encode(self, part: Buffer) -> Buffer:
-        values = numpy.frombuffer(part, _FP32)
-        blocks = numpy.zeros((-(-len(values) // BLOCK), BLOCK), numpy.float32)
-        blocks.reshape(-1)[: len(values)] = values
-        with numpy.errstate(invalid="ignore"):
-            scales = (numpy.abs(blocks).max(axis=1, initial=0) / numpy.float32(127)).astype(_FP32)
-            scales[~numpy.isfinite(scales)] = numpy.nan
-            steps = blocks / numpy.where(scales > 0, scales, numpy.float32(1))[:, None]
-        whole = numpy.clip(numpy.rint(numpy.nan_to_num(steps)), -127, 127).astype(numpy.int8)
-        coded: bytes = scales.tobytes() + whole.reshape(-1)[: len(values)].tobytes()
+        coded = bytearray(self.size(len(part)))
+        if coded:
+            agora_kernels.part_pack(part, coded, len(part) // 4, self.form, 1)
         return coded
 
     def decode(self, coded: Buffer) -> Buffer:
-        count = len(coded) - 4 * -(-len(coded) // (BLOCK + 4))
-        blocks = -(-count // BLOCK)
-        scales = numpy.frombuffer(coded, _FP32, blocks)
-        whole = numpy.frombuffer(coded, numpy.int8, count, 4 * blocks)
-        values: Floats = whole.astype(numpy.float32) * numpy.repeat(scales, BLOCK)[:count]
-        return values.astype(_FP32).tobytes()
+        scales = 0 if self.form == _BF16 else 4 * -(-len(coded) // (BLOCK + 4))
+        part = memoryview(bytearray(2 * len(coded) if self.form == _BF16 else 4 * (len(coded) - scales)))
+        self.decode_into(coded, part)
+        return part
+
+    def decode_into(self, coded: Buffer, part: memoryview) -> None:
+        if part:
+            agora_kernels.part_unpack(coded, part, len(part) // 4, self.form, 1)
 
 
-CODECS: Final[dict[str, Codec]] = {"fp32": PlainCodec(), "bf16": Bf16Codec(), "int8": Int8Codec()}
+CODECS: Final[dict[str, Codec]] = {
+    "fp32": PlainCodec(),
+    "bf16": KernelCodec(_BF16, 2.0**-8),
+    "int8": KernelCodec(_INT8, 1 / 127),
+}

@@ -176,6 +176,30 @@ void reduce_finish(py::object sum, py::object out, int64_t n, float weight_sum, 
     parallel_for(threads, n, kGrainFloats,
                  [&](int64_t begin, int64_t end) { cpu().finish(task, begin, end); });
 }
+
+// A part of a round between fp32 and the form in which it travels; a short last block stays short.
+using PartKernel = void (*)(const PartTask&, int64_t, int64_t);
+
+void code_part(py::object from, py::object to, int64_t n, int dtype, bool pack, int threads) {
+    check_dimension(n, "n must be positive");
+    require(dtype == kBfloat16 || dtype == kInt8, "a coded part is 1 (bfloat16) or 3 (int8)");
+    int64_t blocks = (n + kBlock - 1) / kBlock, coded = dtype == kInt8 ? n + 4 * blocks : 2 * n;
+    Operand values(from, pack ? 4 * n : coded, false, 1, "from"),
+        out(to, pack ? coded : 4 * n, true, 1, "to");
+    PartTask task{values.as<void>(), out.as<void>(), n, dtype};
+    PartKernel kernel = pack ? cpu().part_pack : cpu().part_unpack;
+    py::gil_scoped_release unlocked;
+    parallel_for(threads, blocks, grain(kBlock),
+                 [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
+}
+
+void part_pack(py::object part, py::object out, int64_t n, int dtype, int threads) {
+    code_part(part, out, n, dtype, true, threads);
+}
+
+void part_unpack(py::object part, py::object out, int64_t n, int dtype, int threads) {
+    code_part(part, out, n, dtype, false, threads);
+}
 }  // namespace
 
 void bind_averaging(py::module_& m) {
@@ -190,6 +214,8 @@ void bind_averaging(py::module_& m) {
           arg("threads"));
     m.def("reduce_add", &reduce_add, arg("sum"), arg("part"), arg("out"), arg("n"), arg("part_dtype"),
           arg("weight"), arg("threads"));
+    m.def("part_pack", &part_pack, arg("part"), arg("out"), arg("n"), arg("dtype"), arg("threads"));
+    m.def("part_unpack", &part_unpack, arg("part"), arg("out"), arg("n"), arg("dtype"), arg("threads"));
     m.def("reduce_finish", &reduce_finish, arg("sum"), arg("out"), arg("n"), arg("weight_sum"),
           arg("threads"));
 }

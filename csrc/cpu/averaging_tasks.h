@@ -52,6 +52,14 @@ struct ReduceTask {
     Verdict* verdicts;  // one a chunk
 };
 
+// Numbers of a part into the form in which they travel, or back. fp32 lies at any address.
+struct PartTask {
+    const void* from;
+    void* to;
+    int64_t n;
+    int dtype;  // of the coded side: bf16 or int8
+};
+
 struct FinishTask {
     const float* sum;
     float* out;

@@ -21,6 +21,8 @@ struct CpuKernels {
     void (*merge)(const MergeTask&, int64_t begin, int64_t end);        // packed blocks
     void (*reduce)(const ReduceTask&, int64_t begin, int64_t end);      // chunks
     void (*finish)(const FinishTask&, int64_t begin, int64_t end);      // elements
+    void (*part_pack)(const PartTask&, int64_t begin, int64_t end);     // blocks
+    void (*part_unpack)(const PartTask&, int64_t begin, int64_t end);   // blocks
 };
 
 extern const CpuKernels baseline_kernels;

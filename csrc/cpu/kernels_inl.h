@@ -26,9 +26,10 @@
 namespace agora {
 
 const CpuKernels AGORA_JOIN(AGORA_TARGET, _kernels) = {
-    AGORA_TEXT(AGORA_TARGET), AGORA_TARGET::fill,   AGORA_TARGET::rows,     AGORA_TARGET::expand,
-    AGORA_TARGET::project,    AGORA_TARGET::wire,   AGORA_TARGET::subspace, AGORA_TARGET::pack,
-    AGORA_TARGET::merge,      AGORA_TARGET::reduce, AGORA_TARGET::finish,
+    AGORA_TEXT(AGORA_TARGET),  AGORA_TARGET::fill,   AGORA_TARGET::rows,     AGORA_TARGET::expand,
+    AGORA_TARGET::project,     AGORA_TARGET::wire,   AGORA_TARGET::subspace, AGORA_TARGET::pack,
+    AGORA_TARGET::merge,       AGORA_TARGET::reduce, AGORA_TARGET::finish,   AGORA_TARGET::part_pack,
+    AGORA_TARGET::part_unpack,
 };
 
 }  // namespace agora

@@ -66,6 +66,47 @@ static void reduce(const ReduceTask& t, int64_t begin, int64_t end) {
     }
 }
 
+// Blocks of a part, of which the last may be short, and stays short in int8: its scale and its codes.
+static void part_pack(const PartTask& t, int64_t begin, int64_t end) {
+    const uint8_t* from = static_cast<const uint8_t*>(t.from);
+    uint8_t* to = static_cast<uint8_t*>(t.to);
+    for (int64_t block = begin; block < end; block++) {
+        int64_t start = block * kBlock, left = t.n - start;
+        int count = int(left < kBlock ? left : kBlock);
+        float values[kBlock] = {};
+        memcpy(values, from + 4 * start, size_t(4 * count));
+        if (t.dtype == kInt8) {
+            code_block(to + block * kInt8Block, values, count);
+            continue;
+        }
+        Bf16 halves[kBlock];
+        for (int j = 0; j < kBlock; j += kWidth) store_floats(halves + j, load_floats(values + j));
+        memcpy(to + 2 * start, halves, size_t(2 * count));
+    }
+}
+
+static void part_unpack(const PartTask& t, int64_t begin, int64_t end) {
+    const uint8_t* from = static_cast<const uint8_t*>(t.from);
+    uint8_t* to = static_cast<uint8_t*>(t.to);
+    for (int64_t block = begin; block < end; block++) {
+        int64_t start = block * kBlock, left = t.n - start;
+        int count = int(left < kBlock ? left : kBlock);
+        float values[kBlock];
+        if (t.dtype == kInt8) {
+            float scale;
+            int8_t codes[kBlock] = {};
+            memcpy(&scale, from + block * kInt8Block, sizeof scale);
+            memcpy(codes, from + block * kInt8Block + sizeof scale, size_t(count));
+            for (int j = 0; j < kBlock; j++) values[j] = mul_rounded(scale, float(codes[j]));
+        } else {
+            Bf16 halves[kBlock] = {};
+            memcpy(halves, from + 2 * start, size_t(2 * count));
+            for (int j = 0; j < kBlock; j++) values[j] = load(halves[j]);
+        }
+        memcpy(to + 4 * start, values, size_t(4 * count));
+    }
+}
+
 static void finish(const FinishTask& t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) t.out[i] = finished(t.sum[i], t.weight_sum);
 }

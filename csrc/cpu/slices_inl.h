@@ -93,19 +93,24 @@ AGORA_FN void put_block(const float* values, To* first, float* second) {
     }
 }
 
-static void pack_int8(uint8_t* to, const float* values, const float* consensus, int count) {
-    float difference[kBlock] = {};
-    for (int j = 0; j < count; j++) difference[j] = add_rounded(values[j], -consensus[j]);
+// A block as a scale and the codes of its first `count` numbers; what is behind them must be 0.
+static void code_block(uint8_t* to, const float* values, int count) {
     uint32_t largest = 0;
     for (int j = 0; j < kBlock; j++) {
-        uint32_t size = magnitude_bits(difference[j]);
+        uint32_t size = magnitude_bits(values[j]);
         largest = size > largest ? size : largest;
     }
     float scale = wire_scale(largest), divisor = wire_divisor(scale);
     int8_t codes[kBlock];
-    for (int j = 0; j < kBlock; j++) codes[j] = wire_code(difference[j], divisor);
+    for (int j = 0; j < kBlock; j++) codes[j] = wire_code(values[j], divisor);
     memcpy(to, &scale, sizeof scale);
-    memcpy(to + sizeof scale, codes, sizeof codes);
+    memcpy(to + sizeof scale, codes, size_t(count));
+}
+
+static void pack_int8(uint8_t* to, const float* values, const float* consensus, int count) {
+    float difference[kBlock] = {};
+    for (int j = 0; j < count; j++) difference[j] = add_rounded(values[j], -consensus[j]);
+    code_block(to, difference, kBlock);
 }
 
 static void pack(const PackTask& t, int64_t begin, int64_t end) {

@@ -483,7 +483,7 @@ class Exchange:
         elif not self._verify(self.roster.peers[reducer], _DOMAIN, said, signature):
             raise RemoteError("a mean that its reducer did not sign")
         begin, end = self._spans[part]
-        self._result[begin:end] = self._codec.decode(coded)
+        self._codec.decode_into(coded, self._result[begin:end])
         if not isinstance(self._codec, PlainCodec):
             self._coded[part] = bytes(coded)  # coding what was decoded may give other bytes
         self._digests[part] = digest[:DIGEST]

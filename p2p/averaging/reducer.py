@@ -48,6 +48,9 @@ class Codec(Protocol):
     def decode(self, coded: Buffer) -> Buffer:
         """fp32 of a wire form whose length is right; equal to the bit on every machine."""
 
+    def decode_into(self, coded: Buffer, part: memoryview) -> None:
+        """The same, into ``part``."""
+
 
 class PlainCodec:
     """fp32 as it is."""
@@ -62,6 +65,9 @@ class PlainCodec:
 
     def decode(self, coded: Buffer) -> Buffer:
         return coded
+
+    def decode_into(self, coded: Buffer, part: memoryview) -> None:
+        part[:] = coded
 
 
 class PlainReducer:

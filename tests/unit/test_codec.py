@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 
+import agora_kernels
 import numpy
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,47 @@ from tests.unit.test_butterfly import Swarm, mean
 STEP = {"fp32": 0.0, "bf16": 2.0**-8, "int8": 0.5 / 127}
 """Largest error by the largest number of a block."""
 LENGTHS = st.one_of(st.integers(0, 6), st.integers(BLOCK - 2, 2 * BLOCK + 2))
+
+
+def plain_bf16(values: numpy.ndarray) -> bytes:
+    words = values.view("<u4")
+    rounded = ((words + (0x7FFF + (words >> 16 & 1)).astype("<u4")) >> 16).astype("<u2")
+    return numpy.where(numpy.isnan(values), 0x7FC0, rounded).astype("<u2").tobytes()
+
+
+def plain_int8(values: numpy.ndarray) -> bytes:
+    coded = b""
+    for begin in range(0, len(values), BLOCK):
+        block = values[begin : begin + BLOCK]
+        scale = numpy.float32(numpy.abs(block).max() / numpy.float32(127))
+        steps = numpy.rint(block / scale) if scale else block
+        coded += scale.tobytes() + steps.astype("i1").tobytes()
+    return coded
+
+
+@pytest.mark.parametrize("instructions", agora_kernels.instruction_sets())
+@pytest.mark.parametrize("count", [1, 15, 255, 256, 257, 1000, 4096, 70_001])
+def test_the_kernels_write_what_the_definition_says(instructions: str, count: int) -> None:
+    values = numpy.random.default_rng(count).normal(size=count).astype("<f4")
+    values[count // 2 :: 7] = 0
+    before = agora_kernels.instruction_set()
+    agora_kernels.use_instruction_set(instructions)
+    try:
+        for name, plain in (("bf16", plain_bf16), ("int8", plain_int8)):
+            coded = CODECS[name].encode(values.tobytes())
+            assert coded == plain(values)
+            moved = memoryview(b"x" + coded)[1:]  # parts lie wherever the line put them
+            assert CODECS[name].decode(moved) == CODECS[name].decode(coded)
+    finally:
+        agora_kernels.use_instruction_set(before)
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+def test_a_part_that_is_too_short_is_refused(name: str) -> None:
+    codec = CODECS[name]
+    coded = codec.encode(bytes(4 * 300))
+    with pytest.raises(ValueError, match="are needed"):
+        codec.decode_into(coded[:-1], memoryview(bytearray(4 * 300)))
 
 
 @settings(max_examples=30, deadline=None)
