@@ -20,7 +20,9 @@ import mmap
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -97,28 +99,48 @@ class StoredPart:
         return f"{self.store.url}, step {self.step}"
 
     def weights(self, scratch: Path) -> Tensor:
-        size = self.manifest.floats * FLOAT_BYTES
-        with tempfile.TemporaryFile(dir=scratch) as file:
-            arriving = _Arriving(self.manifest, file.fileno(), set(weight_chunks(self.manifest)))
+        with ExitStack() as files:
+            arriving = Arriving(self.manifest, scratch=scratch, files=files)
             self.store.fetch(arriving)
-            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-        return torch.frombuffer(mapped, dtype=torch.float32)
+            return arriving.weights()
 
 
-@attrs.define
-class _Arriving:
-    """The chunks of a checkpoint that hold weights, on their way to a file."""
+class Arriving:
+    """The chunks of a state that hold weights, on their way to a file without a name."""
 
-    manifest: SnapshotManifest
-    descriptor: int
-    missing: set[int]
+    def __init__(self, manifest: SnapshotManifest, *, scratch: Path, files: ExitStack) -> None:
+        """``scratch``: the folder that has room for them; the file is closed with ``files``."""
+        self.manifest = manifest
+        try:
+            file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115, it is files' to close
+            self._file = files.enter_context(file).fileno()
+        except OSError as error:
+            raise LocalError(f"{scratch}: {error.strerror}") from None
+        self.missing = set(weight_chunks(manifest))
+        self._lock = threading.Lock()
+        self.bytes_here = 0
 
     def take(self, index: int, data: bytes | bytearray | memoryview) -> bool:
+        """Keep a chunk; False if it is not what the manifest says. On any thread. Raises LocalError."""
         if len(data) != self.manifest.chunk_size(index) or not self.manifest.verify_chunk(index, data):
             return False
-        if os.pwrite(self.descriptor, data, index * CHUNK) != len(data):
-            raise OSError("the disk is full")
+        try:
+            written = os.pwrite(self._file, data, index * CHUNK)
+        except OSError as error:
+            raise LocalError(f"no room for the weights: {error.strerror}") from None
+        if written != len(data):
+            raise LocalError("no room for the weights: the disk is full")
+        with self._lock:
+            if index in self.missing:
+                self.missing.discard(index)
+                self.bytes_here += len(data)
         return True
+
+    def weights(self) -> Tensor:
+        """All of them, flat, fp32; what was not verified is not in the file."""
+        assert not self.missing
+        mapped = mmap.mmap(self._file, self.manifest.floats * FLOAT_BYTES, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(mapped, dtype=torch.float32)
 
 
 def weight_chunks(manifest: SnapshotManifest) -> range:

@@ -14,7 +14,7 @@ for the next message of a donor; a manifest no larger than one of this stage's s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import attrs
 import trio
@@ -25,10 +25,11 @@ from p2p.host import Host
 from p2p.identity import PeerId
 from p2p.multiaddr import Multiaddr
 from p2p.rpc import Call
+from stage import checkpoints
 from stage.donor import CHUNK_S, PROTOCOL, chunk_index
 from stage.download import Download
 from stage.events import ChunkBad, StateFetched, StateFetching
-from stage.incoming import RECENT_S, Incoming
+from stage.incoming import RECENT_S
 from stage.packing import unpack
 from stage.snapshot import SnapshotFile, SnapshotStore
 from stage.state import CHUNK, SnapshotManifest, manifest_bytes, open_manifest
@@ -38,6 +39,17 @@ WORTH_HELP = 8
 DIAL_S = 5.0
 TELL_S = 2.0
 """Between two reports of a download."""
+
+
+class Arriving(checkpoints.Arriving, Protocol):
+    """What a state is taken into."""
+
+    @property
+    def bytes_here(self) -> int:
+        """Of its chunks that came."""
+
+
+A = TypeVar("A", bound=Arriving)
 
 
 @attrs.frozen
@@ -58,15 +70,15 @@ class Fetch:
         *,
         floats: int,
         fingerprint: str,
-        store: SnapshotStore,
+        store: SnapshotStore | None,
         emit: Emit,
         guest_pass: bytes | None = None,
         progress: Callable[[int, int, float], None] = lambda _done, _size, _seconds: None,
     ) -> None:
         """``floats`` and ``fingerprint`` are those of our own stage's layout.
 
-        ``guest_pass`` is shown where we are no member yet; ``progress`` hears bytes that came, bytes still to
-        come, seconds.
+        ``store``: where ``run`` installs the state. ``guest_pass`` is shown where we are no member yet;
+        ``progress`` hears bytes that came, bytes still to come, seconds.
         """
         self._host = host
         self._stage = stage
@@ -85,8 +97,9 @@ class Fetch:
         A part on the disk is gone on with if it is of step ``oldest`` or newer, or came a moment ago. Raises
         P2PError, or trio.TooSlowError when the donor stalls; what came stays on the disk.
         """
+        assert self._store is not None
         first, *others = donors
-        digest = await trio.to_thread.run_sync(self._begun, oldest)
+        digest = await trio.to_thread.run_sync(self._begun, self._store, oldest)
         async with await self._host.call(first.peer, PROTOCOL, addrs=first.addrs, deadline=DIAL_S) as call:
             manifest = await self._ask(call, {"snapshot": digest} if digest else {})
             self.resumed = manifest.digest == digest
@@ -102,9 +115,21 @@ class Fetch:
         telling.installed()
         return file
 
-    def _begun(self, oldest: int) -> bytes:
+    async def weights(self, donors: Sequence[Source], begin: Callable[[SnapshotManifest], A]) -> A:
+        """What ``begin`` makes of the first donor's present state, with the chunks that it wants of it.
+
+        Nothing is installed. Raises P2PError, or trio.TooSlowError when the donor stalls.
+        """
+        first, *others = donors
+        async with await self._host.call(first.peer, PROTOCOL, addrs=first.addrs, deadline=DIAL_S) as call:
+            arriving = begin(await self._ask(call, {}))
+            telling = _Telling(first.peer, arriving, self._emit, self._progress)
+            await self._all(_Lines(arriving, telling, self._emit), call, others)
+        return arriving
+
+    def _begun(self, store: SnapshotStore, oldest: int) -> bytes:
         """Digest of the download that lies on the disk and is worth going on with; empty if none is."""
-        manifest, rested_s = self._store.begun(), self._store.rested_s()
+        manifest, rested_s = store.begun(), store.rested_s()
         if manifest is None or rested_s is None:
             return b""
         return manifest.digest if manifest.step >= oldest or rested_s < RECENT_S else b""
@@ -157,7 +182,7 @@ class Fetch:
 class _Lines:
     """The calls of one download, and what comes through them."""
 
-    def __init__(self, arriving: Incoming, telling: _Telling, emit: Emit) -> None:
+    def __init__(self, arriving: Arriving, telling: _Telling, emit: Emit) -> None:
         self.manifest = arriving.manifest
         self.download: Download[PeerId] = Download(arriving.missing)
         self.complete: Callable[[], None] = lambda: None
@@ -198,7 +223,7 @@ class _Telling:
     """Says in events how a download goes: at its beginning, every ``TELL_S``, at its end."""
 
     def __init__(
-        self, donor: PeerId, arriving: Incoming, emit: Emit, progress: Callable[[int, int, float], None]
+        self, donor: PeerId, arriving: Arriving, emit: Emit, progress: Callable[[int, int, float], None]
     ) -> None:
         self._donor = donor
         self._arriving = arriving

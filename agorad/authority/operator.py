@@ -21,7 +21,7 @@ from agorad.authority.issue import JOINS_PAUSED, MAX_NODES
 from agorad.control import BadRequest
 from agorad.events import Operated
 from p2p.errors import LocalError, P2PError, RemoteError
-from p2p.identity import PeerId
+from p2p.identity import PeerId, parse_peer_id
 from p2p.membership import Revoked
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Operator:
                 "capacity": self._capacity,
                 "audit": self._audit,
                 "publish": self._publish,
+                "passes": self._passes,
             }
         )
 
@@ -179,6 +180,17 @@ class Operator:
             standing.take(node, newer)
         self._changed.set()
         return {"version": newer.run.version, "hash": newer.hash.hex(), "changed": changed}
+
+    async def _passes(self, request: Mapping[str, Any]) -> list[str]:
+        """Let a peer download every stage's state: a pass each, in hexadecimal."""
+        try:
+            peer = parse_peer_id(str(request.get("peer")))
+        except RemoteError as error:
+            raise BadRequest(str(error)) from error
+        by, now = _words(request, "by", 64, "operator"), self._node.clock()
+        await self._change("passes", peer, self._desk.store.note, "passes", peer, by, now)
+        stages = range(self._node.manifest.model.stages)
+        return [self._desk.issuer.guest_pass(peer, stage, now).hex() for stage in stages]
 
     async def _set(self, name: str, value: str, request: Mapping[str, Any]) -> None:
         by, now = _words(request, "by", 64, "operator"), self._node.clock()

@@ -220,6 +220,11 @@ class Store:
             )
         return 0.0
 
+    def note(self, what: str, detail: str, by: str, now: float) -> None:
+        """A line of the audit for what changes nothing here."""
+        with self._db.transaction() as execute:
+            _audit(execute, now, by, what, detail)
+
     def audit_log(self, limit: int) -> list[Audited]:
         """What operators did, the newest first."""
         with self._db.transaction() as execute:

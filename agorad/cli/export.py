@@ -2,6 +2,7 @@
 
 States come from the nodes of this machine that belong to the run, from the folders of a demo where one is
 named, from ``--state``, and from the run's checkpoint store; of each stage the best fitting one is taken.
+With ``--live`` they come from the replicas that train, by leave of an authority (``agorad.live``).
 """
 
 from __future__ import annotations
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("run", metavar="RUN")
-@click.option("--to", "folder", type=NamedPath(), required=True, help="The folder to write.")
+@click.option("--to", type=NamedPath(), required=True, help="The folder to write.")
 @click.option(
     "--state", "states", type=NamedPath(), multiple=True,
     help="A node's state folder; can be repeated. Else those of this machine's nodes.",
+)  # fmt: skip
+@click.option(
+    "--live", is_flag=True,
+    help="Fetch the present states from the run's replicas; where an authority of it runs.",
 )  # fmt: skip
 @click.option("--tokenizer", type=NamedPath(), help="The run's tokenizer.json, where it has one.")
 @click.option(
@@ -40,25 +45,30 @@ if TYPE_CHECKING:
     help="Of the weights; bf16 is half the size.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an exported model that is there.")
+@targets.target_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def export(
     run: str,
-    folder: Path,
+    to: Path,
     states: tuple[Path, ...],
+    live: bool,
     tokenizer: Path | None,
     dtype: Literal["fp32", "bf16"],
     force: bool,
+    where: targets.Where,
     as_json: bool,
 ) -> None:
     """Merge the stages' weights into a model in Hugging Face's layout.
 
     RUN is the path or address of the run's manifest, or the folder of a demo. States come from this machine's
-    nodes and from the run's checkpoint store. The folder has a loader in it, exported.py, that needs torch
-    only.
+    nodes and from the run's checkpoint store, or with --live from the run as it trains. The folder has a
+    loader in it, exported.py, that needs torch only.
 
     Example: agoractl export run.toml --to my-model
     """
-    folder = folder.resolve()
+    if live and states:
+        raise click.UsageError("--live takes no --state: it asks the run's replicas")
+    folder = to.resolve()
     demo = Path(run) if Path(run).is_dir() else None
     manifest = source.load(run) if demo is None else manifests.load(demo / "run.toml")
     tokens = trainer_data.tokens(tokenizer, manifest, "--tokenizer")
@@ -67,13 +77,15 @@ def export(
     from stage import export as writing  # torch, for who gets this far
 
     writing.check_place(folder, force)
-    named = list(states) or (
-        sorted(path for path in demo.iterdir() if path.is_dir()) if demo else list(_of_machine(manifest))
-    )
     with contextlib.ExitStack() as files:
-        parts = writing.choose(
-            _candidates(manifest, named, strict=bool(states), files=files), manifest.training.max_stale_steps
-        )
+        if live:
+            asked = targets.Where(folder=demo) if demo and where == targets.Where() else where
+            found = _live(manifest, asked, folder.parent, files)
+        else:
+            nodes = _of_machine(manifest) if demo is None else (p for p in demo.iterdir() if p.is_dir())
+            named = list(states) or sorted(nodes)
+            found = _candidates(manifest, named, strict=bool(states), files=files)
+        parts = writing.choose(found, manifest.training.max_stale_steps)
         for stage, part in enumerate(parts):
             click.echo(f"stage {stage}: step {part.step}, from {part.where}", err=True)
         written = writing.write(
@@ -85,6 +97,26 @@ def export(
         return
     click.echo(f"{written.parameters} parameters, {written.bytes} bytes in {folder}")
     click.echo(f'try it: agoractl generate "…" --model {folder}', err=True)
+
+
+def _live(
+    manifest: Manifest, where: targets.Where, scratch: Path, files: contextlib.ExitStack
+) -> list[list[Part]]:
+    """The present state of each stage, from a replica that trains."""
+    from agorad import live
+
+    authority = targets.of_role(where, "authority")
+    if authority is None:
+        raise LocalError(
+            "none of these nodes is an authority, and replicas give their state to nobody without its leave; "
+            "export where an authority of the run runs"
+        )
+    scratch.mkdir(parents=True, exist_ok=True)
+    with authority.advised():
+        parts = live.states(
+            manifest, authority, scratch=scratch, files=files, tell=lambda said: click.echo(said, err=True)
+        )
+    return [[part] for part in parts]
 
 
 def _of_machine(manifest: Manifest) -> Iterator[Path]:

@@ -13,8 +13,8 @@ from typing import Any
 import attrs
 import click
 
-from agorad.ask import NoAnswer, Unreachable, ask_all, follow
-from agorad.cli.targets import Target, Where, find, target_options
+from agorad.ask import follow
+from agorad.cli.targets import Where, of_role, target_options
 from agorad.control import REQUEST_LIMIT, encode
 from agorad.usage import NamedPath
 from p2p.errors import LocalError
@@ -151,7 +151,12 @@ def _live(where: Where, prompt: str, choice: Choice, said: Said) -> Iterator[str
             f"the prompt is longer than the {REQUEST_LIMIT >> 10} KiB that a node takes; shorten it, since a "
             "run looks at one sequence of its training only"
         )
-    trainer = _trainer(where)
+    trainer = of_role(where, "trainer")
+    if trainer is None:
+        raise LocalError(
+            "none of these nodes is a trainer, and a run answers nobody else; ask where a trainer runs, or "
+            "name an exported model with --model"
+        )
     with trainer.advised():
         for item in follow(trainer.socket, "generate", timeout=ANSWER_S, **request):
             if "end" in item:
@@ -161,22 +166,6 @@ def _live(where: Where, prompt: str, choice: Choice, said: Said) -> Iterator[str
                 return
             yield item["text"]
     raise LocalError(f"{trainer.name} ended before the text did; agoractl status says why")
-
-
-def _trainer(where: Where) -> Target:
-    """The first trainer among the nodes that were named, or that this machine has."""
-    found = find(where)
-    answers = ask_all([target.socket for target in found], "status")
-    for target, answer in zip(found, answers, strict=True):
-        if isinstance(answer, dict) and answer.get("role") == "trainer":
-            return target
-    for answer in answers:
-        if isinstance(answer, Unreachable | NoAnswer):
-            raise answer
-    raise LocalError(
-        "none of these nodes is a trainer, and a run answers nobody else; ask where a trainer runs, or name "
-        "an exported model with --model"
-    )
 
 
 def _say(text: str) -> None:

@@ -21,7 +21,7 @@ import attrs
 import click
 from click.core import ParameterSource
 
-from agorad.ask import NotAllowed, Unreachable, ask
+from agorad.ask import NoAnswer, NotAllowed, Unreachable, ask, ask_all
 from agorad.config import Config, default_path, load
 from agorad.join.answers import configs
 from agorad.usage import NamedPath
@@ -134,6 +134,22 @@ def one(where: Where) -> Target:
         known = ", ".join(target.name for target in found)
         raise click.UsageError(f"{len(found)} nodes match ({known}); name one with --node")
     return found[0]
+
+
+def of_role(where: Where, role: str) -> Target | None:
+    """The first node of this role among those that were named, or that this machine has.
+
+    None if there is none; ``Unreachable`` or ``NoAnswer`` if one of the others may be.
+    """
+    found = find(where)
+    answers = ask_all([target.socket for target in found], "status")
+    for target, answer in zip(found, answers, strict=True):
+        if isinstance(answer, dict) and answer.get("role") == role:
+            return target
+    for answer in answers:
+        if isinstance(answer, Unreachable | NoAnswer):
+            raise answer
+    return None
 
 
 def names(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:

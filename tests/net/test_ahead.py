@@ -15,6 +15,7 @@ from torch import Tensor
 
 from agorad.authority.messages import PROTOCOL as AUTHORITY
 from agorad.authority.messages import Facts, Join, Queued, read_answer
+from agorad.control import BadRequest
 from agorad.joining import obtain_certificate
 from agorad.node import Node
 from p2p import passes
@@ -265,7 +266,11 @@ def test_passes_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     place = crowd(tmp_path)
 
     async def main() -> None:
-        async with serving(place), replica(place) as old, living(place.worker("guest"), idle) as node:
+        async with (
+            serving(place) as office,
+            replica(place) as old,
+            living(place.worker("guest"), idle) as node,
+        ):
             stranger = Identity.generate()
             pass_ = good(place, node)
             encoded = pass_.encode()
@@ -306,6 +311,16 @@ def test_passes_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             assert await shows(node, old, other) == "wrong_stage"
             assert await shows(node, old, {"t": "want", "stage": STAGE, "pass": encoded}) == ""
             assert old.asked == 1
+            # An operator asks for passes to all stages.
+            made = await office.commands["passes"]({"peer": node.identity.peer_id})
+            assert len(made) == place.manifest.model.stages
+            asked = {"t": "want", "stage": STAGE, "pass": bytes.fromhex(made[STAGE])}
+            assert await shows(node, old, asked) == ""
+            (entry,) = await office.commands["audit"]({})
+            assert (entry["what"], entry["detail"]) == ("passes", node.identity.peer_id)
+            for nobody in ({}, {"peer": 7}, {"peer": "x" * 60}):
+                with pytest.raises(BadRequest, match="peer id"):
+                    await office.commands["passes"](nobody)
 
     within(main)
 

@@ -95,6 +95,7 @@ def _look(running: Demo, where: tuple[str, str]) -> None:
     pong = _json("ping", nodes["worker-0-1"]["peer_id"][-8:], *where, "--node", "seed", "--count", "3")
     assert pong["peer_id"] == nodes["worker-0-1"]["peer_id"]
     assert len(pong["ms"]) == 3
+    assert _json("generate", "def ", *where, "--max-tokens", "2")["run"] == swarm["run"]
     assert "pong from" in agoractl("ping", "authority", *where, "--node", "worker-0-0").stdout
     nobody = agoractl("ping", "0OIl", *where, "--node", "seed", code=1)
     assert "agoractl peers" in nobody.stderr

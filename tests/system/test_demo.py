@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from agorad.ask import follow
 from agorad.authority.ledger import Rules
 from agorad.authority.store import Store
 from agorad.run import load
-from tests.system.swarms import demo, processes_under
+from tests.system.swarms import Demo, demo, processes_under
 
 SMALL = (
     "--set", "training.eval_every=4",
@@ -41,6 +42,15 @@ def check_points(folder: Path, nodes: list[dict], completed: int, events: list[d
     assert not any(e["refused"] for e in events if e["event"] == "receipts_submitted")
 
 
+def check_text(swarm: Demo) -> None:
+    """A swarm that trains says what its weights would; nothing below counts it."""
+    wish = {"prompt": "def ", "most": 3, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 1}
+    trainer = Path(swarm.node("trainer-0")["control"])
+    *pieces, last = follow(trainer, "generate", timeout=90.0, **wish)
+    assert last["tokens"] == len(pieces)
+    assert last["tokens"] == 3 or last["end"] == "document"
+
+
 def test_a_swarm_trains_and_ends_cleanly(tmp_path: Path) -> None:
     folder = tmp_path / "swarm"
     before = set(tmp_path.iterdir())
@@ -49,6 +59,7 @@ def test_a_swarm_trains_and_ends_cleanly(tmp_path: Path) -> None:
         assert names == {"seed", "authority", "trainer-0"} | {
             f"worker-{stage}-{replica}" for stage in range(3) for replica in range(2)
         }
+        check_text(swarm)
         report = swarm.finish()
     assert report["steps"] == 12
     work = report["microbatches"]

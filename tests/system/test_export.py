@@ -15,8 +15,9 @@ import torch
 from stage import exported
 from stage.data import Source
 from stage.model import document_index
-from tests.system.swarms import demo
+from tests.system.swarms import Demo, demo
 
+STEPS = 40
 EVAL_ROWS = 8
 """That a trainer evaluates on."""
 
@@ -39,14 +40,16 @@ def test_an_exported_swarm_has_the_loss_that_the_swarm_has_measured(tmp_path: Pa
         (text / f"{number}.txt").write_text(lines)
     folder, model_folder = tmp_path / "swarm", tmp_path / "model"
     options = (
-        "--stages", "3", "--workers", "1", "--steps", "16", "--data", str(text),
+        "--stages", "3", "--workers", "1", "--steps", str(STEPS), "--data", str(text),
         "--set", "model.seq=64", "--set", "training.target_batch=8", "--set", "model.full_rank_tail=true",
     )  # fmt: skip
     with demo(folder, *options) as swarm:
         swarm.swarm()
+        check_that_a_run_that_trains_can_be_exported(swarm, tmp_path / "live")
         report = swarm.finish()
+    assert (report["microbatches"]["lost"], report["microbatches"]["failed"]) == (0, 0)
     document = json.loads(agoractl("export", str(folder), "--to", str(model_folder), "--json"))
-    assert document["steps"] == [16, 16, 16]
+    assert document["steps"] == [STEPS] * 3
     model = exported.Model.load(model_folder)
     table = tomllib.loads((folder / "run.toml").read_text())
     source = Source(text, table["model"]["seq"], table["training"]["seed"])
@@ -57,16 +60,42 @@ def test_an_exported_swarm_has_the_loss_that_the_swarm_has_measured(tmp_path: Pa
         documents = document_index(row.starts, len(ids) - 1)
         losses.append(float(model.loss(ids[None], documents[None])))
     step, measured = report["eval_loss"][-1]
-    assert step == 16
+    assert step == STEPS
     assert measured < report["eval_loss"][0][1] - 0.5, "it has learned, so that no other weights would do"
     assert sum(losses) / len(losses) == pytest.approx(measured, abs=1e-4)
     words = ("generate", "def ", "--model", str(model_folder), "--max-tokens", "40", "--json")
     made = json.loads(agoractl(*words, "--temperature", "0"))
     assert made["tokens"] > 0
-    assert made["steps"] == [16, 16, 16]
+    assert made["steps"] == [STEPS] * 3
     settings = json.loads((model_folder / "config.json").read_text())
     (model_folder / "config.json").write_text(json.dumps(settings | {"eos_token_id": None}))
     check_that_it_ends_when_it_is_interrupted(model_folder)
+
+
+def check_that_a_run_that_trains_can_be_exported(swarm: Demo, model: Path) -> None:
+    """Its live text is that of the weights that its replicas give away; the trainer rests meanwhile."""
+    where = ("--dir", str(swarm.folder))
+    agoractl("wait", *where, "--node", "trainer-0", "--for", "step=6", "--timeout", "120s")
+    early = json.loads(agoractl("generate", "def ", *where, "--max-tokens", "3", "--json"))
+    assert early["tokens"] == 3 or early["end"] == "document"
+    agoractl("pause", *where, "--node", "trainer-0")
+
+    def rests() -> bool:
+        nodes = json.loads(agoractl("status", *where, "--json"))["nodes"]
+        working = [n for n in nodes if n["role"] == "worker"]
+        trainer = next(n for n in nodes if n["role"] == "trainer")
+        steps = {n["step"] for n in (*working, trainer)}
+        return len(steps) == 1 and not any(n["microbatches"]["in_progress"] for n in working)
+
+    swarm.wait_for(rests, 30, "swarm at rest")
+    greedy = ("def ", "--max-tokens", "40", "--temperature", "0", "--json")
+    said = json.loads(agoractl("generate", *greedy, *where))
+    written = json.loads(agoractl("export", str(swarm.folder), "--live", "--to", str(model), "--json"))
+    assert written["steps"] == said["steps"] * 3
+    again = json.loads(agoractl("generate", *greedy, "--model", str(model)))
+    assert (again["text"], again["tokens"], again["end"]) == (said["text"], said["tokens"], said["end"])
+    assert len(said["text"]) > 10
+    agoractl("resume", *where, "--node", "trainer-0")
 
 
 def check_that_it_ends_when_it_is_interrupted(model: Path) -> None:
