@@ -6,7 +6,8 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import attrs
 import pytest
@@ -14,6 +15,9 @@ import torch
 import trio
 
 import stage.collect
+from agorad import live
+from agorad.cli.targets import Target
+from agorad.run import Manifest
 from p2p.errors import LocalError
 from p2p.groups import plain
 from p2p.host import Host
@@ -27,7 +31,7 @@ from stage.fetch import Source
 from stage.parameters import Layout, parameter_specs
 from stage.snapshot import SnapshotStore
 from stage.state import CHUNK
-from tests.net.test_averager import AUTHORITY, admit
+from tests.net.test_averager import AUTHORITY, TRUST, admit
 from tests.net.test_state import within
 
 MODEL = ModelConfig(d=64, k=8, layers=(1, 1), heads=2, kv_heads=1, head_dim=32, ffn=2048, seq=16, vocab=256)
@@ -178,5 +182,55 @@ def test_a_stage_that_nobody_gives_is_named(tmp_path: Path, monkeypatch: pytest.
             assert "the pass belongs to" in said
             run.replicas["1a"].scope.cancel()
             assert "stage 1" in await refused(run, ["0a"], ["1a"])
+
+    within(main)
+
+
+class Authority:
+    """Answers at its control socket, as a ``Target`` does."""
+
+    name = "authority"
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.of_run = "r"
+
+    def ask(self, do: str, *, timeout: float = 5.0, **arguments: Any) -> Any:
+        if do == "passes":
+            return [one.hex() for one in self._run.passes(peer_id=arguments["peer"])]
+        assert (do, timeout > 5) == ("swarm", True)
+        phases = {"a": "active", "b": "active", "s": "syncing"}
+        rows = [
+            {
+                "peer_id": one.source.peer, "phase": phases[name[1]], "step": one.step,
+                "addrs": [str(addr) for addr in one.source.addrs], "stage": int(name[0]),
+            }
+            for name, one in self._run.replicas.items()
+        ]  # fmt: skip
+        stages = [{"replicas": [row for row in rows if row["stage"] == number]} for number in (0, 1)]
+        return {"run": self.of_run, "stages": stages}
+
+
+def test_an_export_asks_the_freshest_active_replica_of_each_stage(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with a_run(tmp_path, "0a", "0b", "0s", "1a") as run:
+            for name, step in {"0a": 5, "0b": 6, "0s": 9, "1a": 6}.items():
+                run.replicas[name].step = step
+            authority, said = Authority(run), list[str]()
+            manifest = SimpleNamespace(run=SimpleNamespace(id="r"), model=MODEL, trust=lambda: TRUST)
+
+            def states() -> list[str]:
+                with ExitStack() as files:
+                    parts = live.states(
+                        cast(Manifest, manifest), cast(Target, authority), scratch=tmp_path, files=files,
+                        tell=said.append,
+                    )  # fmt: skip
+                    return [part.where for part in parts]
+
+            assert await trio.to_thread.run_sync(states) == run.ids("0b", "1a")
+            assert any(line.startswith("stage 1: ") and line.endswith("of step 6") for line in said)
+            authority.of_run = "another"
+            with pytest.raises(LocalError, match="not of 'r'"):
+                await trio.to_thread.run_sync(states)
 
     within(main)
