@@ -7,6 +7,7 @@ more.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,10 @@ def install(node: Node, generation: Generation, tokens: Tokens, clock: StepClock
 
         async def items() -> AsyncIterator[dict[str, Any]]:
             count = 0
-            async for token in generation.tokens(ids, wish, tokens.end):
-                count += 1
-                yield {"text": decode(token)}
+            async with contextlib.aclosing(generation.tokens(ids, wish, tokens.end)) as made:
+                async for token in made:
+                    count += 1
+                    yield {"text": decode(token)}
             yield {
                 "text": decode(None),
                 "tokens": count,

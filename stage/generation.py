@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import random
 import struct
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import attrs
 import trio
@@ -79,7 +79,7 @@ class Generation:
         self._numbers = itertools.count(first)
         self._turn = trio.Lock()
 
-    async def tokens(self, ids: Sequence[int], wish: Wish, end: int | None) -> AsyncIterator[int]:
+    async def tokens(self, ids: Sequence[int], wish: Wish, end: int | None) -> AsyncGenerator[int, None]:
         """What goes on behind ``ids``, until token ``end`` or ``wish.most`` of them; the same ``seed`` draws
         the same from the same answers. Raises P2PError."""
         if not ids or min(ids) < 0 or max(ids) >= self._model.vocab:

@@ -148,8 +148,13 @@ def packed_chunk(data: bytes) -> None:
 
 
 def boundary_payload(data: bytes) -> None:
-    """The first byte says in which form the rest is."""
-    form = WIRE_DTYPES[data[0] % len(WIRE_DTYPES)] if data else WIRE_DTYPES[0]
+    """The first byte says in which form the rest is: a boundary's, or the likeliest tokens."""
+    which = data[0] % (len(WIRE_DTYPES) + 1) if data else 0
+    if which == len(WIRE_DTYPES):
+        found = likeliest.unpack(data[1:], 4)
+        assert likeliest.pack(*zip(*found, strict=True)) == data[1:]
+        return
+    form = WIRE_DTYPES[which]
     boundary.unpack_ids(data[1:17], 3, 300)
     assert boundary.unpack(data[1:], 4, 8, form).shape == (4, 8)
 
@@ -298,7 +303,11 @@ def seeds(name: str) -> list[bytes]:
                 ).to_wire()
             )
         ],
-        "boundary": [bytes(1 + 4 * 8 * 4), b"\x02" + bytes(4 * 4 + 4 * 8)],
+        "boundary": [
+            bytes(1 + 4 * 8 * 4),
+            b"\x02" + bytes(4 * 4 + 4 * 8),
+            b"\x03" + likeliest.pack([3, 1, 0, 2], [2.5, 1.0, 0.5, -3.0]),
+        ],
         "chunk packed": [cast(bytes, packing.Packer().pack(bytes(4096)))],
         "page request": [b"GET /run?since=3 HTTP/1.1\r\nhost: a\r\nx-forwarded-for: 1.2.3.4\r\n\r\n"],
         "kad question": [
