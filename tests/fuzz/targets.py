@@ -32,7 +32,7 @@ from p2p.membership import Certificate, issue
 from p2p.multiaddr import Multiaddr
 from p2p.probe import Probed
 from p2p.records import CandidateRecord, ClockRecord, LeaseRecord, StageRecord
-from p2p.yamux import Session
+from p2p.yamux import Session, Stream
 from stage import boundary, donor, likeliest, packing
 from stage.clock import readings_from_wire
 from stage.messages import WIRE_DTYPES, Request, reply_from_wire
@@ -189,6 +189,55 @@ def yamux_session(data: bytes, dialer: bool = False) -> None:
         assert sum(stream.inbox_bytes for stream in session.streams.values()) <= len(data)
 
 
+def yamux_placed(data: bytes) -> None:
+    """Data that goes where it is waited for is the data that comes otherwise; the first byte cuts it."""
+    step = data[0] % 97 + 1 if data else 1
+    ends = [_placed(data[1:], step, wait=wait) for wait in (False, True)]
+    assert ends[0] == ends[1]
+
+
+def _placed(data: bytes, step: int, *, wait: bool) -> tuple[bool, dict[int, bytes]]:
+    """Whether the session lives, and what its streams have received."""
+    session = Session(dialer=False, limits=Limits(inbound_streams=8, queued_frames=64))
+    buffers: dict[int, list[memoryview]] = {}
+    every: dict[int, Stream] = {}
+    lives = True
+    try:
+        for start in range(0, len(data), step):
+            piece = memoryview(data)[start : start + step]
+            target = session.place(len(piece))
+            if target is None:
+                session.receive(piece)
+            else:
+                target[:] = piece
+                session.placed(len(piece))
+            for stream in session.streams.values():
+                every[stream.id] = stream
+                if wait and stream.id not in buffers:
+                    buffers[stream.id] = []
+                    _wait(stream, buffers[stream.id])
+                    session.pour(stream)
+    except P2PError:
+        lives = False
+    received = {}
+    for number, stream in every.items():
+        waited = buffers.get(number, [])
+        left = len(stream.target) if stream.target else 0
+        whole = b"".join(waited)
+        received[number] = whole[: len(whole) - left] + b"".join(bytes(piece) for piece in stream.inbox)
+    return lives, received
+
+
+def _wait(stream: Stream, buffers: list[memoryview]) -> None:
+    """Its user waits for 3 bytes, then for 7, then for 11, and for nothing after some more."""
+
+    def filled() -> memoryview:
+        buffers.append(memoryview(bytearray(4 * len(buffers) + 3 if len(buffers) < 9 else 0)))
+        return buffers[-1]
+
+    stream.target, stream.filled = filled(), filled
+
+
 def noise_listener(data: bytes) -> None:
     handshake = noise.Handshake(ALICE, initiator=False, static=b"s" * 32, ephemeral=b"e" * 32)
     half = len(data) // 2
@@ -272,6 +321,7 @@ TARGETS: Final[dict[str, Callable[[bytes], object]]] = {
     "stage record": lambda data: a_value(data, StageRecord.from_value),
     "ticket": lambda data: a_value(data, Ticket.from_wire),
     "yamux": yamux_session,
+    "yamux placed": yamux_placed,
     "yamux dialer": lambda data: yamux_session(data, dialer=True),
     **rounds.TARGETS,
 }
@@ -347,6 +397,9 @@ def seeds(name: str) -> list[bytes]:
         return rounds.seeds(name)
     if name == "yamux dialer":
         return seeds("yamux")
+    if name == "yamux placed":
+        long = bytes.fromhex("000000000000000100000060") + bytes(range(96))
+        return [bytes([step]) + seed + long for step in (0, 4, 11, 23) for seed in seeds("yamux")]
     more = {target: [msgpack.packb(value)] for target, value in _values().items()}
     return [*good.get(name, []), *more.get(name, []), b"", b"\x80", b"\x90"]
 
