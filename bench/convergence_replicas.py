@@ -26,8 +26,8 @@ from stage.merging import Merger, PackedSlice
 from stage.model import Stage
 from stage.reduce import KernelReducer
 
-DELAY = 12
-"""Rows of the run that pass while a round goes on."""
+DELAY = 6
+"""Rows of the run that pass while a round goes on: the median in the swarms that ``convergence.py`` ran."""
 
 
 class Replicas:
