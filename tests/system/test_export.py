@@ -85,7 +85,8 @@ def check_that_a_run_that_trains_can_be_exported(swarm: Demo, model: Path) -> No
         working = [n for n in nodes if n["role"] == "worker"]
         trainer = next(n for n in nodes if n["role"] == "trainer")
         steps = {n["step"] for n in (*working, trainer)}
-        return len(steps) == 1 and not any(n["microbatches"]["in_progress"] for n in working)
+        at_work = [n["microbatches"]["in_progress"] for n in working]
+        return len(steps) == 1 and not any((trainer["microbatches"]["in_flight"], *at_work))
 
     swarm.wait_for(rests, 30, "swarm at rest")
     greedy = ("def ", "--max-tokens", "40", "--temperature", "0", "--json")
