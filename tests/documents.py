@@ -71,6 +71,7 @@ NOT_HERE = {
     r"docker |.* --use-docker$": "needs a Docker engine: tests/unit/test_docker.py",
     r"apt |ufw |firewall-cmd |nft ": "changes the machine",
     r"agoractl run plan .* --measure 1": "takes minutes: tests/unit/test_plan.py measures smaller stages",
+    r"agoractl run plan .* --counts 2/3/1": "three stages, where the story has one: test_simulation.py",
 }
 """Commands that tests/system/test_docs_run.py does not type, and why."""
 
