@@ -10,10 +10,12 @@ import pytest
 from agorad.lab.network import NoLab
 from tests.system.linked import BOUNDARY_100M, Pair, measure
 
-PAIRS, SECONDS = 5, 8.0
+PAIRS, SECONDS = 4, 6.0
 ENOUGH = 0.95
 NOISE = 0.15
 """Free turns that differ by more say that the machine was not ours alone."""
+STOLEN = 0.05
+"""Share of the machine that its host gave to others, above which turns do not compare."""
 
 
 @pytest.mark.long
@@ -27,8 +29,9 @@ def test_lines_cost_little(settings: tuple[str, ...], tmp_path: Path) -> None:
     ratio = statistics.median(pair.ratio for pair in found)
     print(f"{ratio:.3f} of {statistics.median(speeds(found)):.0f} tokens a second without lines")
     spread = statistics.stdev(speeds(found)) / statistics.mean(speeds(found))
-    if ratio < ENOUGH and spread > NOISE:
-        pytest.skip(f"the machine did other things too: its free turns differ by {spread:.0%}")
+    stolen = max(turn.stolen for pair in found for turn in (pair.free, pair.limited))
+    if ratio < ENOUGH and (spread > NOISE or stolen > STOLEN):
+        pytest.skip(f"the machine was busy: free turns differ by {spread:.0%}, {stolen:.0%} stolen")
     assert ratio >= ENOUGH, found
 
 
