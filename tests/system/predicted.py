@@ -271,9 +271,8 @@ class Calibration:
         )
 
     def stage_s(self, model: ModelConfig, stage: int) -> float:
-        """The first stage's has in it what the nodes that are no workers take."""
-        own_s = self.same_s + self.flop_s * forward_flops(model, stage)
-        return own_s if stage else own_s + self.others_s
+        """With its part of what the nodes take that are no workers."""
+        return self.same_s + self.flop_s * forward_flops(model, stage) + self.others_s / model.stages
 
     def free(self, workers: int) -> float:
         """Share of the processors that is left for microbatches."""
