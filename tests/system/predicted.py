@@ -7,11 +7,11 @@ A swarm is written as the replicas of each stage, and what limits them where tha
     2/2/2,wait=200,link=200+80      lines of 200 Mbit/s, round trips of 80 ms between two of them (needs root)
     4/1/1,model.seq=64              any of a demo's settings
 
-First of all one replica of each of three stages, of 1, 2 and 3 layers, runs for a while: from the processor
-time of a microbatch there come the milliseconds that a stage of any size takes (a part that is the same
-everywhere and one that grows with its FLOPs), less what a node takes that has nothing to do. That is what
-``agoractl run plan --simulate --measured`` is given, which says what a swarm will do, on a line of its own,
-before it is started.
+First of all four workers run for a while, at stages of 1, 3 and 2 layers, two of them at the last. From the
+processor time of a microbatch there come the milliseconds that it takes anywhere: a part that is the same
+everywhere, one that grows with the stage's FLOPs, and one of rounds, where there are mates; less what a node
+takes that has nothing to do. ``agoractl run plan --simulate --measured`` is given that, and says what
+a swarm will do, on a line of its own, before it is started.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from statistics import linear_regression, median
+from statistics import median
 from typing import Any
 
 import attrs
+import numpy as np
 
 from agorad.cli.plan import LOOPBACK
 from agorad.demo import layout
@@ -41,7 +42,7 @@ from tests.system.placed import Placed, started
 
 SETTLED_S, IDLE_S, WARM_S, MEASURED_S = 3.0, 8.0, 15.0, 30.0
 SETTINGS = ("training.eval_every=0", "worker.snapshot_every=50")
-CALIBRATION = "1/1/1,model.layers=[1,2,3]"
+CALIBRATION = "1/1/2,model.layers=[1,3,2]"
 TICKS = os.sysconf("SC_CLK_TCK")
 CORES = len(os.sched_getaffinity(0))
 
@@ -244,6 +245,8 @@ class Calibration:
     """Whatever the stage."""
     flop_s: float
     """For each FLOP of a forward pass."""
+    mates_s: float
+    """For each replica of the stage, if it is not the only one."""
     others_s: float
     """Of the trainer and all others."""
     idle_worker: float
@@ -254,25 +257,31 @@ class Calibration:
 
     @classmethod
     def of(cls, model: ModelConfig, run: Measured) -> Calibration:
-        """The straight line through the three stages."""
+        """Three stages, three unknowns."""
         spent = {name: took - run.idle.get(name, 0.0) * run.seconds for name, took in run.processor_s.items()}
-        points = [
-            (float(forward_flops(model, int(name.split("-")[1]))), spent[name] / count)
-            for name, count in run.added.items()
-        ]
-        flop_s, same_s = linear_regression(*zip(*points, strict=True))
+        sums, rows = [0.0] * model.stages, []
+        for name in run.added:
+            sums[int(name.split("-")[1])] += spent[name] / run.completed
+        for stage in range(model.stages):
+            count = sum(name.split("-")[1] == str(stage) for name in run.added)
+            rows.append([1.0, forward_flops(model, stage), float(count if count > 1 else 0)])
+        same_s, flop_s, mates_s = map(float, np.linalg.solve(rows, sums))
         return cls(
             same_s=same_s,
             flop_s=flop_s,
+            mates_s=mates_s,
             others_s=sum(took for name, took in spent.items() if name not in run.added) / run.completed,
             idle_worker=sum(run.idle[name] for name in run.added) / len(run.added),
             idle_others=sum(share for name, share in run.idle.items() if name not in run.added),
             elsewhere=run.elsewhere,
         )
 
-    def stage_s(self, model: ModelConfig, stage: int) -> float:
+    def stage_s(self, model: ModelConfig, stage: int, replicas: int) -> float:
         """With its part of what the nodes take that are no workers."""
-        return self.same_s + self.flop_s * forward_flops(model, stage) + self.others_s / model.stages
+        mates_s = self.mates_s * replicas if replicas > 1 else 0.0
+        return (
+            self.same_s + self.flop_s * forward_flops(model, stage) + mates_s + self.others_s / model.stages
+        )
 
     def free(self, workers: int) -> float:
         """Share of the processors that is left for microbatches."""
@@ -287,7 +296,8 @@ def prediction(swarm: Swarm, made: Layout, known: Calibration, minutes: float = 
         times = "/".join(",".join(f"{wait / 2:g}+{wait / 2:g}" for wait in waits) for waits in swarm.waits)
     else:
         ms = 1000 / known.free(sum(swarm.counts))
-        times = "/".join(f"{ms * known.stage_s(model, stage):.4f}" for stage in range(model.stages))
+        each = [ms * known.stage_s(model, stage, count) for stage, count in enumerate(swarm.counts)]
+        times = "/".join(f"{took:.4f}" for took in each)
     command = [
         sys.executable, "-m", "agorad.cli", "run", "plan", str(made.manifest_path), "--device", "cpu",
         "--graph", "retain", "--simulate", "--json", "--minutes", str(minutes),
