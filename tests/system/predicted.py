@@ -40,7 +40,7 @@ from stage.parameters import forward_flops
 from tests.net.lab_swarms import LabSwarm
 from tests.system.placed import Placed, started
 
-SETTLED_S, IDLE_S, WARM_S, MEASURED_S = 3.0, 8.0, 15.0, 30.0
+SETTLED_S, IDLE_S, WARM_S, MEASURED_S = 3.0, 8.0, 12.0, 25.0
 SETTINGS = ("training.eval_every=0", "worker.snapshot_every=50")
 CALIBRATION = "1/1/2,model.layers=[1,3,2]"
 TICKS = os.sysconf("SC_CLK_TCK")
