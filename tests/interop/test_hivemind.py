@@ -8,6 +8,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import pytest
@@ -20,27 +21,26 @@ TRIES = 3
 
 
 def measured(command: list[str], *, ours: bool) -> dict[str, Any]:
-    """Output of a measurement, whose processes all end with it."""
+    """Output of a measurement, whose processes all end with it.
+
+    Files, not pipes: what hivemind leaves behind would keep those open.
+    """
     environment = {key: value for key, value in os.environ.items() if ours or key != "PYTHONPATH"}
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        out, words = process.communicate(timeout=MEASURE_S)
-    finally:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as words:
+        process = subprocess.Popen(command, stdout=out, stderr=words, env=environment, start_new_session=True)
         try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
-    assert process.returncode == 0, words[-2000:]
-    result: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
-    return result
+            code = process.wait(timeout=MEASURE_S)
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+        out.seek(0)
+        words.seek(0)
+        assert code == 0, words.read()[-2000:]
+        result: dict[str, Any] = json.loads(out.read().strip().splitlines()[-1])
+        return result
 
 
 def met(command: list[str]) -> dict[str, Any]:
