@@ -84,10 +84,6 @@ REPORT_BY: Final = 0.82
 BALLOT_EVERY: Final = 0.035
 """Between the turns of successive ballot owners where nobody is known to be lost; the last is at the end."""
 
-AHEAD: Final = 4
-"""A reducer's first means that go to its deputy before all that waits: so that, once nobody has numbers left
-to send, there are acknowledged means for the other lines."""
-
 _DOMAIN: Final = "round-part"
 _ROUNDING: Final = 1e-9
 """So that a timer set for ``wake_at`` finds its mark passed, whatever the last bit of the division."""
@@ -108,8 +104,6 @@ class Send:
     to: int
     header: dict[str, Any]
     payload: Buffer = attrs.field(default=b"", repr=False)
-    first: bool = False
-    """Whether it should pass what waits for that member."""
 
 
 class Exchange:
@@ -173,8 +167,6 @@ class Exchange:
         """Deputies that have audited with this member's help: one part each."""
         self.accused: PeerId | None = None
         """A reducer whose mean was not that of what its contributors sent."""
-        self._reduced = 0
-        """Parts of this member's share whose mean went to the deputy."""
         self._took_over = False
         self._replaced = False
         self._passed = 0.0
@@ -395,8 +387,7 @@ class Exchange:
         if deputy in self._lost:
             self._spread(part)
         else:
-            self._reduced += 1
-            self._hand(part, deputy, first=self._reduced <= AHEAD)
+            self._hand(part, deputy)
 
     def _spread(self, part: int) -> None:
         if part in self._unacked:
@@ -467,8 +458,7 @@ class Exchange:
         elif self._status[part] is not Part.HELD:
             self._hold(part, payload, reducer, contributors, signature)
         if sender == owner and self.me == deputy and self._proofs[part][0] == owner:
-            # Everybody waits for a part until its deputy's word is there, which depends on nothing else.
-            self._tell(owner, {"t": "ack", "p": part}, first=True)
+            self._tell(owner, {"t": "ack", "p": part})
             if part == self._to_audit and self._passed < RAW_BY:
                 self._begin_audit(part)
 
@@ -620,19 +610,19 @@ class Exchange:
 
     # -- helpers
 
-    def _hand(self, part: int, to: int, *, first: bool = False) -> None:
+    def _hand(self, part: int, to: int) -> None:
         begin, end = self._spans[part]
         reducer, contributors, signature = self._proofs[part]
         header = {"t": "mean", "p": part, "rd": reducer, "by": contributors, "sig": signature}
-        self._tell(to, header, self._coded.get(part, self._result[begin:end]), first=first)
+        self._tell(to, header, self._coded.get(part, self._result[begin:end]))
 
     def _wire_size(self, part: int) -> int:
         begin, end = self._spans[part]
         return self._codec.size(end - begin)
 
-    def _tell(self, to: int, header: dict[str, Any], payload: Buffer = b"", *, first: bool = False) -> None:
+    def _tell(self, to: int, header: dict[str, Any], payload: Buffer = b"") -> None:
         if to != self.me and to not in self._lost:
-            self.out.append(Send(to, header, payload, first))
+            self.out.append(Send(to, header, payload))
 
     def _part(self, header: Mapping[str, Any]) -> int:
         return fields.integer(header, "p", 0, len(self._spans) - 1)

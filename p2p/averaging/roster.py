@@ -220,7 +220,7 @@ def draft(
         key=key,
         slice_index=slice_index,
         floats=floats,
-        part_bytes=shares.part_size(floats, reducers, part_bytes, [one.bandwidth for one in members]),
+        part_bytes=shares.part_size(floats, reducers, part_bytes),
         seconds=seconds,
         leader=leader,
         members=members,

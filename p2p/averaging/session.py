@@ -169,6 +169,8 @@ class Session:
         while exchange.out:
             out, exchange.out = exchange.out, []
             for send in out:
-                self._outboxes[peers[send.to]].post(send.header, send.payload, first=send.first)
+                # Everybody waits for a part until its deputy's word is there, which depends on nothing else.
+                acknowledged = send.header["t"] == "ack"
+                self._outboxes[peers[send.to]].post(send.header, send.payload, first=acknowledged)
         if exchange.done:
             self._changed.set()

@@ -25,24 +25,15 @@ PARTS_EACH: Final = 4
 """Parts that a reducer has at least, given enough numbers: it reduces one while others move."""
 ALIGNMENT: Final = 1024
 """Parts end on blocks of 256 floats, the unit that slices are made of."""
-PART_S: Final = 0.0125
-"""Of the slowest line's time that a part should take: a round's last one goes through three in turn."""
-LEAST_PART_BYTES: Final = 1 << 17
-"""Less is not worth a signature, however slow a line is."""
 CLAMP: Final = 4.0
 ALIKE: Final = 1.25
 """Speeds no further apart than this are the same: nobody measures better than that."""
 
 
-def part_size(floats: int, reducers: int, wanted: int, mbps: Sequence[float] = ()) -> int:
-    """Bytes a part: ``wanted``, less where reducers would wait, more where parts would be too many.
-
-    ``mbps``: what each member's line carries, 0 where that is not known; a slow one has smaller parts.
-    """
+def part_size(floats: int, reducers: int, wanted: int) -> int:
+    """Bytes a part: ``wanted``, less where reducers would wait, more where parts would be too many."""
     total = floats * FLOAT_BYTES
     size = min(wanted, -(-total // (PARTS_EACH * max(1, reducers))))
-    if known := [speed for speed in mbps if speed > 0]:
-        size = min(size, max(LEAST_PART_BYTES, int(min(known) * 1e6 / 8 * PART_S)))
     size = max(size, -(-total // MAX_PARTS), 1)
     return -(-size // ALIGNMENT) * ALIGNMENT
 

@@ -36,23 +36,15 @@ def roster(*members: Candidate, floats: int = 10_000) -> Roster:
     )
 
 
-@given(st.integers(1, 1 << 24), st.integers(1, 64), st.lists(st.sampled_from([0.0, 1.0, 80.0, 1e4])))
-def test_parts_cover_the_vector_once_within_the_limits(floats: int, reducers: int, mbps: list[float]) -> None:
-    size = shares.part_size(floats, reducers, 1 << 18, mbps)
+@given(st.integers(1, 1 << 24), st.integers(1, 64))
+def test_parts_cover_the_vector_once_within_the_limits(floats: int, reducers: int) -> None:
+    size = shares.part_size(floats, reducers, 1 << 18)
     spans = shares.spans(floats, size)
     assert len(spans) <= shares.MAX_PARTS
     assert size <= shares.MAX_PART_BYTES
     assert spans[0][0] == 0
     assert spans[-1][1] == floats * 4
     assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
-
-
-def test_parts_are_smaller_where_a_line_is_slow() -> None:
-    """A part takes a line 12.5 ms, but is no smaller than 128 KiB; an unknown line changes nothing."""
-    sizes = [
-        shares.part_size(1 << 24, 4, 1 << 20, mbps) for mbps in ([], [0, 0], [0, 1e4], [1e4, 200], [200, 1])
-    ]
-    assert sizes == [1 << 20, 1 << 20, 1 << 20, 306 << 10, 128 << 10]
 
 
 @given(
