@@ -13,7 +13,13 @@ SLOTS = 8
 
 
 def flow(
-    stages: list[list[float]], line_s: float, seconds: float, *, fixed: int | None = None, seed: int = 1
+    stages: list[list[float]],
+    line_s: float,
+    seconds: float,
+    *,
+    fixed: int | None = None,
+    slots: int = SLOTS,
+    seed: int = 1,
 ) -> tuple[float, float]:
     """Microbatches a second in the second half, and the mean in flight, of a pipeline of replicas.
 
@@ -26,7 +32,7 @@ def flow(
     answers: list[tuple[float, float]] = []
     now, done, weight, since = 0.0, 0, 0.0, 0.0
     while now < seconds:
-        most = fixed or credits.count(replicas, SLOTS * min(map(len, stages)), 1)
+        most = fixed or credits.count(replicas, slots * min(map(len, stages)), 1)
         while len(answers) < most:
             at = now
             for stage, times in zip(free, stages, strict=True):
@@ -54,6 +60,14 @@ def test_the_bottleneck_is_busy_and_little_waits(stages: list[list[float]], line
     assert throughput > 0.9 * min(bound, flow(stages, line_s, 40.0, fixed=SLOTS * 2)[0])
     alone = sum(min(stage) for stage in stages) + 2 * line_s * len(stages)
     assert in_flight < 1.5 * bound * alone + 2 * sum(map(len, stages)) + 2
+
+
+@pytest.mark.parametrize("line_s", [0.0, 0.04])
+def test_what_waits_is_not_taken_for_what_travels_however_long_it_goes_on(line_s: float) -> None:
+    stages = [[0.05] * 2] * 3
+    throughput, in_flight = flow(stages, line_s, 400.0, slots=64)
+    assert throughput > 0.97 * 40.0
+    assert in_flight < 1.5 * 40.0 * (0.15 + 6 * line_s) + 2 * 6 + 2
 
 
 def test_over_long_lines_two_a_replica_are_not_enough() -> None:
