@@ -196,11 +196,10 @@ def yamux_placed(data: bytes) -> None:
     assert ends[0] == ends[1]
 
 
-def _placed(data: bytes, step: int, *, wait: bool) -> tuple[bool, dict[int, bytes]]:
-    """Whether the session lives, and what its streams have received."""
+def _placed(data: bytes, step: int, *, wait: bool) -> tuple[bool, list[tuple[int, bytes]]]:
+    """Whether the session lives, and what its streams have received, of which the peer may reuse the ids."""
     session = Session(dialer=False, limits=Limits(inbound_streams=8, queued_frames=64))
-    buffers: dict[int, list[memoryview]] = {}
-    every: dict[int, Stream] = {}
+    every: dict[Stream, list[memoryview]] = {}
     lives = True
     try:
         for start in range(0, len(data), step):
@@ -212,19 +211,18 @@ def _placed(data: bytes, step: int, *, wait: bool) -> tuple[bool, dict[int, byte
                 target[:] = piece
                 session.placed(len(piece))
             for stream in session.streams.values():
-                every[stream.id] = stream
-                if wait and stream.id not in buffers:
-                    buffers[stream.id] = []
-                    _wait(stream, buffers[stream.id])
-                    session.pour(stream)
+                if stream not in every:
+                    every[stream] = []
+                    if wait:
+                        _wait(stream, every[stream])
+                        session.pour(stream)
     except P2PError:
         lives = False
-    received = {}
-    for number, stream in every.items():
-        waited = buffers.get(number, [])
-        left = len(stream.target) if stream.target else 0
+    received = []
+    for stream, waited in every.items():
         whole = b"".join(waited)
-        received[number] = whole[: len(whole) - left] + b"".join(bytes(piece) for piece in stream.inbox)
+        written = len(whole) - (len(stream.target) if stream.target else 0)
+        received.append((stream.id, whole[:written] + b"".join(bytes(piece) for piece in stream.inbox)))
     return lives, received
 
 
