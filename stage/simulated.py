@@ -86,7 +86,7 @@ class SimReplica:
         "up_free",
         "view",
         "worker",
-    )  # fmt: skip
+    )
 
     def __init__(self, number: int, worker: Worker, cost: Cost, slots: int, rng: random.Random) -> None:
         self.number = number

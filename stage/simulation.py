@@ -1,13 +1,12 @@
 """A run in virtual time: what it reaches and what it loses, by the real router and balancer.
 
-Every sender has a ``Router`` of its own; a trainer knows all heads, a worker at most ``VIEW`` replicas of the
-next stage. A microbatch
-is a nested call: it waits for its sender's line and its receiver's, is taken or told BUSY, waits for the
-device (backward before forward, oldest first), goes on, and comes back the same way. A replica that leaves
-takes what it works on with it: its callers notice at once where connections close and after ``FROZEN_S``
-where they do not, and send again; work further down that is still good is joined, not repeated. A replica
-that comes (back) downloads the stage's state over its line before it serves. With ``Scenario.balance`` a
-replica moves when ``stage.balance`` proposes it, one at a time.
+Every sender has a ``Router`` of its own; a trainer knows all heads, a worker at most ``VIEW`` replicas of
+the next stage. A microbatch is a nested call: it waits for its sender's line and its receiver's, is taken or
+told BUSY, waits for the device (backward before forward, oldest first), goes on, and comes back the same
+way. A replica that leaves takes what it works on with it: its callers notice at once where connections close
+and after ``FROZEN_S`` where they do not, and send again; work further down that is still good is joined, not
+repeated. A replica that comes (back) downloads the stage's state over its line before it serves. With
+``Scenario.balance`` a replica moves when ``stage.balance`` proposes it, one at a time.
 
 What is left out: the trainer's line, the DHT's delays beyond ``ROSTER_S``, evaluation, and that weights of
 a newcomer have to agree before it is ACTIVE. The same scenario and seed give the same events.
