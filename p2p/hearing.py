@@ -26,11 +26,13 @@ class Hearing:
         *,
         size: int,
         into: memoryview,
+        place: Callable[[dict[str, Any], int], memoryview | None] = lambda header, size: None,
     ) -> None:
         """``sizes_of`` the first ``size`` bytes: of header (above 0) and payload. ``header_of`` reads one.
 
         Both may raise, and so may ``heard``: then it ends, with ``failure``. ``coming`` is told how much of
-        a message is to come. Payloads lie in ``into``, which ``sizes_of`` lets no message outgrow.
+        a message is to come. Payloads lie where ``place`` says by header and size, in so many bytes; else in
+        ``into``, which ``sizes_of`` lets no message outgrow.
         """
         self.failure: Exception | None = None
         self._sizes_of = sizes_of
@@ -39,6 +41,7 @@ class Hearing:
         self._coming = coming
         self._sizes = memoryview(bytearray(size))
         self._into = into
+        self._place = place
         self._buffer = self.first = self._sizes
         self._header: dict[str, Any] | None = None
         self._payload_size = 0
@@ -61,7 +64,8 @@ class Hearing:
             header = self._header_of(self._buffer)
             if self._payload_size:
                 self._header = header
-                return self._into[: self._payload_size]
+                place = self._place(header, self._payload_size)
+                return self._into[: self._payload_size] if place is None else place
             self._heard(header, _NOTHING)
         else:
             header, self._header = self._header, None

@@ -220,11 +220,18 @@ class Call:
             raise _refusal(header)
         return Message(header, payload)
 
-    async def hear(self, heard: Callable[[dict[str, Any], memoryview], None], *, into: memoryview) -> None:
+    async def hear(
+        self,
+        heard: Callable[[dict[str, Any], memoryview], None],
+        *,
+        into: memoryview,
+        place: Callable[[dict[str, Any], int], memoryview | None] = lambda header, size: None,
+    ) -> None:
         """Have further messages ``heard`` in the turn in which they come; raises what ends the call.
 
         Like ``receive`` again and again, but nobody has to be woken for each. One was received before. What
-        ``heard`` raises is raised here. Payloads come into ``into``, one after the other, and none is longer.
+        ``heard`` raises is raised here. Payloads come into ``into``, one after the other, and none is longer;
+        or to where ``place`` says, asked with header and size just before.
         """
         assert self._begun
 
@@ -251,6 +258,7 @@ class Call:
             lambda size: self._stream.expect(size + len(into)),
             size=LENGTHS.size,
             into=into,
+            place=place,
         )
         await self._stream.receive_into(hearing.first, hearing.filled)
         raise hearing.failure or PeerGone(f"{short(self.peer)} ended the call")

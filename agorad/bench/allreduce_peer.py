@@ -120,6 +120,7 @@ async def peer(spec: dict[str, Any]) -> None:
                 say(max_error=error_of(outcome, order), hash=hash_of(outcome))
                 continue
             facts: dict[str, Any]
+            outcome = None  # a replica has merged the last one by now
             try:
                 outcome = await averager.average(
                     request["round"], 0, vector, weight_of(index), expected=order,

@@ -32,6 +32,7 @@ from p2p.averaging.deadline import REMEMBERED
 from p2p.averaging.line import HEARD, Outbox, carry, check_mate
 from p2p.averaging.lobby import Announcement, Lobby, RoundConfig
 from p2p.averaging.match import Match
+from p2p.averaging.memory import Memory
 from p2p.averaging.outcome import Outcome, RoundFailed
 from p2p.averaging.reducer import Codec, MakeReducer, PlainCodec
 from p2p.averaging.roster import MAX_ADDRS, MAX_SECONDS, Candidate, Roster, RoundKey
@@ -107,6 +108,7 @@ class Averager:
         self._config = config
         self._lobby = Lobby()
         self._newest = -1
+        self._memory = Memory()
         self._took: deque[float] = deque(maxlen=REMEMBERED)
         """Seconds of the last exchanges that brought something."""
         self._mbps: deque[float] = deque(maxlen=REMEMBERED)
@@ -241,6 +243,7 @@ class Averager:
             min(roster.seconds, ends - now),
             self._codec,
             self._rng,
+            self._memory,
         )
         session = self._sessions[roster.group] = Session(self._host, exchange, self._clock)
         self._wake_links()

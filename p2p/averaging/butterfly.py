@@ -57,8 +57,9 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 from blake3 import blake3
 
-from p2p.averaging import fields, memory
+from p2p.averaging import fields
 from p2p.averaging.audit import Audit
+from p2p.averaging.memory import Memory
 from p2p.averaging.outcome import EVERYBODY_LOST, PARTS_MISSED, Outcome
 from p2p.averaging.reducer import Buffer, Codec, MakeReducer, PlainCodec, Reducer
 from p2p.averaging.roster import Roster, Sign, Verify
@@ -121,8 +122,9 @@ class Exchange:
         seconds: float,
         codec: Codec = PlainCodec(),
         audits: random.Random | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        """``audits`` draws what this member audits as a deputy; None: nothing."""
+        """``audits`` draws what this member audits as a deputy; None: nothing. ``memory``: of the result."""
         if len(vector) != roster.floats * 4:
             raise LocalError("the vector is not as long as the roster says")
         self.roster = roster
@@ -131,7 +133,9 @@ class Exchange:
         self.outcome: Outcome | None = None
         self.failed: str | None = None
         self._vector = vector
-        self._result = memory.fresh(len(vector))
+        self._result = (memory or Memory()).fresh(len(vector))
+        self._coming: dict[int, tuple[int, memoryview]] = {}
+        """Of pending parts, whose mean is put into the result as it comes, and where."""
         self._make_reducer = make_reducer
         self._codec = codec
         self._coded: dict[int, Buffer] = {}
@@ -206,6 +210,25 @@ class Exchange:
             nth[owner] += 1
         return [part for _, _, part in sorted(order)]
 
+    def place(self, sender: int, header: Mapping[str, Any], size: int) -> memoryview | None:
+        """Where this message's payload may lie, to be ``heard`` there when it is complete; None: elsewhere.
+
+        A mean goes to its place in the result, unless another one may get there first. Until it is heard and
+        its signature found good, that part is not held.
+        """
+        part = header.get("p")
+        if self.done or header.get("t") != "mean" or type(part) is not int:
+            return None
+        if not 0 <= part < len(self._spans) or self._status[part] is not Part.PENDING:
+            return None
+        begin, end = self._spans[part]
+        plain = isinstance(self._codec, PlainCodec)
+        if not plain or size != end - begin or part in self._added or part in self._coming:
+            return None
+        view = self._result[begin:end]
+        self._coming[part] = (sender, view)
+        return view
+
     def heard(self, sender: int, header: Mapping[str, Any], payload: memoryview) -> None:
         """A message of member ``sender``; ``RemoteError`` means: drop its link and call ``lost``."""
         if self.done or sender in self._lost:
@@ -241,6 +264,7 @@ class Exchange:
         if self.done or member in self._lost or member == self.me:
             return
         self._lost[member] = why
+        self._coming = {part: one for part, one in self._coming.items() if one[0] != member}
         if self._audit is not None and self._audit.awaited >> member & 1:
             self._audit = None
         if len(self._lost) == self._n - 1:
@@ -453,7 +477,7 @@ class Exchange:
             self._unacked.discard(part)
             if not self._replaced:  # messages not sent yet may point into the first one
                 self._replaced = True
-                self._result = memoryview(bytearray(self._result))
+                self._renew()
             self._hold(part, payload, reducer, contributors, signature)
         elif self._status[part] is not Part.HELD:
             self._hold(part, payload, reducer, contributors, signature)
@@ -473,7 +497,11 @@ class Exchange:
         elif not self._verify(self.roster.peers[reducer], _DOMAIN, said, signature):
             raise RemoteError("a mean that its reducer did not sign")
         begin, end = self._spans[part]
-        self._codec.decode_into(coded, self._result[begin:end])
+        _, place = self._coming.pop(part, (-1, None))
+        if place is not coded:
+            if place is not None:
+                self._renew()
+            self._codec.decode_into(coded, self._result[begin:end])
         if not isinstance(self._codec, PlainCodec):
             self._coded[part] = bytes(coded)  # coding what was decoded may give other bytes
         self._digests[part] = digest[:DIGEST]
@@ -594,21 +622,24 @@ class Exchange:
         if any(self._digests[part] != value.digest(part) for part in counted):
             self.failed = PARTS_MISSED
             return
-        result = self._result
         others = set(range(len(self._spans))) - set(counted)
-        if any(self._status[part] is Part.HELD for part in others):
-            # A copy, since messages not sent yet may point into the first one.
-            result = memoryview(bytearray(result))
+        if self._coming or any(self._status[part] is Part.HELD for part in others):
+            self._renew()
         for begin, end in (self._spans[part] for part in others):
-            result[begin:end] = self._vector[begin:end]
+            self._result[begin:end] = self._vector[begin:end]
         drops = {**self._barred, **self._lost}
         for i in range(self._n):
             if not value.mask >> i & 1:
                 drops.setdefault(i, "did not finish")
         sources = {part: (self._proofs[part][1], self._digests[part]) for part in counted}
-        self.outcome = Outcome.of(self.roster, result, sources, value.mask, drops)
+        self.outcome = Outcome.of(self.roster, self._result, sources, value.mask, drops)
 
     # -- helpers
+
+    def _renew(self) -> None:
+        """Go on with a copy: what waits to be sent may point into the result, what comes go there."""
+        self._result = memoryview(bytearray(self._result))
+        self._coming.clear()
 
     def _hand(self, part: int, to: int) -> None:
         begin, end = self._spans[part]

@@ -30,6 +30,7 @@ TOGETHER: Final = 1 << 20
 HEARD: Final = "heard"
 
 Heard = Callable[[Mapping[str, Any], memoryview], None]
+Place = Callable[[Mapping[str, Any], int], memoryview | None]
 
 
 def check_mate(call: Call, host: Host, stage: int) -> None:
@@ -91,13 +92,20 @@ class Outbox:
             await self._changed.wait()
 
 
-async def carry(call: Call, outbox: Outbox, heard: Heard, *, max_payload: int = 0) -> None:
+async def carry(
+    call: Call,
+    outbox: Outbox,
+    heard: Heard,
+    *,
+    max_payload: int = 0,
+    place: Place = lambda header, size: None,
+) -> None:
     """Both directions until the outbox is closed and sent; raises what ended it earlier, RemoteError or so.
 
     The callee has said ``HEARD`` before: the echo that negotiation still owes leaves with the first message,
     and must not be left to a reader that would then send while the writer does. While carried, the
     connection is watched: two seconds of silence end it. A payload is ``heard``'s until it returns: the next
-    one comes into the same buffer.
+    one comes into the same buffer, or to where ``place`` says by its header and size.
     """
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(call.connection.watched())
@@ -115,7 +123,7 @@ async def carry(call: Call, outbox: Outbox, heard: Heard, *, max_payload: int = 
                 try:
                     first = await call.receive(into=buffer, ahead=max_payload)
                     told(first.header, first.payload)
-                    await call.hear(told, into=buffer)
+                    await call.hear(told, into=buffer, place=place)
                 except Exception as error:
                     failure = error
                     nursery.cancel_scope.cancel()

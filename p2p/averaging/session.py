@@ -148,7 +148,13 @@ class Session:
 
         self._carrying += 1
         try:
-            await carry(call, self._outboxes[peer], heard, max_payload=self._max_payload)
+            await carry(
+                call,
+                self._outboxes[peer],
+                heard,
+                max_payload=self._max_payload,
+                place=lambda header, size: self._exchange.place(member, header, size),
+            )
         except (RemoteError, Refused) as error:
             self._lose(peer, str(error))
             raise

@@ -1,11 +1,11 @@
 """The butterfly under every fault: members that finish agree to the byte, and what counts is the mean.
 
 ``Swarm`` runs the state machines of all members over in-memory links that keep order within a pair, as
-TCP does, and deliver between pairs in an order drawn from a seed. Faults strike after a number of
-deliveries: a member dies (all its links end), a link is cut (both ends notice, later and apart), a member
-falls mute (connected, does nothing; only time resolves it), a member becomes slow (a few messages, to it or
-from it, pass while everybody else has nothing left to do but wait), the machine of all stands still for more
-than half of the round.
+TCP does, and deliver between pairs in an order drawn from a seed, some payloads in two pieces. Faults strike
+after a number of deliveries: a member dies (all its links end), a link is cut (both ends notice, later and
+apart), a member falls mute (connected, does nothing; only time resolves it), a member becomes slow (a few
+messages, to it or from it, pass while everybody else has nothing left to do but wait), the machine of all
+stands still for more than half of the round.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import attrs
 import pytest
+from blake3 import blake3
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -94,6 +95,8 @@ class Swarm:
         self.links: dict[tuple[int, int], deque[Send | None]] = {
             (a, b): deque() for a in range(n) for b in range(n) if a != b
         }
+        self.begun: dict[tuple[int, int], memoryview] = {}
+        """Where the payload of the first message of a link goes, once some of it is there."""
         self.dead: set[int] = set()
         self.mute: set[int] = set()
         self.slow: set[int] = set()
@@ -136,14 +139,25 @@ class Swarm:
                 self._drain(i)
 
     def _deliver(self, pair: tuple[int, int]) -> None:
-        message = self.links[pair].popleft()
-        self.delivered += 1
+        message = self.links[pair][0]
         sender, receiver = pair
         exchange = self.exchanges[receiver]
+        if message is not None and pair not in self.begun:
+            size = len(message.payload)
+            place = exchange.place(sender, message.header, size)
+            self.begun[pair] = memoryview(bytearray(size)) if place is None else place
+            if place is not None:
+                place[: size // 2] = message.payload[: size // 2]
+                if self.rng.random() < 0.5:
+                    return  # the rest comes later, if at all
+        self.links[pair].popleft()
+        self.delivered += 1
+        payload = self.begun.pop(pair, memoryview(b""))
         if message is None:
             exchange.lost(sender, "connection lost")
         else:
-            exchange.heard(sender, message.header, memoryview(bytes(message.payload)))
+            payload[:] = message.payload
+            exchange.heard(sender, message.header, payload)
         self._drain(receiver)
 
     def _drain(self, member: int) -> None:
@@ -387,6 +401,37 @@ def test_nonsense_from_a_member_is_a_remote_error() -> None:
     for sender, header, payload in bad:
         with pytest.raises(RemoteError):
             exchange.heard(sender, header, payload)
+
+
+def test_a_mean_that_is_still_coming_changes_nothing_once_another_one_came() -> None:
+    swarm = Swarm([1, 1, 1], 7)
+    exchange = swarm.exchanges[2]
+    part = swarm.roster.owners.index(0)
+    begin, end = swarm.roster.spans[part]
+    deputy, reducer = swarm.roster.peers[1], swarm.roster.peers[0]
+    assert swarm.roster.deputy(0) == 1
+
+    def told(peer: str, mean: bytes) -> dict[str, object]:
+        said = b"%b%d/%d/%b" % (swarm.roster.group, part, 7, blake3(mean).digest())
+        signature = sign_as(peer)("round-part", said)  # type: ignore[operator]
+        return {"t": "mean", "p": part, "rd": swarm.roster.peers.index(peer), "by": 7, "sig": signature}
+
+    slow, good = b"\x01" * (end - begin), b"\x02" * (end - begin)
+    place = exchange.place(0, told(reducer, slow), len(slow))
+    assert place is not None
+    assert exchange.place(1, told(deputy, good), len(good)) is None  # one at a time
+    assert exchange.place(1, told(deputy, good), len(good) - 4) is None
+    with pytest.raises(RemoteError, match="did not sign"):
+        exchange.heard(1, told(deputy, slow), memoryview(good))
+    exchange.heard(1, told(deputy, good), memoryview(good))
+    place[:] = slow
+    exchange.heard(0, told(reducer, slow), place)
+    assert bytes(exchange._result[begin:end]) == good
+    assert exchange.place(0, told(reducer, slow), len(slow)) is None  # held
+    mine = swarm.roster.owners.index(2)
+    assert exchange.place(0, {"t": "mean", "p": mine}, 1024) is None  # reduced here
+    for header in ({"t": "mean"}, {"t": "mean", "p": True}, {"t": "mean", "p": -1}, {"t": "mean", "p": 999}):
+        assert exchange.place(0, header, 1024) is None
 
 
 def test_a_reducer_that_tells_two_stories_makes_no_part_count() -> None:
