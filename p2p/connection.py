@@ -393,12 +393,13 @@ class Connection:
             if stop > end:
                 break
             size -= noise.TAG
-            target = self._session.place(size) if size else None
-            plain = self._scratch.plain[:size] if target is None else target
+            if size and (target := self._session.place(size)) is not None:
+                offset, filled = self._open_into(target, data, offset)
+                self._dispatch(self._session.placed(filled), nursery)
+                continue
+            plain = self._scratch.plain[:size]
             self._receiving.decrypt_into(data[offset + 2 : stop], plain)
-            if target is not None:
-                self._dispatch(self._session.placed(size), nursery)
-            elif size:
+            if size:
                 self._dispatch(self._session.receive(plain), nursery)
             elif self._aes_promised:
                 self._receiving = self._receiving.faster()
@@ -407,6 +408,22 @@ class Connection:
         if self._session.wants_to_send():
             self._wake()
         return bytes(data[offset:])
+
+    def _open_into(self, target: memoryview, data: memoryview, offset: int) -> tuple[int, int]:
+        """Decrypt whole records that belong into ``target``, the first one of which is sure to.
+
+        Where the next record begins, and how much of the target is full.
+        """
+        decrypt_into, last = self._receiving.decrypt_into, len(data) - 2
+        filled, room = 0, len(target)
+        while offset <= last:
+            sealed = data[offset] << 8 | data[offset + 1]
+            stop, full = offset + 2 + sealed, filled + sealed - noise.TAG
+            if stop > last + 2 or not filled < full <= room:
+                break
+            decrypt_into(data[offset + 2 : stop], target[filled:full])
+            offset, filled = stop, full
+        return offset, filled
 
     def _dispatch(self, events: list[YamuxEvent], nursery: trio.Nursery) -> None:
         at_once = AT_ONCE

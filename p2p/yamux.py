@@ -406,11 +406,16 @@ class Session:
         return events
 
     def place(self, size: int) -> memoryview | None:
-        """Where the peer's next ``size`` bytes belong, if all of them are waited for; then ``placed``."""
+        """Where the peer's next bytes belong, ``size`` of them at least, if all those are waited for.
+
+        However many are put there, up to all, are then ``placed``.
+        """
         stream = self._body_stream
         if stream is None or size > self._body or stream.reset or stream.discarding:
             return None
-        return stream.target[:size] if stream.target and len(stream.target) >= size else None
+        if not stream.target or len(stream.target) < size:
+            return None
+        return stream.target[: self._body]
 
     def placed(self, size: int) -> list[YamuxEvent]:
         """They are there."""

@@ -208,7 +208,7 @@ def _placed(data: bytes, step: int, *, wait: bool) -> tuple[bool, list[tuple[int
             if target is None:
                 session.receive(piece)
             else:
-                target[:] = piece
+                target[: len(piece)] = piece
                 session.placed(len(piece))
             for stream in session.streams.values():
                 if stream not in every:
