@@ -124,16 +124,25 @@ class Pair:
         return self.limited.tokens_per_second / self.free.tokens_per_second
 
 
-def measure(folder: Path, settings: Sequence[str], *, pairs: int, seconds: float) -> list[Pair]:
-    """Turns of 3 x 2 with these settings, ``pairs`` of them after one that does not count."""
+def measure(
+    folder: Path, settings: Sequence[str], *, pairs: int, seconds: float, wait_s: float | None = None
+) -> list[Pair]:
+    """Turns of 3 x 2 with these settings, ``pairs`` of them after one that does not count.
+
+    ``wait_s``: what a worker's device takes for a microbatch, waiting where its computing is done sooner: then
+    this machine's processors, which also do what a line does, are not what bounds either swarm.
+    """
     plan = Plan(
         stages=3, workers=2, trainers=1, steps=None, seconds=None, data=None, assignments=tuple(settings)
     )
     nodes = 1 + plan.stages * plan.workers
+    slowed = (str(Path(__file__).with_name("slowed.py")), str(wait_s))
+    workers = [f"worker-{stage}-{one}" for stage in range(plan.stages) for one in range(plan.workers)]
+    programs = dict.fromkeys(workers, slowed) if wait_s is not None else {}
     with ExitStack() as stack:
         places = stack.enter_context(lab([Line()] * nodes + [LINE] * nodes))
-        free = Twin(stack.enter_context(placed(plan, folder / "free", places[:nodes])))
-        limited = Twin(stack.enter_context(placed(plan, folder / "limited", places[nodes:])))
+        free = Twin(stack.enter_context(placed(plan, folder / "free", places[:nodes], programs)))
+        limited = Twin(stack.enter_context(placed(plan, folder / "limited", places[nodes:], programs)))
         for twin in (free, limited):
             twin.start()
             twin.turn(seconds)

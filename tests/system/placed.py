@@ -132,9 +132,13 @@ class Placed:
 
 
 @contextmanager
-def placed(plan: Plan, folder: Path, places: list[Place]) -> Iterator[Placed]:
+def placed(
+    plan: Plan, folder: Path, places: list[Place], programs: Mapping[str, Sequence[str]] | None = None
+) -> Iterator[Placed]:
     """A swarm at these places, ready for its trainers."""
-    with started(Placed.laid_out(plan, folder, places)) as swarm:
+    swarm = Placed.laid_out(plan, folder, places)
+    swarm.programs = programs or {}
+    with started(swarm):
         yield swarm
 
 
