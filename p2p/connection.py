@@ -61,6 +61,11 @@ def _beyond(room: int) -> int:
     return max(0, room // RECORD - 1) * noise.MAX_PLAINTEXT
 
 
+def _missing(begun: bytes) -> int:
+    """Bytes without which the record that begins so cannot be opened."""
+    return 2 + (begun[0] << 8 | begun[1]) - len(begun) if len(begun) >= 2 else 1
+
+
 @final
 class Scratch:
     """Buffers shared by the connections of one host: an idle connection holds none."""
@@ -352,7 +357,7 @@ class Connection:
         begun = self._open(memoryview(self._tail), nursery)
         while True:
             most = self._download.portion(READ_SIZE)
-            await self._wire.readable(most)
+            await self._wire.readable(most, _missing(begun))
             buffer = self._scratch.take()
             kept = len(begun)
             buffer[:kept] = begun

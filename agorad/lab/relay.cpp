@@ -28,6 +28,7 @@ constexpr int64_t kQueueNs = 100'000'000;      // what a full queue in front of 
 constexpr size_t kMaxWaiting = 64u << 20;      // bytes under way in the whole lab; more are dropped
 constexpr int kBurst = 64;                     // packets read of one node before the others have their turn
 constexpr size_t kPacket = 2048;
+constexpr int64_t kTickNs = 200'000;           // packets that were delayed arrive together so often, see below
 
 struct Node {
   int fd;
@@ -64,9 +65,12 @@ int64_t now_ns() {
 }
 
 // Until something can be read, or this time (0: none). A timer of its own would be two more calls a packet,
-// and what a relay takes of a small machine is missing in what is measured there.
+// and what a relay takes of a small machine is missing in what is measured there. For the same reason it wakes
+// up on ticks: what came meanwhile is handed over together, late by a tick at most, as a network card does
+// that does not interrupt its host for every packet.
 int wait_until(std::vector<pollfd>& polled, int64_t due) {
-  const int64_t left = std::max(int64_t{0}, due - now_ns());
+  const int64_t tick = (due + kTickNs - 1) / kTickNs * kTickNs;
+  const int64_t left = std::max(int64_t{0}, tick - now_ns());
   const timespec limit{left / 1'000'000'000, left % 1'000'000'000};
   return ppoll(polled.data(), polled.size(), due ? &limit : nullptr, nullptr);
 }
