@@ -4,8 +4,8 @@
 
 Both swarms are up at once, behind one relay, and work in turns (``tests/system/linked.py``). ``--whole``: a
 boundary as wide as the model, so that nothing is compressed. ``--wait``: milliseconds that every worker's
-device takes for a microbatch, so that this machine's processors bound neither swarm. Prints one JSON line for each pair of turns and
-one with the medians. Needs root, as a lab does.
+device takes for a microbatch, so that this machine's processors bound neither swarm. Prints one JSON line for
+each pair of turns and one with the medians. Needs root, as a lab does.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def measure(
 ) -> list[Pair]:
     """Turns of 3 x 2 with these settings, ``pairs`` of them after one that does not count.
 
-    ``wait_s``: what a worker's device takes for a microbatch, waiting where its computing is done sooner: then
+    ``wait_s``: what a worker's device takes for a microbatch, waiting where computing is done sooner: then
     this machine's processors, which also do what a line does, are not what bounds either swarm.
     """
     plan = Plan(
