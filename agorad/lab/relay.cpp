@@ -27,7 +27,8 @@ namespace {
 constexpr int64_t kQueueNs = 100'000'000;      // what a full queue in front of a node's line holds
 constexpr size_t kMaxWaiting = 64u << 20;      // bytes under way in the whole lab; more are dropped
 constexpr int kBurst = 64;                     // packets read of one node before the others have their turn
-constexpr size_t kPacket = 2048;
+constexpr size_t kNote = 10;                   // virtio_net_hdr, before what is read and written
+constexpr size_t kPacket = kNote + 65536;
 constexpr int64_t kTickNs = 200'000;           // packets that were delayed arrive together so often, see below
 
 struct Node {
@@ -51,6 +52,16 @@ struct Later {
     return a->due != b->due ? a->due > b->due : a->number > b->number;
   }
 };
+
+// Bytes that this takes of a line: the kernel's note says how a TCP segment would be cut into packets, each of
+// which has the headers again.
+int64_t wire_size(const uint8_t* note, const uint8_t* packet, size_t size) {
+  const size_t piece = note[4] | note[5] << 8, ip = 4 * (packet[0] & 15);
+  if (note[1] == 0 || piece == 0 || size < ip + 20) return int64_t(size);
+  const size_t headers = ip + 4 * (packet[ip + 12] >> 4);
+  if (size <= headers) return int64_t(size);
+  return int64_t(size + ((size - headers - 1) / piece) * headers);
+}
 
 // Whether an IPv4 packet asks for a TCP connection: SYN without ACK.
 bool begins_connection(const uint8_t* packet, size_t size) {
@@ -117,14 +128,15 @@ int main(int count, char** words) {
       for (int i = 0; i < kBurst; ++i) {
         const ssize_t size = read(nodes[from].fd, buffer, sizeof buffer);
         if (size <= 0) break;
-        if (size < 20 || buffer[0] >> 4 != 4) continue;
+        const uint8_t* packet = buffer + kNote;
+        if (size < ssize_t(kNote + 20) || packet[0] >> 4 != 4) continue;
         uint32_t address;
-        memcpy(&address, buffer + 16, 4);
+        memcpy(&address, packet + 16, 4);
         const auto found = by_address.find(address);
         if (found == by_address.end()) continue;
         const size_t to = found->second;
         Node &source = nodes[from], &target = nodes[to];
-        if (target.walled && begins_connection(buffer, size)) continue;
+        if (target.walled && begins_connection(packet, size - kNote)) continue;
         if (random() % 1'000'000 < source.loss_ppm + target.loss_ppm) continue;
         if (waiting_bytes + size > kMaxWaiting) continue;
         const int64_t jitter = source.jitter_ns + target.jitter_ns;
@@ -134,7 +146,7 @@ int main(int count, char** words) {
         if (target.ns_a_byte > 0) {
           const int64_t leaves = std::max(due, target.line_free);
           if (leaves - due > kQueueNs) continue;
-          target.line_free = leaves + int64_t(size * target.ns_a_byte);
+          target.line_free = leaves + int64_t(wire_size(buffer, packet, size - kNote) * target.ns_a_byte);
           due = target.line_free;
         }
         last[from * n + to] = due;
