@@ -17,8 +17,8 @@ for itself.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, final
 
 import trio
@@ -32,7 +32,7 @@ from p2p.lease import Lease
 from p2p.limits import KIB, Limits
 from p2p.membership import Member
 from p2p.muxed import MuxedStream
-from p2p.path import Path
+from p2p.path import FILLING, Path
 from p2p.patience import Patience
 from p2p.secure import Upgraded
 from p2p.shaper import Shaper
@@ -189,6 +189,9 @@ class Connection:
         self._emptied = trio.Event()
         self._watchers = 0
         self._watch_changed = trio.Event()
+        self._fillers = 0
+        self._control = b""
+        """How the kernel found this connection's speed before somebody held ``filling``."""
         self.began = self._heard = trio.current_time()
         self._ping_value = 0
         self._pings: dict[int, tuple[float, float]] = {}
@@ -265,6 +268,23 @@ class Connection:
             yield self
         finally:
             self._watchers -= 1
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """While held, this connection fills the line together with others that do.
+
+        BBR, where the system has it, leaves a tenth of a line unused that several connections share; CUBIC
+        fills it, and the queue before it, which who waits for answers would feel.
+        """
+        self._fillers += 1
+        if self._fillers == 1:
+            self._control = self._wire.controlled(FILLING)
+        try:
+            yield
+        finally:
+            self._fillers -= 1
+            if self._fillers == 0 and self._control:
+                self._wire.controlled(self._control)
 
     def close(self, why: str) -> None:
         """End it now; streams of both sides fail with PeerGone."""

@@ -1,8 +1,8 @@
 """What the kernel knows of a TCP connection's path, and how fast it may send there.
 
 Read with ``TCP_INFO``, bounded with ``SO_MAX_PACING_RATE``, by which the kernel spaces packets of one socket
-whatever the queue of the device. Both are Linux's; elsewhere, and on streams that are no sockets, there are
-no figures and a bound does nothing.
+whatever the queue of the device. How the kernel finds the speed is chosen with ``TCP_CONGESTION``. All are
+Linux's; elsewhere, and on streams that are no sockets, there are no figures and nothing happens.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import attrs
 import trio
 
 SO_MAX_PACING_RATE: Final = 47
+FILLING: Final = b"cubic"
 UNBOUNDED: Final = (1 << 64) - 1
 _RTT: Final = struct.Struct("=68xI76xI8xQ")
 """Of struct tcp_info (linux/tcp.h): tcpi_rtt, tcpi_min_rtt, tcpi_delivery_rate."""
@@ -55,3 +56,15 @@ def bound(sock: trio.socket.SocketType | None, rate: float | None) -> None:
         value = UNBOUNDED if rate is None else max(1, int(rate))
         with contextlib.suppress(OSError):  # a kernel without it, or a socket that was closed
             sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("=Q", value))
+
+
+def controlled(sock: trio.socket.SocketType | None, by: bytes) -> bytes:
+    """Have the kernel find the socket's speed in this way from now on, if it can; the way so far."""
+    if sock is None or not hasattr(socket, "TCP_CONGESTION"):
+        return b""
+    try:
+        before = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, by)
+    except OSError:  # a kernel without it, or a socket that was closed
+        return b""
+    return before

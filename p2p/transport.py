@@ -145,6 +145,10 @@ class Wire:
         """Bound what the socket sends, in bytes a second; None: no bound."""
         path.bound(self._socket, rate)
 
+    def controlled(self, by: bytes) -> bytes:
+        """Change how the socket's speed is found, if that can be; what it was, or nothing."""
+        return path.controlled(self._socket, by)
+
     async def readable(self, most: int, missing: int = 1) -> None:
         """Until ``read`` has something to say; no buffer is needed meanwhile.
 

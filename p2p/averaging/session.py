@@ -148,13 +148,14 @@ class Session:
 
         self._carrying += 1
         try:
-            await carry(
-                call,
-                self._outboxes[peer],
-                heard,
-                max_payload=self._max_payload,
-                place=lambda header, size: self._exchange.place(member, header, size),
-            )
+            with call.connection.filling():
+                await carry(
+                    call,
+                    self._outboxes[peer],
+                    heard,
+                    max_payload=self._max_payload,
+                    place=lambda header, size: self._exchange.place(member, header, size),
+                )
         except (RemoteError, Refused) as error:
             self._lose(peer, str(error))
             raise

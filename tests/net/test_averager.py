@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import random
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -31,6 +32,7 @@ from p2p.identity import Identity, PeerId
 from p2p.kad.record import Record, seal
 from p2p.membership import Membership, Trust, issue
 from p2p.multiaddr import Multiaddr
+from p2p.path import FILLING
 
 AUTHORITY = Identity.generate(b"a" * 32)
 TRUST = Trust(run="r", manifest_hash=b"m" * 32, authorities=frozenset([AUTHORITY.peer_id]))
@@ -259,6 +261,38 @@ def test_a_sender_of_nan_is_dropped_and_healed() -> None:
             assert outcome.weight_total == 2.0
             assert distance(outcome, mean) < 1e-6
         assert all(any(isinstance(event, MemberDropped) for event in member.events) for member in group)
+
+    trio.run(main)
+
+
+@pytest.mark.skipif(
+    not hasattr(socket, "TCP_CONGESTION"), reason="Linux finds a line's speed in ways to choose"
+)
+def test_lines_of_a_round_are_filled_and_are_afterwards_as_they_were() -> None:
+    """Whether the choice fills lines is measured in docs/benchmarks.md."""
+
+    def ways(one: Member) -> set[bytes]:
+        wires = [connection._wire._socket for connection in one.host.connections.values()]
+        return {
+            wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+            for wire in wires
+            if wire is not None
+        }
+
+    async def main() -> None:
+        vectors = [numbers(40_000, seed) for seed in range(2)]
+        wire = Tripwire(2, lambda: None)
+        async with members(2, reducer=wire.make, config=RoundConfig(part_bytes=8192)) as group:
+            agree(await run_round(group, vectors, [1.0] * 2))
+            for one in group:
+                for connection in one.host.connections.values():
+                    if not (connection._wire.controlled(FILLING) and connection._wire.controlled(b"reno")):
+                        pytest.skip("this kernel does not have both ways")
+            seen: list[set[bytes]] = []
+            wire.left, wire.then = 2, lambda: seen.append(ways(group[0]) | ways(group[1]))
+            agree(await run_round(group, vectors, [1.0] * 2, number=2))
+            assert seen == [{FILLING}]
+            assert ways(group[0]) | ways(group[1]) == {b"reno"}
 
     trio.run(main)
 
