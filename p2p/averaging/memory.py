@@ -1,7 +1,8 @@
 """Memory for vectors: in large pages where the system has them, and the last one's again once it is free.
 
 A round writes a new vector once. In pages of 4 KiB the kernel's work for each of them costs more than writing
-does: 40 MB took 29 ms, in large pages 9 ms (2.5 GHz Xeon, virtual), in pages that are there already 4 ms.
+does: 40 MB took 29 ms, in large pages 9 ms; another time 15 ms, and 6 ms in those that were there already
+(2.5 GHz Xeon, virtual).
 Limit: one vector is kept for the next round.
 """
 
