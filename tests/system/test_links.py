@@ -1,4 +1,8 @@
-"""A swarm over home lines does hardly less than without them, though every hop takes 80 ms there and back."""
+"""A swarm over home lines does hardly less than without them, though every hop takes 80 ms there and back.
+
+Each worker's device waits, as one on a machine of its own would: where two cores compute for six machines and
+carry their packets as well, packets are what is measured. Without waits: docs/benchmarks.md, "Over links".
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import pytest
 from agorad.lab.network import NoLab
 from tests.system.linked import BOUNDARY_100M, Pair, measure
 
-PAIRS, SECONDS = 4, 6.0
+PAIRS, SECONDS = 4, 8.0
 ENOUGH = 0.95
 NOISE = 0.15
 """Free turns that differ by more say that the machine was not ours alone."""
@@ -20,10 +24,10 @@ STOLEN = 0.05
 
 @pytest.mark.long
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("settings", [(), BOUNDARY_100M], ids=["demo", "100m"])
-def test_lines_cost_little(settings: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("settings", "wait_s"), [((), 0.1), (BOUNDARY_100M, 0.3)], ids=["demo", "100m"])
+def test_lines_cost_little(settings: tuple[str, ...], wait_s: float, tmp_path: Path) -> None:
     try:
-        found = measure(tmp_path, settings, pairs=PAIRS, seconds=SECONDS)
+        found = measure(tmp_path, settings, pairs=PAIRS, seconds=SECONDS, wait_s=wait_s)
     except NoLab as error:
         pytest.skip(str(error))
     ratio = statistics.median(pair.ratio for pair in found)
