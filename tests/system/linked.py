@@ -25,7 +25,7 @@ from tests.system.placed import Placed, placed
 LINE = Line(up_mbps=200, down_mbps=200, delay_ms=20)
 """Two ends are 80 ms there and back."""
 BOUNDARY_100M = (
-    "model.seq=1024", "model.k=20", "model.d=256", "model.heads=4", "model.ffn=512", "model.layers=[1, 1, 1]",
+    "model.seq=1024", "model.k=20", "model.d=64", "model.heads=1", "model.ffn=128", "model.layers=[1, 1, 1]",
     "model.full_rank_tail=true",
 )  # fmt: skip
 """Tokens and numbers a token of the 100m preset, in layers so narrow that two cores compute some a second."""
