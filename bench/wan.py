@@ -30,9 +30,9 @@ WIDTH = {"demo": 128, "100m": 64}
 @click.command(help=__doc__)
 @click.option("--boundary", type=click.Choice(sorted(SETTINGS)), default="demo")
 @click.option("--whole", is_flag=True)
-@click.option("--pairs", default=6)
-@click.option("--seconds", default=8.0)
-@click.option("--wait", type=float)
+@click.option("--pairs", default=6, type=click.IntRange(min=1))
+@click.option("--seconds", default=8.0, type=click.FloatRange(min=1))
+@click.option("--wait", type=click.FloatRange(min=1))
 def main(boundary: str, whole: bool, pairs: int, seconds: float, wait: float | None) -> None:
     settings = SETTINGS[boundary] + ((f"model.k={WIDTH[boundary]}",) if whole else ())
     with tempfile.TemporaryDirectory() as folder:
