@@ -42,10 +42,11 @@ from p2p.yamux import Changed, Credit, Opened, PingAnswered, Session, Stream, Ya
 BATCH = 4
 """Records encrypted for one send: 256 KiB, 10 ms at 200 Mbit/s."""
 RECORD = 2 + noise.MAX_RECORD
-READ_SIZE = BATCH * RECORD
-"""With the beginning of a record that is there already: so reads of much data end where records do."""
+READ_SIZE = 16 * RECORD
+"""With the beginning of a record that is there already: so reads of much data end where records do. As much
+as a millisecond's opening: where processors are short, more has come than one batch until a turn comes."""
 BUFFER = READ_SIZE + RECORD
-"""Room for a batch, and an empty record before it."""
+"""Room for what is read or a batch, and an empty record before it."""
 SMALL = 8 * KIB
 OUTSTANDING_PINGS = 64
 COUNT_EVERY = 256 * KIB
