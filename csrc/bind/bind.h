@@ -22,6 +22,9 @@ void bind_cuda_averaging(py::module_& m);
 // Work below this is not worth waking a thread for (about 20 us of it).
 constexpr int64_t kGrainFloats = 32768;
 
+// Results that are larger than this would push everything else out of the caches on their way to memory.
+constexpr int64_t kBypassBytes = int64_t(16) << 20;
+
 inline int64_t grain(int64_t floats_a_unit) {
     return floats_a_unit >= kGrainFloats ? 1 : kGrainFloats / floats_a_unit;
 }

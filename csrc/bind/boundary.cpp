@@ -8,9 +8,6 @@
 namespace agora {
 namespace {
 
-// Results that are larger than this would push everything else out of the caches on their way to memory.
-constexpr int64_t kBypassBytes = int64_t(16) << 20;
-
 void check_ids(const int64_t* ids, int64_t n) {
     uint64_t all = 0;
     for (int64_t i = 0; i < n; i++) all |= uint64_t(ids[i]);

@@ -41,7 +41,7 @@ struct Verdict {
     int bad;
 };
 
-// out = sum + weight * part, where `out` may be `sum`.
+// out = sum + weight * part, where `out` may be `sum`, or null: only the look.
 struct ReduceTask {
     const float* sum;
     float* out;
@@ -49,7 +49,8 @@ struct ReduceTask {
     int64_t n;
     int part_dtype;
     float weight;
-    Verdict* verdicts;  // one a chunk
+    Verdict* verdicts;  // one a chunk; null: no look
+    bool bypass;        // the caches: `out` is larger than they are
 };
 
 // Numbers of a part into the form in which they travel, or back. fp32 lies at any address.

@@ -2,68 +2,128 @@
 
 namespace agora::AGORA_TARGET {
 
-// Elements [start, stop) of the part as fp32: in place where they are fp32, else in `buffer`.
-// A chunk of a part is at most kReduceChunk elements and begins at a whole int8 block.
-static void load_part(const ReduceTask& t, int64_t start, int64_t count, float* buffer) {
-    const uint8_t* part = static_cast<const uint8_t*>(t.part);
-    if (t.part_dtype == kFloat32) {
-        memcpy(buffer, part + 4 * start, size_t(4 * count));
-    } else if (t.part_dtype == kBfloat16) {
-        const UnalignedBf16* from = reinterpret_cast<const UnalignedBf16*>(part) + start;
-        for (int64_t i = 0; i < count; i++) buffer[i] = load(from[i]);
-    } else if (t.part_dtype == kFloat16) {
-        Fp16 halves[kReduceChunk];
-        memcpy(halves, part + 2 * start, size_t(2 * count));
-        int64_t i = 0;
-        for (; i + kWidth <= count; i += kWidth) store_floats(buffer + i, load_floats(halves + i));
-        for (; i < count; i++) buffer[i] = load(halves[i]);
-    } else {
-        for (int64_t block = start / kBlock; block * kBlock < start + count; block++) {
-            float scale;
-            memcpy(&scale, part + block * kInt8Block, sizeof scale);
-            const int8_t* codes = reinterpret_cast<const int8_t*>(part + block * kInt8Block + sizeof scale);
-            float* to = buffer + (block * kBlock - start);
-            for (int j = 0; j < kBlock; j++) to[j] = mul_rounded(scale, float(codes[j]));
+// Element i of a part, and the vector that begins there. A part lies at any address.
+struct Fp32Part {
+    const uint8_t* bytes;
+
+    __attribute__((always_inline)) inline Floats vector(int64_t i) const {
+        return load_floats(reinterpret_cast<const float*>(bytes + 4 * i));
+    }
+    __attribute__((always_inline)) inline float one(int64_t i) const {
+        float x;
+        memcpy(&x, bytes + 4 * i, sizeof x);
+        return x;
+    }
+};
+
+template <typename Half>
+struct HalfPart {
+    const uint8_t* bytes;
+
+    __attribute__((always_inline)) inline Floats vector(int64_t i) const {
+        return load_floats(reinterpret_cast<const Half*>(bytes + 2 * i));
+    }
+    __attribute__((always_inline)) inline float one(int64_t i) const {
+        Half x;
+        memcpy(&x, bytes + 2 * i, sizeof x);
+        return load(x);
+    }
+};
+
+struct CodedPart {  // int8: blocks of a scale and codes
+    const uint8_t* bytes;
+
+    __attribute__((always_inline)) inline float scale(int64_t i) const {
+        float x;
+        memcpy(&x, bytes + i / kBlock * kInt8Block, sizeof x);
+        return x;
+    }
+    __attribute__((always_inline)) inline const uint8_t* codes(int64_t i) const {
+        return bytes + i / kBlock * kInt8Block + sizeof(float) + i % kBlock;
+    }
+    __attribute__((always_inline)) inline Floats vector(int64_t i) const {
+        return scale(i) * load_codes(codes(i));
+    }
+    __attribute__((always_inline)) inline float one(int64_t i) const {
+        return mul_rounded(scale(i), float(int8_t(*codes(i))));
+    }
+};
+
+// Square sums of a chunk: 16 of them on every instruction set, so that norms are equal to the bit.
+constexpr int kSums = 16;
+
+// One chunk in one pass, straight from where the part lies: the look at it, sum + weight * part, or both.
+template <bool kLook, bool kAdd, typename Part>
+AGORA_FN void reduce_chunk(const ReduceTask& t, const Part& part, int64_t start, int64_t stop,
+                           Verdict* verdict) {
+    const Floats limit = kLargestUsable - Floats{};
+    const bool bypass =
+        kStreamCopies && kAdd && t.bypass && reinterpret_cast<uintptr_t>(t.out + start) % 64 == 0;
+    Doubles squares[kSums / kWords] = {};
+    Ints bad = {};
+    int64_t i = start;
+    for (; i + kSums <= stop; i += kSums) {
+        for (int v = 0; v < kSums / kWidth; v++) {
+            int64_t at = i + v * kWidth;
+            Floats x = part.vector(at), weighted = x * t.weight;
+            if (kLook) {
+                Floats size = Floats(Bits(weighted) & 0x7fffffffu);
+                bad |= ~Ints(size <= limit);  // unusable()
+                squares[2 * v] = add_square(squares[2 * v], low_doubles(x));
+                squares[2 * v + 1] = add_square(squares[2 * v + 1], high_doubles(x));
+            }
+            if (kAdd) {
+                Floats sum = load_floats(t.sum + at) + weighted;
+                if (bypass)
+                    stream_floats(t.out + at, sum);
+                else
+                    store_floats(t.out + at, sum);
+            }
         }
     }
-}
-
-static Verdict verdict_of(const float* x, int64_t count, float weight) {
-    constexpr int kSums = 16;
-    double norm2[kSums] = {};
-    int32_t bad[kSums] = {};
-    int64_t i = 0;
-    for (; i + kSums <= count; i += kSums) {
-        for (int j = 0; j < kSums; j++) {
-            bad[j] |= int32_t(unusable(x[i + j], weight));
-            norm2[j] += double(x[i + j]) * double(x[i + j]);
+    double sums[kSums];
+    memcpy(sums, squares, sizeof sums);
+    int32_t any = 0;
+    for (int j = 0; j < kWidth; j++) any |= bad[j];
+    for (; i < stop; i++) {
+        float x = part.one(i);
+        if (kLook) {
+            any |= int32_t(unusable(x, t.weight));
+            sums[0] += double(x) * double(x);
         }
+        if (kAdd) t.out[i] = accumulated(t.sum[i], x, t.weight);
     }
-    for (; i < count; i++) {
-        bad[0] |= int32_t(unusable(x[i], weight));
-        norm2[0] += double(x[i]) * double(x[i]);
-    }
-    Verdict verdict = {0, 0};
-    for (int j = 0; j < kSums; j++) {
-        verdict.norm2 += norm2[j];
-        verdict.bad |= bad[j];
-    }
-    return verdict;
+    if (!kLook) return;
+    double norm2 = 0;
+    for (int j = 0; j < kSums; j++) norm2 += sums[j];
+    *verdict = Verdict{norm2, any != 0};
 }
 
-// Chunks of a part: the look at it, and out = sum + weight * part where `out` is given, in one pass.
-static void reduce(const ReduceTask& t, int64_t begin, int64_t end) {
-    float buffer[kReduceChunk];
+template <typename Part>
+static void reduce_chunks(const ReduceTask& t, int64_t begin, int64_t end) {
+    const Part part = {static_cast<const uint8_t*>(t.part)};
     for (int64_t chunk = begin; chunk < end; chunk++) {
-        int64_t start = chunk * kReduceChunk, left = t.n - start;
-        int64_t count = left < kReduceChunk ? left : kReduceChunk;
-        load_part(t, start, count, buffer);
-        if (t.verdicts != nullptr) t.verdicts[chunk] = verdict_of(buffer, count, t.weight);
-        if (t.out == nullptr) continue;
-        const float* sum = t.sum + start;
-        float* out = t.out + start;
-        for (int64_t i = 0; i < count; i++) out[i] = accumulated(sum[i], buffer[i], t.weight);
+        int64_t start = chunk * kReduceChunk;
+        int64_t stop = t.n - start < kReduceChunk ? t.n : start + kReduceChunk;
+        if (t.verdicts == nullptr)
+            reduce_chunk<false, true>(t, part, start, stop, nullptr);
+        else if (t.out == nullptr)
+            reduce_chunk<true, false>(t, part, start, stop, t.verdicts + chunk);
+        else
+            reduce_chunk<true, true>(t, part, start, stop, t.verdicts + chunk);
     }
+    if (kStreamCopies && t.bypass) finish_streams();
+}
+
+static void reduce(const ReduceTask& t, int64_t begin, int64_t end) {
+    if (t.part_dtype == kFloat32)
+        reduce_chunks<Fp32Part>(t, begin, end);
+    else if (t.part_dtype == kBfloat16)
+        reduce_chunks<HalfPart<Bf16>>(t, begin, end);
+    else if (t.part_dtype == kFloat16)
+        reduce_chunks<HalfPart<Fp16>>(t, begin, end);
+    else
+        reduce_chunks<CodedPart>(t, begin, end);
 }
 
 // Blocks of a part, of which the last may be short, and stays short in int8: its scale and its codes.

@@ -18,11 +18,16 @@ constexpr int kWidth = 8;
 constexpr int kWidth = 4;
 #endif
 
+// Whether large results of copies and sums go past the caches. Zen 4, which has this build's AVX2 (AVX-512
+// masked), then makes a sum in 3.5 ms beside 4.4; the AVX-512 Xeon writes 1.6 times as fast through them.
+constexpr bool kStreamCopies = kWidth == 8;
+
 typedef float Floats __attribute__((vector_size(kWidth * 4)));
 typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t Bits __attribute__((vector_size(kWidth * 4)));
 typedef uint64_t Words __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kWidth * 2)));
+typedef double Doubles __attribute__((vector_size(kWidth * 4)));
 constexpr int kWords = kWidth / 2;
 
 AGORA_FN Floats load_floats(const float* from) {
@@ -81,6 +86,21 @@ AGORA_FN void store_floats(Half* to, Floats value) {
     memcpy(to, &x, sizeof x);
 }
 
+// Signed bytes, exact.
+AGORA_FN Floats load_codes(const uint8_t* from) {
+#if defined(__AVX512F__)
+    __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return Floats(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)));
+#elif defined(__AVX2__)
+    __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return Floats(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)));
+#else
+    Floats x;
+    for (int i = 0; i < kWidth; i++) x[i] = float(int8_t(from[i]));
+    return x;
+#endif
+}
+
 // Past the caches, to an address that is a multiple of the size of what is stored.
 AGORA_FN void stream_floats(float* to, Floats x) {
 #if defined(__AVX512F__)
@@ -122,6 +142,42 @@ AGORA_FN Floats multiply_add(Floats wide, Floats b, Floats c) {
     return Floats(_mm256_fmadd_ps(__m256(wide), __m256(b), __m256(c)));
 #else
     return wide * b + c;
+#endif
+}
+
+// The first and the second half of the lanes, exact.
+AGORA_FN Doubles low_doubles(Floats x) {
+#if defined(__AVX512F__)
+    return Doubles(_mm512_cvtps_pd(_mm512_castps512_ps256(__m512(x))));
+#elif defined(__AVX2__)
+    return Doubles(_mm256_cvtps_pd(_mm256_castps256_ps128(__m256(x))));
+#elif defined(__SSE2__)
+    return Doubles(_mm_cvtps_pd(__m128(x)));
+#else
+    return Doubles{x[0], x[1]};
+#endif
+}
+
+AGORA_FN Doubles high_doubles(Floats x) {
+#if defined(__AVX512F__)
+    return Doubles(_mm512_cvtps_pd(_mm512_extractf32x8_ps(__m512(x), 1)));
+#elif defined(__AVX2__)
+    return Doubles(_mm256_cvtps_pd(_mm256_extractf128_ps(__m256(x), 1)));
+#elif defined(__SSE2__)
+    return Doubles(_mm_cvtps_pd(_mm_movehl_ps(__m128(x), __m128(x))));
+#else
+    return Doubles{x[2], x[3]};
+#endif
+}
+
+// sum + x * x of numbers that were floats: their squares are exact, so that fused or not is the same.
+AGORA_FN Doubles add_square(Doubles sum, Doubles x) {
+#if defined(__AVX512F__)
+    return Doubles(_mm512_fmadd_pd(__m512d(x), __m512d(x), __m512d(sum)));
+#elif defined(__AVX2__)
+    return Doubles(_mm256_fmadd_pd(__m256d(x), __m256d(x), __m256d(sum)));
+#else
+    return sum + x * x;
 #endif
 }
 

@@ -14,7 +14,7 @@ constexpr float kLargestUsable = 5.192296858534828e33f;  // 2^112
 AGORA_FN bool unusable(float value, float weight) {
     float weighted = mul_rounded(value, weight);
     float size = weighted < 0 ? -weighted : weighted;
-    return !(size <= kLargestUsable) || value - value != 0;  // the second catches infinity times weight 0
+    return !(size <= kLargestUsable);  // as NaN is, also that of infinity times weight 0
 }
 
 AGORA_FN float accumulated(float sum, float value, float weight) {
