@@ -146,14 +146,9 @@ py::tuple reduce_add(py::object sum, py::object part, py::object out, int64_t n,
         int64_t chunks = (n + kReduceChunk - 1) / kReduceChunk;
         std::vector<Verdict> verdicts(static_cast<size_t>(chunks));
         bool in_place = to.as<float>() == total.as<float>();
-        ReduceTask task{total.as<float>(),
-                        in_place ? nullptr : to.as<float>(),
-                        from.as<void>(),
-                        n,
-                        part_dtype,
-                        weight,
-                        verdicts.data(),
-                        !in_place && 4 * n > kBypassBytes};
+        ReduceTask task{
+            total.as<float>(), in_place ? nullptr : to.as<float>(), from.as<void>(), n, part_dtype, weight,
+            verdicts.data(),   !in_place && 4 * n > kBypassBytes};
         auto run = [&] {
             parallel_for(threads, chunks, grain(kReduceChunk),
                          [&](int64_t begin, int64_t end) { cpu().reduce(task, begin, end); });
