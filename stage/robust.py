@@ -32,7 +32,7 @@ from p2p.averaging.reducer import Buffer, MakeReducer
 from p2p.errors import LocalError, RemoteError
 from stage.reduce import KernelReducer
 
-CLIP: Final = 2.0
+CLIP: Final = 1.25
 TRIM: Final = 0.2
 TURNS: Final = 3
 LARGEST: Final = 2.0**112
