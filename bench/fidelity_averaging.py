@@ -1,6 +1,6 @@
 """What averaging late and in slices costs: replicas in one process, arm against arm at equal tokens.
 
-    python bench/fidelity_averaging.py [--arm NAME ...] [--steps 400] [--replicas 4] [--seed 1 ...] [--json]
+    python bench/fidelity_averaging.py [--arm NAME ...] [--steps 640] [--replicas 4] [--seed 1 ...] [--json]
 
 Every arm trains the same model on the same rows in the same order, so many steps of so many sequences a
 replica, and is judged on the same held-out rows by the mean of its replicas' weights. An arm runs with each
@@ -316,7 +316,7 @@ def bump(results: list[Result], chosen: list[Result]) -> float | None:
 
 @click.command(help=__doc__)
 @click.option("--arm", "chosen", multiple=True, type=click.Choice(list(ARMS)), help="All if not given.")
-@click.option("--steps", default=160)
+@click.option("--steps", default=640)
 @click.option("--replicas", default=4)
 @click.option("--lr", "lrs", multiple=True, type=float, default=LRS)
 @click.option("--seed", "seeds", multiple=True, type=int, default=(1, 2, 3))

@@ -77,16 +77,17 @@ def test_it_reports_the_best_learning_rate_of_each_arm(
 
 
 @pytest.fixture
-def averaging(suite: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def averaging(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
     import fidelity_averaging
 
-    monkeypatch.setattr(fidelity_averaging, "EVAL_ROWS", 8)
     return fidelity_averaging
 
 
 @pytest.fixture
 def tiny(averaging: Any, monkeypatch: pytest.MonkeyPatch, text: Path) -> Any:
     """The suite with a model and a text that cost nothing."""
+    monkeypatch.setattr(averaging, "EVAL_ROWS", 8)
     model = ModelConfig(
         d=16, k=4, heads=2, kv_heads=1, head_dim=8, ffn=24, seq=8, layers=(1,), rope_theta=100.0
     )  # fmt: skip
@@ -121,12 +122,16 @@ def test_all_weights_averaged_every_step_are_equal(tiny: Any) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_averages_late_and_in_slices_lose_in_the_order_of_their_rules(averaging: Any) -> None:
     """One seed of the table in docs/benchmarks.md, each arm with its best learning rate."""
-    text = averaging.Text.of(1, 160 * 4 * averaging.BATCH)
-    names = ("gradients", "ema", "delta", "overwrite", "none")
-    loss = {name: averaging.train(name, averaging.ARMS[name], 1.2e-2, 1, 160, 4, text).loss for name in names}
-    assert loss["ema"] <= loss["delta"] + 0.005  # by 0.006, 0.002 and 0.006 on three seeds
+    steps = 640  # 32 coverages: after 8 the rules are as far apart as chance puts them
+    text = averaging.Text.of(1, steps * 4 * averaging.BATCH)
+    lrs = {"gradients": 4e-3, "ema": 4e-3, "delta": 4e-3, "overwrite": 1.2e-2, "none": 4e-3}
+    loss = {
+        name: averaging.train(name, averaging.ARMS[name], lr, 1, steps, 4, text).loss
+        for name, lr in lrs.items()
+    }
+    assert loss["ema"] <= loss["delta"] + 0.005
     assert loss["delta"] < loss["overwrite"] < loss["none"]
-    assert loss["gradients"] < loss["ema"] < 1.07 * loss["gradients"]
+    assert loss["gradients"] < loss["ema"] < 1.09 * loss["gradients"]
