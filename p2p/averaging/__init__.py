@@ -1,8 +1,8 @@
 """Averaging rounds among the replicas of one stage.
 
 Reading order: ``shares`` and ``roster`` (what members agree on), ``lobby`` and ``matchmaking`` (who is in),
-``butterfly`` (how parts move), ``verdict`` (which parts count), then the trio shells ``line``, ``match``,
-``session`` and ``averager``.
+``verdict`` (which parts count), ``result`` (what is held), ``schedule`` (who is given up when), ``butterfly``
+(how parts move), then the trio shells ``line``, ``match``, ``session`` and ``averager``.
 """
 
 from p2p.averaging.averager import Averager, MemberDropped, RosterCommitted

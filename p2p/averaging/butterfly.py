@@ -39,9 +39,7 @@ parts with the same bytes, hence equal checksums. A member that cannot learn the
 is untouched. Guaranteed for the loss of any one member of three or more at any moment: all others finish.
 Not guaranteed (impossible): that all finish or none does; that a round of two survives the loss of one.
 
-Times are fractions of the round's duration, each a last resort: losing a link is noticed by the connection
-itself within 2 s and resolves everything that waited for it at once. A process that stood still did not hear
-what was said meanwhile: it divides what is left of the round anew (``stood_still``).
+What is held is kept by ``result``; ``schedule`` says after what time whom to give up.
 
 Limits: the roster's. Memory: the result (one vector) and the reducers of unfinished parts of one share.
 """
@@ -51,51 +49,24 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from enum import Enum
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import attrs
-from blake3 import blake3
 
 from p2p.averaging import fields
 from p2p.averaging.audit import Audit
 from p2p.averaging.memory import Memory
 from p2p.averaging.outcome import EVERYBODY_LOST, PARTS_MISSED, Outcome
 from p2p.averaging.reducer import Buffer, Codec, MakeReducer, PlainCodec, Reducer
+from p2p.averaging.result import Part, Result
 from p2p.averaging.roster import Roster, Sign, Verify
+from p2p.averaging.schedule import ACK_BY, MEANS_BY, RAW_BY, TAKE_BY, TAKEN_BY, Schedule
 from p2p.averaging.shares import MAX_PARTS
-from p2p.averaging.verdict import DIGEST, MESSAGES, NOTHING, Value, Verdict
+from p2p.averaging.verdict import MESSAGES, NOTHING, Value, Verdict
 from p2p.errors import LocalError, RemoteError
 
 if TYPE_CHECKING:
     from p2p.identity import PeerId
-
-RAW_BY: Final = 0.4
-"""Fraction of the round after which silent senders are dropped from the parts they have not sent."""
-ACK_BY: Final = 0.48
-"""After which a silent deputy is not waited for."""
-TAKE_BY: Final = 0.5
-"""After which a deputy takes over what it was not handed."""
-TAKEN_BY: Final = 0.68
-"""After which silent senders are dropped from parts that were taken over."""
-MEANS_BY: Final = 0.76
-"""After which parts that have not come are given up."""
-REPORT_BY: Final = 0.82
-"""After which the verdict is made from the reports at hand."""
-BALLOT_EVERY: Final = 0.035
-"""Between the turns of successive ballot owners where nobody is known to be lost; the last is at the end."""
-
-_DOMAIN: Final = "round-part"
-_ROUNDING: Final = 1e-9
-"""So that a timer set for ``wake_at`` finds its mark passed, whatever the last bit of the division."""
-
-
-class Part(Enum):
-    """What this member knows of a part."""
-
-    PENDING = "pending"
-    HELD = "held"
-    MISSING = "missing"
 
 
 @attrs.frozen
@@ -133,29 +104,18 @@ class Exchange:
         self.outcome: Outcome | None = None
         self.failed: str | None = None
         self._vector = vector
-        self._result = (memory or Memory()).fresh(len(vector))
-        self._coming: dict[int, tuple[int, memoryview]] = {}
-        """Of pending parts, whose mean is put into the result as it comes, and where."""
+        self._result = Result(roster, codec, sign, verify, memory or Memory())
         self._make_reducer = make_reducer
         self._codec = codec
-        self._coded: dict[int, Buffer] = {}
-        """Of held parts, what was signed and is handed on, where that is not the result itself."""
-        self._sign = sign
-        self._verify = verify
-        self._began = now
-        self._seconds = seconds
+        self._schedule = Schedule(now, seconds, self.me)
         self._n = len(roster.members)
         self._weights = [member.weight for member in roster.members]
         self._everybody = sum(1 << i for i, weight in enumerate(self._weights) if weight > 0)
         self._spans = roster.spans
         self._owners = roster.owners
-        self._status = [Part.PENDING] * len(self._spans)
-        self._digests = [NOTHING] * len(self._spans)
-        self._proofs: dict[int, tuple[int, int, bytes]] = {}
-        """Of held parts: who reduced it, contributors, its signature."""
+        self._status = self._result.status
         self._reducers: dict[int, Reducer] = {}
         self._added = {p: 0 for p, owner in enumerate(self._owners) if owner == self.me}
-        self._pending = len(self._spans)
         self._lost: dict[int, str] = {}
         self._barred: dict[int, str] = {}
         self._unacked: set[int] = set()
@@ -172,11 +132,6 @@ class Exchange:
         self.accused: PeerId | None = None
         """A reducer whose mean was not that of what its contributors sent."""
         self._took_over = False
-        self._replaced = False
-        self._passed = 0.0
-        self._put_off = -1.0
-        """Where the schedule stood when it was last put off."""
-        self._turn = REPORT_BY + self.me * BALLOT_EVERY
         self._verdict = Verdict(self.me, self._n, len(self._spans))
 
     # -- inputs
@@ -219,15 +174,9 @@ class Exchange:
         part = header.get("p")
         if self.done or header.get("t") != "mean" or type(part) is not int:
             return None
-        if not 0 <= part < len(self._spans) or self._status[part] is not Part.PENDING:
+        if not 0 <= part < len(self._spans) or part in self._added:
             return None
-        begin, end = self._spans[part]
-        plain = isinstance(self._codec, PlainCodec)
-        if not plain or size != end - begin or part in self._added or part in self._coming:
-            return None
-        view = self._result[begin:end]
-        self._coming[part] = (sender, view)
-        return view
+        return self._result.place(sender, part, size)
 
     def heard(self, sender: int, header: Mapping[str, Any], payload: memoryview) -> None:
         """A message of member ``sender``; ``RemoteError`` means: drop its link and call ``lost``."""
@@ -264,7 +213,7 @@ class Exchange:
         if self.done or member in self._lost or member == self.me:
             return
         self._lost[member] = why
-        self._coming = {part: one for part, one in self._coming.items() if one[0] != member}
+        self._result.lost(member)
         if self._audit is not None and self._audit.awaited >> member & 1:
             self._audit = None
         if len(self._lost) == self._n - 1:
@@ -297,43 +246,32 @@ class Exchange:
         """Time has come to ``now``; at or after ``wake_at`` something gives up."""
         if self.done:
             return
-        passed = (now - self._began) / self._seconds if self._seconds > 0 else 1.0
-        self._passed = max(self._passed, passed + _ROUNDING)
-        if self._passed >= RAW_BY:
+        passed = self._schedule.advance(now)
+        if passed >= RAW_BY:
             for part in [p for p in self._added if self._status[p] is Part.PENDING]:
-                if self._owners[part] == self.me or self._passed >= TAKEN_BY:
+                if self._owners[part] == self.me or passed >= TAKEN_BY:
                     self._finish(part)
-        if self._passed >= ACK_BY:
+        if passed >= ACK_BY:
             for part in sorted(self._unacked):
                 self._spread(part)
-        if TAKE_BY <= self._passed < TAKEN_BY:
+        if TAKE_BY <= passed < TAKEN_BY:
             self._take_over()
-        if self._passed >= MEANS_BY and self._pending:
+        if passed >= MEANS_BY and self._result.pending:
             for part, status in enumerate(self._status):
                 if status is Part.PENDING:
                     self._barred.setdefault(self._owners[part], "parts did not come")
                     self._miss(part)
         self._advance()
-        if self._passed >= 1.0 and not self.done:
+        if passed >= 1.0 and not self.done:
             self.failed = "no verdict before the round's deadline"
 
     def stood_still(self, now: float) -> None:
-        """This process was stopped until ``now``: nobody was silent, nobody was heard.
-
-        The marks still ahead share what is left of the round; its end stays where it was agreed. Every mark
-        is put off once, or a machine that stands still again and again would wait for the silent to the end.
-        """
-        left = self._began + self._seconds - now
-        if left > 0 and self._put_off < self._passed < 1.0:
-            self._put_off = self._passed
-            self._seconds = left / (1.0 - self._passed)
-            self._began = now - self._passed * self._seconds
+        """This process was stopped until ``now``: the marks still ahead are put off, the end is not."""
+        self._schedule.stood_still(now)
 
     def wake_at(self) -> float:
         """When ``tick`` is due next."""
-        marks = (RAW_BY, ACK_BY, TAKE_BY, TAKEN_BY, MEANS_BY, REPORT_BY, self._turn)
-        due = [mark for mark in marks if mark > self._passed]
-        return self._began + self._seconds * min([*due, 1.0])
+        return self._schedule.wake_at()
 
     @property
     def done(self) -> bool:
@@ -401,7 +339,7 @@ class Exchange:
         if len(mean) != end - begin:
             raise LocalError("the reducer returned another length than it was given")
         self._askers.pop(part, None)
-        self._hold(part, self._codec.encode(mean), self.me, contributors, None)
+        self._result.hold(part, self._codec.encode(mean), self.me, contributors, None)
         deputy = self.roster.deputy(self.me)
         if self._owners[part] != self.me:
             for to in range(self._n):
@@ -422,7 +360,7 @@ class Exchange:
 
     def _take_over(self) -> None:
         """As deputy: reduce what the reducer, lost or late, has not handed over."""
-        if self._took_over or self._passed >= TAKEN_BY:
+        if self._took_over or self._schedule.passed >= TAKEN_BY:
             return
         self._took_over = True
         principal = (self.me - 1) % self._n
@@ -475,48 +413,22 @@ class Exchange:
             raise RemoteError("a mean of the wrong length")
         if part in self._unacked:
             self._unacked.discard(part)
-            if not self._replaced:  # messages not sent yet may point into the first one
-                self._replaced = True
-                self._renew()
-            self._hold(part, payload, reducer, contributors, signature)
+            self._result.replace(part, payload, reducer, contributors, signature)
         elif self._status[part] is not Part.HELD:
-            self._hold(part, payload, reducer, contributors, signature)
-        if sender == owner and self.me == deputy and self._proofs[part][0] == owner:
+            self._result.hold(part, payload, reducer, contributors, signature)
+            self._reducers.pop(part, None)
+            self._answer_all(part)
+        if sender == owner and self.me == deputy and self._result.proofs[part].reducer == owner:
             self._tell(owner, {"t": "ack", "p": part})
-            if part == self._to_audit and self._passed < RAW_BY:
+            if part == self._to_audit and self._schedule.passed < RAW_BY:
                 self._begin_audit(part)
-
-    def _hold(
-        self, part: int, coded: Buffer, reducer: int, contributors: int, signature: bytes | None
-    ) -> None:
-        """Keep a mean: ``signature`` None where this member reduced it and signs now."""
-        digest = blake3(coded).digest()
-        said = b"%b%d/%d/%b" % (self.roster.group, part, contributors, digest)
-        if signature is None:
-            signature = self._sign(_DOMAIN, said)
-        elif not self._verify(self.roster.peers[reducer], _DOMAIN, said, signature):
-            raise RemoteError("a mean that its reducer did not sign")
-        begin, end = self._spans[part]
-        _, place = self._coming.pop(part, (-1, None))
-        if place is not coded:
-            if place is not None:
-                self._renew()
-            self._codec.decode_into(coded, self._result[begin:end])
-        if not isinstance(self._codec, PlainCodec):
-            self._coded[part] = bytes(coded)  # coding what was decoded may give other bytes
-        self._digests[part] = digest[:DIGEST]
-        self._proofs[part] = (reducer, contributors, signature)
-        self._reducers.pop(part, None)
-        self._settle(part, Part.HELD)
 
     def _miss(self, part: int) -> None:
         if self._status[part] is Part.PENDING:
-            self._settle(part, Part.MISSING)
+            self._result.miss(part)
+            self._answer_all(part)
 
-    def _settle(self, part: int, status: Part) -> None:
-        if self._status[part] is Part.PENDING:
-            self._pending -= 1
-        self._status[part] = status
+    def _answer_all(self, part: int) -> None:
         for asker in sorted(self._askers.pop(part, ())):
             self._answer(asker, part)
 
@@ -550,13 +462,13 @@ class Exchange:
         assert self._audits is not None
         self._to_audit = -1
         begin, end = self._spans[part]
-        contributors = self._proofs[part][1] & self._everybody
+        contributors = self._result.proofs[part].contributors & self._everybody
         others = [i for i in range(self._n) if contributors >> i & 1 and i != self.me]
         if not others or not self._lost.keys().isdisjoint(others):
             return
         self._audit = Audit(
             part,
-            bytes(self._result[begin:end]),
+            bytes(self._result.vector[begin:end]),
             sum(1 << i for i in others),
             self._make_reducer(end - begin),
             self._codec.error,
@@ -593,20 +505,20 @@ class Exchange:
                 owner = self._owners[part]
                 self.accused = self.roster.peers[owner]
                 self._barred[owner] = f"its mean of part {part} is not the mean of what was sent (audit)"
-                self._digests[part] = NOTHING  # reported as not held, it counts for nobody
+                self._result.disown(part)
 
     # -- agreement and end
 
     def _advance(self) -> None:
         """Report once nothing is pending, take a turn as owner of a ballot, pass messages on, finish."""
-        verdict = self._verdict
-        auditing = self._audit is not None and self._passed < ACK_BY
-        if not self._pending and not auditing and self.me not in verdict.reports:
-            verdict.report(b"".join(self._digests))
+        verdict, result = self._verdict, self._result
+        auditing = self._audit is not None and self._schedule.passed < ACK_BY
+        if not result.pending and not auditing and self.me not in verdict.reports:
+            verdict.report(b"".join(result.digests))
         if self.me in verdict.reports and not verdict.started:
             silent = [i for i in range(self._n) if i not in verdict.reports and i not in self._lost]
             mine = all(earlier in self._lost for earlier in range(self.me)) and not silent
-            if mine or self._passed >= self._turn:
+            if mine or self._schedule.passed >= self._schedule.turn:
                 verdict.start()
         for note in verdict.out:
             self._tell(note.to, note.header, note.payload)
@@ -619,33 +531,22 @@ class Exchange:
         if self._spans and not counted:
             self.failed = "no part was averaged by all"
             return
-        if any(self._digests[part] != value.digest(part) for part in counted):
+        digests, proofs = self._result.digests, self._result.proofs
+        if any(digests[part] != value.digest(part) for part in counted):
             self.failed = PARTS_MISSED
             return
-        others = set(range(len(self._spans))) - set(counted)
-        if self._coming or any(self._status[part] is Part.HELD for part in others):
-            self._renew()
-        for begin, end in (self._spans[part] for part in others):
-            self._result[begin:end] = self._vector[begin:end]
         drops = {**self._barred, **self._lost}
         for i in range(self._n):
             if not value.mask >> i & 1:
                 drops.setdefault(i, "did not finish")
-        sources = {part: (self._proofs[part][1], self._digests[part]) for part in counted}
-        self.outcome = Outcome.of(self.roster, self._result, sources, value.mask, drops)
+        sources = {part: (proofs[part].contributors, digests[part]) for part in counted}
+        vector = self._result.finish(counted, self._vector)
+        self.outcome = Outcome.of(self.roster, vector, sources, value.mask, drops)
 
     # -- helpers
 
-    def _renew(self) -> None:
-        """Go on with a copy: what waits to be sent may point into the result, what comes go there."""
-        self._result = memoryview(bytearray(self._result))
-        self._coming.clear()
-
     def _hand(self, part: int, to: int) -> None:
-        begin, end = self._spans[part]
-        reducer, contributors, signature = self._proofs[part]
-        header = {"t": "mean", "p": part, "rd": reducer, "by": contributors, "sig": signature}
-        self._tell(to, header, self._coded.get(part, self._result[begin:end]))
+        self._tell(to, *self._result.message(part))
 
     def _wire_size(self, part: int) -> int:
         begin, end = self._spans[part]

@@ -426,7 +426,7 @@ def test_a_mean_that_is_still_coming_changes_nothing_once_another_one_came() -> 
     exchange.heard(1, told(deputy, good), memoryview(good))
     place[:] = slow
     exchange.heard(0, told(reducer, slow), place)
-    assert bytes(exchange._result[begin:end]) == good
+    assert bytes(exchange._result.vector[begin:end]) == good
     assert exchange.place(0, told(reducer, slow), len(slow)) is None  # held
     mine = swarm.roster.owners.index(2)
     assert exchange.place(0, {"t": "mean", "p": mine}, 1024) is None  # reduced here
