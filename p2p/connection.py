@@ -1,18 +1,12 @@
 """One secured, multiplexed connection to a peer: the trio shell around Noise records and yamux.
 
-Three tasks. The *reader* takes large reads, decrypts record by record and feeds yamux, which puts data where
-it is waited for; records in the middle of such data are decrypted to there at once.
-The *writer* sleeps until yamux has something, encrypts up to ``BATCH`` records, long data from where its user
-has it, and sends them in one call; batches stay small so that a ping waits behind little. The *keeper* pings:
-every 10 s normally (silent for 20 s is gone), every 0.5 s while somebody holds ``watched()`` (silent for 2 s
-is gone). A peer that lately took long to answer, on a machine with too much to do, has longer:
-``p2p.patience``.
+Three tasks. The *reader* takes large reads and has their records opened for yamux (``p2p.sealed``). The
+*writer* sleeps until yamux has something, has a batch of records sealed and sends them in one call; batches
+stay small so that a ping waits behind little. The *keeper* pings: every 10 s normally (silent for 20 s is
+gone), every 0.5 s while somebody holds ``watched()`` (silent for 2 s is gone). A peer that lately took long
+to answer, on a machine with too much to do, has longer: ``p2p.patience``.
 
 Pings also renew the connection's lease, see ``p2p.lease``.
-
-Where both hellos say that AES is computed in hardware, a writer that has much to send goes over to
-AES-256-GCM: an empty record under the first cipher, then all others under the second. Each direction does so
-for itself.
 """
 
 from __future__ import annotations
@@ -23,7 +17,6 @@ from typing import Any, final
 
 import trio
 
-from p2p import noise
 from p2p.counters import Counters
 from p2p.door import source_of
 from p2p.errors import PeerGone, Refused, RemoteError
@@ -34,20 +27,12 @@ from p2p.membership import Member
 from p2p.muxed import MuxedStream
 from p2p.path import FILLING, Path
 from p2p.patience import Patience
+from p2p.sealed import BATCH, READ_SIZE, RECORD, Opener, Scratch, Sealer, missing
 from p2p.secure import Upgraded
 from p2p.shaper import Shaper
 from p2p.transport import Wire
 from p2p.yamux import Changed, Credit, Opened, PingAnswered, Session, Stream, YamuxEvent
 
-BATCH = 4
-"""Records encrypted for one send: 256 KiB, 10 ms at 200 Mbit/s."""
-RECORD = 2 + noise.MAX_RECORD
-READ_SIZE = 16 * RECORD
-"""With the beginning of a record that is there already: so reads of much data end where records do. As much
-as a millisecond's opening: where processors are short, more has come than one batch until a turn comes."""
-BUFFER = READ_SIZE + RECORD
-"""Room for what is read or a batch, and an empty record before it."""
-SMALL = 8 * KIB
 OUTSTANDING_PINGS = 64
 COUNT_EVERY = 256 * KIB
 """Bytes from a guest after which it is added up what waits."""
@@ -55,32 +40,6 @@ AT_ONCE = 8
 """Streams of one read that may be answered before others have their turn."""
 STALL_S = 0.25
 """Waking up this much too late means that we were the ones who were silent."""
-
-
-def _beyond(room: int) -> int:
-    """Bytes of plaintext in the records that fit into ``room`` bytes behind a first one."""
-    return max(0, room // RECORD - 1) * noise.MAX_PLAINTEXT
-
-
-def _missing(begun: bytes) -> int:
-    """Bytes without which the record that begins so cannot be opened."""
-    return 2 + (begun[0] << 8 | begun[1]) - len(begun) if len(begun) >= 2 else 1
-
-
-@final
-class Scratch:
-    """Buffers shared by the connections of one host: an idle connection holds none."""
-
-    def __init__(self) -> None:
-        self.plain = memoryview(bytearray(noise.MAX_PLAINTEXT))
-        self._free: list[memoryview] = []
-
-    def take(self) -> memoryview:
-        return self._free.pop() if self._free else memoryview(bytearray(BUFFER))
-
-    def give(self, buffer: memoryview) -> None:
-        if len(self._free) < 4:
-            self._free.append(buffer)
 
 
 @final
@@ -159,13 +118,6 @@ class Connection:
         self._clock = clock
         self._stream = upgraded.stream
         self._wire = Wire(upgraded.stream)
-        self._sending = upgraded.secured.sending
-        self._receiving = upgraded.secured.receiving
-        self._aes_promised = False
-        """Our hello said that we read AES, and the peer has not begun with it."""
-        self._reads_aes = self._writes_aes = False
-        self._aes_agreed = False
-        """The peer's hello said so and we compute it, and have not begun with it."""
         self._tail = upgraded.ciphertext
         self._first = upgraded.plaintext
         self._unread = unread
@@ -185,6 +137,8 @@ class Connection:
             credit=credit,
             turned_away=lambda limit: counters.turned_away(limit, peer),
         )
+        self.opener = Opener(upgraded.secured.receiving, self._session, scratch)
+        self.sealer = Sealer(upgraded.secured.sending, self._session, scratch)
         self._streams: dict[Stream, MuxedStream] = {}
         self._output = trio.Event()
         self._emptied = trio.Event()
@@ -197,7 +151,7 @@ class Connection:
         self._ping_value = 0
         self._pings: dict[int, tuple[float, float]] = {}
         self._ping_waiters: dict[int, trio.Event] = {}
-        self._cancel: trio.CancelScope | None = None
+        self._nursery: trio.Nursery | None = None
 
     def __repr__(self) -> str:
         return f"<Connection to {short(self.peer)} at {self.addr}>"
@@ -291,8 +245,8 @@ class Connection:
         """End it now; streams of both sides fail with PeerGone."""
         if self.why_closed is None:
             self.why_closed = why
-        if self._cancel is not None:
-            self._cancel.cancel()
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
 
     def promise_window(self, window: int) -> None:
         """Our hello is about to promise this window."""
@@ -302,28 +256,18 @@ class Connection:
         """The peer's hello promised this window."""
         self._session.agree(window)
 
-    def promise_aes(self) -> None:
-        """Our hello is about to say that we compute AES in hardware."""
-        if not self._reads_aes:
-            self._aes_promised = True
-
-    def agree_aes(self) -> None:
-        """The peer's hello said so, and it holds here too."""
-        if not self._writes_aes:
-            self._aes_agreed = True
-
     # lifecycle
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until the connection ends; never raises for what the peer did."""
         try:
             async with trio.open_nursery() as nursery:
-                self._cancel = nursery.cancel_scope
+                self._nursery = nursery
                 if self.why_closed is not None:
-                    self._cancel.cancel()
-                nursery.start_soon(self._guard, self._read, nursery)
-                nursery.start_soon(self._guard, self._write, nursery)
-                nursery.start_soon(self._guard, self._keep, nursery)
+                    nursery.cancel_scope.cancel()
+                nursery.start_soon(self._guard, self._read)
+                nursery.start_soon(self._guard, self._write)
+                nursery.start_soon(self._guard, self._keep)
                 task_status.started()
         finally:
             self.why_closed = self.why_closed or "cancelled"
@@ -360,9 +304,9 @@ class Connection:
             self._session.go_away()
             self._wake()
 
-    async def _guard(self, task: Callable[[trio.Nursery], Awaitable[None]], nursery: trio.Nursery) -> None:
+    async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
         try:
-            await task(nursery)
+            await task()
         except RemoteError as error:
             self.close(str(error))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -372,13 +316,16 @@ class Connection:
 
     # the three tasks
 
-    async def _read(self, nursery: trio.Nursery) -> None:
+    async def _read(self) -> None:
+        session, opener, dispatch = self._session, self.opener, self._dispatch
         if self._first:
-            self._dispatch(self._session.receive(memoryview(self._first)), nursery)
-        begun = self._open(memoryview(self._tail), nursery)
+            dispatch(session.receive(memoryview(self._first)))
+        begun = opener.open(memoryview(self._tail), dispatch)
+        if session.wants_to_send():
+            self._wake()
         while True:
             most = self._download.portion(READ_SIZE)
-            await self._wire.readable(most, _missing(begun))
+            await self._wire.readable(most, missing(begun))
             buffer = self._scratch.take()
             kept = len(begun)
             buffer[:kept] = begun
@@ -389,7 +336,9 @@ class Connection:
                 self._heard = trio.current_time()
                 self.last_heard = self._clock()
                 self._bound_unread(size)
-                begun = self._open(buffer[: kept + size], nursery)
+                begun = opener.open(buffer[: kept + size], dispatch)
+                if session.wants_to_send():
+                    self._wake()
             self._scratch.give(buffer)
             if size == 0:
                 raise PeerGone("the peer closed the connection")
@@ -408,50 +357,7 @@ class Connection:
             self._counters.turned_away("unread", self.peer)
             raise RemoteError("too much of what guests sent waits to be read")
 
-    def _open(self, data: memoryview, nursery: trio.Nursery) -> bytes:
-        """Take all whole records in; the beginning of the next one."""
-        offset, end = 0, len(data)
-        while end - offset >= 2:
-            size = data[offset] << 8 | data[offset + 1]
-            if size < noise.TAG:
-                raise RemoteError(f"a Noise record of {size} bytes")
-            stop = offset + 2 + size
-            if stop > end:
-                break
-            size -= noise.TAG
-            if size and (target := self._session.place(size)) is not None:
-                offset, filled = self._open_into(target, data, offset)
-                self._dispatch(self._session.placed(filled), nursery)
-                continue
-            plain = self._scratch.plain[:size]
-            self._receiving.decrypt_into(data[offset + 2 : stop], plain)
-            if size:
-                self._dispatch(self._session.receive(plain), nursery)
-            elif self._aes_promised:
-                self._receiving = self._receiving.faster()
-                self._aes_promised, self._reads_aes = False, True
-            offset = stop
-        if self._session.wants_to_send():
-            self._wake()
-        return bytes(data[offset:])
-
-    def _open_into(self, target: memoryview, data: memoryview, offset: int) -> tuple[int, int]:
-        """Decrypt whole records that belong into ``target``, the first one of which is sure to.
-
-        Where the next record begins, and how much of the target is full.
-        """
-        decrypt_into, last = self._receiving.decrypt_into, len(data) - 2
-        filled, room = 0, len(target)
-        while offset <= last:
-            sealed = data[offset] << 8 | data[offset + 1]
-            stop, full = offset + 2 + sealed, filled + sealed - noise.TAG
-            if stop > last + 2 or not filled < full <= room:
-                break
-            decrypt_into(data[offset + 2 : stop], target[filled:full])
-            offset, filled = stop, full
-        return offset, filled
-
-    def _dispatch(self, events: list[YamuxEvent], nursery: trio.Nursery) -> None:
+    def _dispatch(self, events: list[YamuxEvent]) -> None:
         at_once = AT_ONCE
         for event in events:
             if isinstance(event, Changed):
@@ -463,53 +369,28 @@ class Connection:
                 # All that came is parsed by now: a question may be there in full behind its start.
                 at_once -= 1
                 if at_once < 0 or not self._serve_now(self, opened):
-                    nursery.start_soon(self._serve, self, opened)
+                    assert self._nursery is not None
+                    self._nursery.start_soon(self._serve, self, opened)
             elif isinstance(event, PingAnswered):
                 self._answered(event.value)
 
-    async def _write(self, _nursery: trio.Nursery) -> None:
-        session, plain = self._session, self._scratch.plain
+    async def _write(self) -> None:
+        session, sealer = self._session, self.sealer
         while True:
             if not session.wants_to_send():
                 self._emptied.set()
                 await self._output.wait()
                 self._output = trio.Event()
                 continue
-            room = self._upload.portion(BATCH * RECORD)
-            size = session.fill(plain, _beyond(room))
-            if size <= SMALL and not session.behind and not session.wants_to_send():
-                small = memoryview(bytearray(2 + size + noise.TAG))
-                self._seal(plain[:size], small)
+            records, buffer = sealer.batch(self._upload.portion(BATCH * RECORD))
+            if session.drained:
                 self._tell_drained()
-                await self._send(small)
-                continue
-            out = self._scratch.take()
-            used = 0
-            if self._aes_agreed:
-                used += self._seal(plain[:0], out)
-                self._sending = self._sending.faster()
-                self._aes_agreed, self._writes_aes = False, True
-            while True:
-                used += self._seal(plain[:size], out[used:])
-                behind = session.behind
-                while behind:
-                    used += self._seal(behind[: noise.MAX_PLAINTEXT], out[used:])
-                    behind = behind[noise.MAX_PLAINTEXT :]
-                if used + RECORD > room or not session.wants_to_send():
-                    break
-                size = session.fill(plain, _beyond(room - used))
-            self._tell_drained()
-            await self._send(out[:used])
-            self._scratch.give(out)
-            await trio.lowlevel.checkpoint()  # what is to follow is queued meanwhile, and others have a turn
-
-    def _seal(self, plain: memoryview, out: memoryview) -> int:
-        """One record of ``plain``; bytes written."""
-        sealed = len(plain) + noise.TAG
-        out[0] = sealed >> 8
-        out[1] = sealed & 0xFF
-        self._sending.encrypt_into(plain, out[2 : 2 + sealed])
-        return 2 + sealed
+            await self._send(records)
+            if buffer is not None:
+                self._scratch.give(buffer)
+                await (
+                    trio.lowlevel.checkpoint()
+                )  # what is to follow is queued meanwhile, and others have a turn
 
     async def _send(self, data: memoryview) -> None:
         await self._upload.passage(len(data))
@@ -526,7 +407,7 @@ class Connection:
                 stream.drained()
         self._session.drained.clear()
 
-    async def _keep(self, _nursery: trio.Nursery) -> None:
+    async def _keep(self) -> None:
         limits = self.limits
         since = trio.current_time()  # silence counts from here at the earliest
         was_watched = False

@@ -167,7 +167,7 @@ def _own(connection: Connection, admission: Admission, window: int) -> Hello:
     certificate = admission.own_certificate()
     connection.promise_window(window)
     if has_aes():
-        connection.promise_aes()
+        connection.opener.promise_aes()
     return Hello(
         run=admission.trust.run,
         manifest=admission.trust.manifest_hash,
@@ -182,7 +182,7 @@ def _own(connection: Connection, admission: Admission, window: int) -> Hello:
 def _agree(connection: Connection, theirs: Hello) -> None:
     connection.agree_window(theirs.window)
     if theirs.aes and has_aes():
-        connection.agree_aes()
+        connection.sealer.agree_aes()
 
 
 @cache

@@ -31,7 +31,7 @@ from typing import final
 import trio
 
 from p2p import hello, identify, multistream
-from p2p.connection import Connection, Scratch, Unread
+from p2p.connection import Connection, Unread
 from p2p.counters import Counters
 from p2p.dial import Dialer
 from p2p.door import Arrivals, Door, crowding, source_of
@@ -42,6 +42,7 @@ from p2p.identity import Identity, PeerId, short
 from p2p.limits import Limits
 from p2p.multiaddr import Multiaddr
 from p2p.rpc import Call
+from p2p.sealed import Scratch
 from p2p.secure import Entropy, Upgraded, upgrade
 from p2p.serving import Entry, Handler, RawHandler, Responder, Server, taking_turns
 from p2p.shaper import Shaper

@@ -19,12 +19,12 @@ import trio
 from agorad.bench import member
 from agorad.bench.member import say
 from p2p import noise
-from p2p.connection import BATCH, READ_SIZE, RECORD
 from p2p.errors import PeerGone
 from p2p.host import Host
 from p2p.identity import PeerId
 from p2p.multiaddr import Multiaddr
 from p2p.rpc import Call
+from p2p.sealed import BATCH, READ_SIZE, RECORD
 from p2p.transport import tune
 
 BULK: Final = "/agora/bench-bulk/1"

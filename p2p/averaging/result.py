@@ -127,13 +127,8 @@ class Result:
         """Header and payload that hand a held part on."""
         begin, end = self._spans[part]
         proof = self.proofs[part]
-        header = {
-            "t": "mean",
-            "p": part,
-            "rd": proof.reducer,
-            "by": proof.contributors,
-            "sig": proof.signature,
-        }
+        by, sig = proof.contributors, proof.signature
+        header = {"t": "mean", "p": part, "rd": proof.reducer, "by": by, "sig": sig}
         return header, self._coded.get(part, self.vector[begin:end])
 
     def finish(self, counted: Collection[int], own: memoryview) -> memoryview:

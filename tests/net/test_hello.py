@@ -326,7 +326,7 @@ def test_bulk_goes_over_to_aes_where_both_compute_it(hardware: bool, monkeypatch
         async with running(one, two):
             await one.ask(two, "/agora/open/1")
             ciphers = [
-                (connection._sending, connection._receiving)
+                (connection.sealer.cipher, connection.opener.cipher)
                 for node in (one, two)
                 for connection in node.host.connections.values()
             ]
@@ -336,8 +336,8 @@ def test_bulk_goes_over_to_aes_where_both_compute_it(hardware: bool, monkeypatch
                     assert (await call.receive(max_payload=len(data))).payload == data
             for node, (sending, receiving) in zip((one, two), ciphers, strict=True):
                 (connection,) = node.host.connections.values()
-                assert (connection._sending is not sending) == hardware
-                assert (connection._receiving is not receiving) == hardware
+                assert (connection.sealer.cipher is not sending) == hardware
+                assert (connection.opener.cipher is not receiving) == hardware
 
     run(main)
 
