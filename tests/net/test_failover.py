@@ -1,6 +1,6 @@
 """Replicas lost in the middle of a three-stage pipeline: what was done further down is not done again.
 
-Real hosts on loopback and a fake ``Compute`` that counts its passes (``test_microbatch``).
+Real hosts on loopback and a fake ``Compute`` that counts its passes (``fake_compute``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from stage.config import ModelConfig
 from stage.events import Rerouted, Reused, ReusedStale
 from stage.nexthop import Passed
 from stage.receipts import Receipt
-from tests.net.test_microbatch import IDS, TRAINER, C, Node, Swarm, ask, asking, swarm, until, waiting_at
+from tests.net.fake_compute import IDS, C
+from tests.net.pipelines import TRAINER, Node, Swarm, ask, asking, swarm, until, waiting_at
 
 MODEL = ModelConfig(d=64, k=8, heads=4, kv_heads=2, head_dim=16, ffn=128, seq=32, layers=(1, 1, 1))
 """Of which only the stages count here, and what their work is worth."""
