@@ -16,7 +16,7 @@ from agorad.node import Node
 from p2p.multiaddr import Multiaddr
 from p2p.records import StageRecord
 from stage.roster import Entry, Roster
-from tests.net.test_probe import Place, living
+from tests.net.whole_nodes import Place, living
 
 
 @asynccontextmanager

@@ -27,7 +27,7 @@ from p2p.kad.messages import (
 from p2p.kad.record import KEY_LIMIT, VALUE_LIMIT, seal
 from p2p.kad.table import Contact
 from p2p.rpc import Message, pack
-from tests.sim.test_kad_swarm import LIMITS, Swarm, put, simulate, values
+from tests.sim.kad_swarms import LIMITS, Swarm, put, simulate, values
 
 KEY = "stage/run/0"
 HOUR = 3600.0

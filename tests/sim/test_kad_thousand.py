@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from p2p.errors import P2PError
-from tests.sim.test_kad_swarm import Swarm, put, simulate
+from tests.sim.kad_swarms import Swarm, put, simulate
 
 DEADLINE_S = 5.0
 ROUNDING_S = 1e-6  # two readings of a clock that has counted minutes differ by that of their floats
