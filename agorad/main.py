@@ -24,7 +24,7 @@ import trio
 from agorad import __version__, preflight
 from agorad.config import ROLES, Config, default_path, load
 from agorad.exitcodes import DaemonExit, ExitCode, verdict
-from agorad.node import run_node, start_time
+from agorad.living import run_node, start_time
 from agorad.notify import Notifier
 from agorad.pages import use_large_pages
 from agorad.usage import NamedPath, complain

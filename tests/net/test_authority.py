@@ -18,7 +18,8 @@ from agorad import config, run
 from agorad.authority import accounts
 from agorad.exitcodes import DaemonExit, ExitCode, verdict
 from agorad.joining import obtain_certificate, pause
-from agorad.node import Node, run_node
+from agorad.living import run_node
+from agorad.node import Node
 from agorad.roles import authority
 from agorad.run import Admission, Manifest, NodeRef, RunInfo
 from p2p.errors import Refused

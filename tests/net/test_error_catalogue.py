@@ -20,7 +20,8 @@ from agorad.authority import revocation
 from agorad.authority.messages import PROTOCOL
 from agorad.exitcodes import ExitCode, verdict
 from agorad.joining import obtain_certificate
-from agorad.node import Node, run_node
+from agorad.living import run_node
+from agorad.node import Node
 from agorad.roles import authority
 from agorad.run import NodeRef
 from p2p.identity import Identity, PeerId

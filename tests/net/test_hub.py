@@ -19,7 +19,8 @@ from agorad.authority import hub as hub_module
 from agorad.authority.hub import Hub
 from agorad.exitcodes import DaemonExit, ExitCode, verdict
 from agorad.joining import obtain_certificate
-from agorad.node import Node, run_node
+from agorad.living import run_node
+from agorad.node import Node
 from agorad.roles import authority
 from p2p.errors import Refused
 from tests.net.test_authority import Place, idle, living, until_event, within

@@ -17,7 +17,8 @@ from agorad.authority.messages import PROTOCOL, Facts, Granted, Join, Queued, re
 from agorad.authority.store import Store
 from agorad.exitcodes import DaemonExit, ExitCode
 from agorad.joining import obtain_certificate
-from agorad.node import Node, run_node
+from agorad.living import run_node
+from agorad.node import Node
 from agorad.roles import authority
 from p2p.errors import Refused
 from p2p.identity import PeerId

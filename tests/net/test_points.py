@@ -23,7 +23,8 @@ from agorad.authority.leaderboard import PROTOCOL, Credited
 from agorad.authority.ledger import Rules
 from agorad.authority.store import Grant, Store
 from agorad.joining import obtain_certificate
-from agorad.node import Node, run_node
+from agorad.living import run_node
+from agorad.node import Node
 from agorad.outbox import Outbox
 from agorad.points import Submitter
 from agorad.roles import authority, trainer

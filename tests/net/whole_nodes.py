@@ -11,7 +11,8 @@ from pathlib import Path
 import trio
 
 from agorad import config, run
-from agorad.node import Node, run_node
+from agorad.living import run_node
+from agorad.node import Node
 from agorad.run import Manifest, NodeRef, RunInfo
 from p2p.identity import Identity
 from stage.config import ModelConfig, TrainingConfig

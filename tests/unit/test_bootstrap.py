@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
-from agorad.node import _bootstrap
+from agorad.living import _bootstrap
 from agorad.run import Manifest, NodeRef
 from p2p.identity import Identity, PeerId
 
