@@ -15,16 +15,7 @@ from pathlib import Path
 import trio
 
 from agorad import __version__, control
-from agorad.control import (
-    CLIENTS,
-    IDLE_S,
-    REQUEST_LIMIT,
-    BadRequest,
-    Command,
-    encode,
-    failure,
-    parse_request,
-)
+from agorad.control import CLIENTS, IDLE_S, REQUEST_LIMIT, BadRequest, Command, encode, failure, parse_request
 from agorad.exitcodes import DaemonExit
 from p2p.errors import LocalError, P2PError, Refused
 

@@ -11,7 +11,7 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import attrs
@@ -19,11 +19,11 @@ import torch
 import trio
 
 from agorad import moving, neighbours, points
-from agorad.checkpoints import Checkpoints, remove_older, snapshots_of
+from agorad.checkpoints import Checkpoints, snapshots_of
 from agorad.clockwatch import read_clock, watch_clock
-from agorad.events import Trouble
 from agorad.exitcodes import DaemonExit, ExitCode, hardware
 from agorad.joining import obtain_certificate
+from agorad.keeping import Keeper
 from agorad.metrics.readings import Readings
 from agorad.node import Node
 from agorad.supervision.levers import Levers
@@ -34,7 +34,7 @@ from agorad.supervision.reactions import Vitals
 from agorad.supervision.rounds import Rounds
 from agorad.supervision.weights import Weights
 from p2p.averaging import Averager, RoundConfig
-from p2p.errors import LocalError, P2PError, Refused, RemoteError
+from p2p.errors import LocalError, P2PError, Refused
 from p2p.event import Event
 from p2p.groups import plain
 from p2p.identity import PeerId
@@ -47,13 +47,12 @@ from stage.compute import NOT_FINITE, StageCompute, wire_shape
 from stage.device import STEP, Device
 from stage.donor import PROTOCOL as STATE_PROTOCOL
 from stage.donor import Donor
-from stage.events import BadOutput, CheckpointFailed, Resumed, Saved, SaveFailed
-from stage.fetch import Fetch, Source
+from stage.events import BadOutput
 from stage.microbatch import MicrobatchServer
 from stage.nexthop import NextHop
 from stage.parameters import ticket_flops
 from stage.placement import DeviceError, choose_device, give_back, peak_flops, vram
-from stage.replica import Fetched, Replica
+from stage.replica import Replica
 from stage.robust import reducer
 from stage.roster import Declaration, Roster
 from stage.router import Router
@@ -211,8 +210,6 @@ class _Worker:
         self.device = device
         self.peer_id: PeerId = node.identity.peer_id
         self.store = store
-        self.saving = trio.Lock()
-        self.saved_bytes = 0
         self.rate = Rate()
         self.capacity = moving.Capacity()
         self.moves: tuple[int, ...] = ()
@@ -223,7 +220,17 @@ class _Worker:
         self.roster = Roster(node.dht, node.trust, node.clock, lambda: generation)
         self.mates = self.roster.view(stage)
         self.declaration = Declaration(node.dht, manifest.run.id, stage, self.peer_id, self.describe)
-        self.donor = Donor(node.identity, self.store, stage, self.donated, node.host.membership)
+        self.keeper = Keeper(
+            node,
+            stage,
+            clock=clock,
+            compute=compute,
+            device=device,
+            store=store,
+            checkpoints=self.checkpoints,
+            mates=self.mates,
+        )
+        self.donor = Donor(node.identity, store, stage, self.keeper.donated, node.host.membership)
         tail = stage == manifest.model.stages - 1
         next_hop = None
         if not tail:
@@ -265,14 +272,15 @@ class _Worker:
             steps=steps,
             mates=self.mates,
             refresh_mates=lambda: self.roster.refresh(self.mates),
-            fetch_state=self.fetch_state,
-            restore_state=self.restore,
-            take_snapshot=self.take_snapshot,
+            fetch_state=self.keeper.fetch,
+            restore_state=self.keeper.restore,
+            take_snapshot=self.keeper.snapshot,
             snapshot_every=node.config.worker.snapshot_every,
             phase_changed=self.declaration.changed,
             now=node.clock,
             emit=node.emit,
         )
+        self.keeper.replica = self.replica
         self.server = MicrobatchServer(
             identity=node.identity,
             run=manifest.run.id,
@@ -292,7 +300,7 @@ class _Worker:
 
     async def run(self) -> None:
         node = self.node
-        await self.resume()
+        await self.keeper.resume()
         await self.read_first_clock()
         if node.stopping.is_set():
             return  # without the clock its phase would be a guess
@@ -301,12 +309,12 @@ class _Worker:
         async with trio.open_nursery() as nursery:
             await nursery.start(self.server.run)
             await self.roster.refresh(self.mates)
-            await self.begin_at_checkpoint()
+            await self.keeper.begin_at_checkpoint()
             if node.stopping.is_set():
                 nursery.cancel_scope.cancel()
                 return
             nursery.start_soon(self.roster.run)
-            nursery.start_soon(self.checkpoints.run, self.store, self.active_step, self.take_snapshot)
+            nursery.start_soon(self.checkpoints.run, self.store, self.active_step, self.keeper.snapshot)
             nursery.start_soon(neighbours.keep, node, self.roster, self.stage)
             nursery.start_soon(watch_clock, node, self.clock, self.replica.clock_advanced)
             nursery.start_soon(self.replica.run)
@@ -336,77 +344,6 @@ class _Worker:
             await self.leave()
             nursery.cancel_scope.cancel()
         self.donor.close()
-
-    async def resume(self) -> None:
-        """Load the newest own snapshot, if there is a sound one of this stage.
-
-        One whose numbers are none to go on with is removed, and the one before is tried.
-        """
-        tried = 0
-        while True:
-            state = await trio.to_thread.run_sync(self.store.load_newest)
-            for problem in self.store.problems:
-                self.node.warnings["snapshot"] = problem
-            if state is None:
-                break
-            try:
-                await self.device.run(STEP, self.compute.load, state)
-            except LocalError as error:
-                # It was given another stage since, say. What it lacks then a mate has.
-                self.node.warnings["snapshot"] = str(error)
-                return
-            if await self.device.run(STEP, self.compute.sound):
-                self.replica.resumed(state.step)
-                self.node.emit(Resumed(step=state.step))
-                return
-            tried += 1
-            self.node.emit(
-                Trouble(
-                    kind="weights",
-                    why=f"the snapshot of step {state.step} holds no numbers to go on with",
-                    reaction="removed",
-                )
-            )
-            await trio.to_thread.run_sync(self.store.discard_newest)
-        if tried:
-            raise DaemonExit(
-                ExitCode.NUMERICAL,
-                f"none of {tried} snapshots holds weights to go on with, so they were removed; start it "
-                "again: it fetches the state of another replica",
-            )
-
-    async def begin_at_checkpoint(self) -> None:
-        """Where no mate could give its state: that of the run's store, if it is newer than ours."""
-        if self.mates.in_phase("active"):
-            return
-        try:
-            async with trio.open_nursery() as nursery:
-
-                async def give_up() -> None:
-                    await self.node.stopping.wait()
-                    nursery.cancel_scope.cancel()
-
-                nursery.start_soon(give_up)
-                await self.restore()
-                nursery.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            error = plain(group)
-            if not isinstance(error, LocalError):
-                raise error from None
-            if not self.replica.state_step and (self.clock.step or self.checkpoints.generation):
-                raise DaemonExit(
-                    ExitCode.NETWORK,
-                    f"no other replica of stage {self.stage} is up, this one has no state, and {error}",
-                ) from None
-            self.node.emit(CheckpointFailed(why=str(error)))
-
-    async def restore(self) -> None:
-        """The run's newest checkpoint, if it is newer than our state. Raises LocalError."""
-        file = await self.checkpoints.restore(self.store, self.replica.state_step or None)
-        if file is not None:
-            with file:
-                await self.device.run(STEP, self.compute.load, file.mapped())
-            self.replica.resumed(file.manifest.step)
 
     def take_manifest(self) -> None:
         """A newer one is in force."""
@@ -451,47 +388,6 @@ class _Worker:
             round=None if last is None else (last.number, last.fraction, last.members, last.at),
         )
 
-    async def take_snapshot(self, step: int) -> None:
-        """Write the state of ``step`` to disk while training goes on; one at a time."""
-        async with self.saving:
-            held = await self.device.run(STEP, self.compute.hold, step)
-            try:
-                size = await trio.to_thread.run_sync(self.store.save, held)
-            finally:
-                held.release()
-        self.saved_bytes = size
-        self.node.emit(Saved(step=step, bytes=size))
-        await trio.to_thread.run_sync(remove_older, self.node.config.node.state, self.checkpoints.generation)
-
-    async def donated(self) -> None:
-        """A newcomer asks for state: give it one of about now, not the last snapshot, however old.
-
-        A few newcomers one after the other get the same: each snapshot is written for many to read.
-        """
-        if self.replica.phase != "active":
-            raise Refused("not_active", f"this replica is {self.replica.phase}", 5.0)
-        newest, spare = self.store.newest_step(), self.node.manifest.training.max_stale_steps // 5
-        if newest is None or not self.replica.step - spare <= newest <= self.replica.step:
-            await self.take_snapshot(self.replica.step)
-
-    async def fetch_state(self, donors: Sequence[PeerId], oldest: int) -> Fetched:
-        """Install the state of the first of these mates, perhaps with help of the others."""
-        fetch = Fetch(
-            self.node.host,
-            self.stage,
-            floats=self.compute.floats,
-            fingerprint=self.compute.fingerprint,
-            store=self.store,
-            emit=self.node.emit,
-        )
-        sources = [Source(donor, self.mates.addrs(donor)) for donor in donors]
-        with await fetch.run(sources, oldest=oldest) as file:
-            await self.device.run(STEP, self.compute.load, file.mapped())
-            if not await self.device.run(STEP, self.compute.sound):
-                await trio.to_thread.run_sync(self.store.discard_newest)
-                raise RemoteError("the donor's weights are no numbers to go on with")
-            return Fetched(file.manifest.step, fetch.resumed)
-
     def update_status(self) -> None:
         last = self.replica.last_round
         self.node.status.update(
@@ -532,17 +428,7 @@ class _Worker:
         with trio.move_on_after(DRAIN_S):
             await self.declaration.withdraw()
             await self.server.wait_idle()
-        # One of before a roll-back goes into a folder that nobody begins with.
-        if self.moved:
-            with contextlib.suppress(LocalError):  # then the next life says that it does not fit
-                await trio.to_thread.run_sync(self.store.clear)
-            return
-        spoilt = self.node.ending is not None and self.node.ending.code == ExitCode.NUMERICAL
-        if self.replica.phase in ("active", "warming") and not spoilt:
-            try:
-                await self.take_snapshot(self.replica.step)
-            except LocalError as error:  # a full disk: the one before is what is left
-                self.node.emit(SaveFailed(step=self.replica.step, why=str(error)))
+        await self.keeper.leave(moved=self.moved)
 
     # Supervision
 
@@ -571,7 +457,7 @@ class _Worker:
             now,
             vram_total=memory.get("total", 0),
             vram_free=memory.get("free", 0),
-            snapshot_bytes=self.saved_bytes,
+            snapshot_bytes=self.keeper.saved_bytes,
             job_s=None if since is None else time.monotonic() - since,
             step=self.replica.step,
             added=self.server.added,
