@@ -43,7 +43,7 @@ from p2p.records import StageRecord
 from stage import messages
 from stage.ahead import Ahead
 from stage.clock import StepClock
-from stage.compute import NOT_FINITE, StageCompute, wire_shape
+from stage.compute import StageCompute, wire_shape
 from stage.device import STEP, Device
 from stage.donor import PROTOCOL as STATE_PROTOCOL
 from stage.donor import Donor
@@ -51,6 +51,7 @@ from stage.events import BadOutput
 from stage.microbatch import MicrobatchServer
 from stage.nexthop import NextHop
 from stage.parameters import ticket_flops
+from stage.passes import NOT_FINITE
 from stage.placement import DeviceError, choose_device, give_back, peak_flops, vram
 from stage.replica import Replica
 from stage.robust import reducer

@@ -9,9 +9,10 @@ import torch
 
 from p2p.errors import Refused
 from p2p.identity import Identity
-from stage.compute import NOT_FINITE, StageCompute
+from stage.compute import StageCompute
 from stage.config import ModelConfig, TrainingConfig
 from stage.messages import BASIS, Request
+from stage.passes import NOT_FINITE
 from stage.ticket import Ticket
 
 MODEL = ModelConfig(d=64, k=8, heads=4, kv_heads=2, head_dim=16, ffn=128, seq=16, layers=(1, 1, 1))
