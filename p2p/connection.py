@@ -383,8 +383,11 @@ class Connection:
                 self._output = trio.Event()
                 continue
             records, buffer = sealer.batch(self._upload.portion(BATCH * RECORD))
-            if session.drained:
-                self._tell_drained()
+            for drained in session.drained:
+                stream = self._streams.get(drained)
+                if stream is not None:
+                    stream.drained()
+            session.drained.clear()
             await self._send(records)
             if buffer is not None:
                 self._scratch.give(buffer)
@@ -399,13 +402,6 @@ class Connection:
         self._sending_since = trio.current_time()
         await self._wire.write(data)
         self._sending_since = None
-
-    def _tell_drained(self) -> None:
-        for drained in self._session.drained:
-            stream = self._streams.get(drained)
-            if stream is not None:
-                stream.drained()
-        self._session.drained.clear()
 
     async def _keep(self) -> None:
         limits = self.limits

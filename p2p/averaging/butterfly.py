@@ -342,8 +342,7 @@ class Exchange:
         self._result.hold(part, self._codec.encode(mean), self.me, contributors, None)
         deputy = self.roster.deputy(self.me)
         if self._owners[part] != self.me:
-            for to in range(self._n):
-                self._hand(part, to)
+            self._hand(part, *range(self._n))
             return
         self._unacked.add(part)
         if deputy in self._lost:
@@ -354,9 +353,8 @@ class Exchange:
     def _spread(self, part: int) -> None:
         if part in self._unacked:
             self._unacked.discard(part)
-            for to in range(self._n):
-                if to != self.roster.deputy(self.me):
-                    self._hand(part, to)
+            deputy = self.roster.deputy(self.me)
+            self._hand(part, *[to for to in range(self._n) if to != deputy])
 
     def _take_over(self) -> None:
         """As deputy: reduce what the reducer, lost or late, has not handed over."""
@@ -417,7 +415,8 @@ class Exchange:
         elif self._status[part] is not Part.HELD:
             self._result.hold(part, payload, reducer, contributors, signature)
             self._reducers.pop(part, None)
-            self._answer_all(part)
+            if part in self._askers:
+                self._answer_all(part)
         if sender == owner and self.me == deputy and self._result.proofs[part].reducer == owner:
             self._tell(owner, {"t": "ack", "p": part})
             if part == self._to_audit and self._schedule.passed < RAW_BY:
@@ -426,10 +425,11 @@ class Exchange:
     def _miss(self, part: int) -> None:
         if self._status[part] is Part.PENDING:
             self._result.miss(part)
-            self._answer_all(part)
+            if part in self._askers:
+                self._answer_all(part)
 
     def _answer_all(self, part: int) -> None:
-        for asker in sorted(self._askers.pop(part, ())):
+        for asker in sorted(self._askers.pop(part)):
             self._answer(asker, part)
 
     def _asked_by(self, sender: int, parts: Sequence[int]) -> None:
@@ -545,8 +545,10 @@ class Exchange:
 
     # -- helpers
 
-    def _hand(self, part: int, to: int) -> None:
-        self._tell(to, *self._result.message(part))
+    def _hand(self, part: int, *members: int) -> None:
+        header, payload = self._result.message(part)
+        for to in members:
+            self._tell(to, header, payload)
 
     def _wire_size(self, part: int) -> int:
         begin, end = self._spans[part]
