@@ -391,9 +391,8 @@ class Connection:
             await self._send(records)
             if buffer is not None:
                 self._scratch.give(buffer)
-                await (
-                    trio.lowlevel.checkpoint()
-                )  # what is to follow is queued meanwhile, and others have a turn
+                # What is to follow is queued meanwhile, and others have a turn.
+                await trio.lowlevel.checkpoint()
 
     async def _send(self, data: memoryview) -> None:
         await self._upload.passage(len(data))
