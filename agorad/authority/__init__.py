@@ -1,5 +1,5 @@
 """Who may join: accounts, grants that outlive the process, certificates, and the protocol for it.
 
 ``accounts`` reads the account file, ``store`` remembers bindings and grants, ``issue`` decides and
-signs; ``agorad.roles.authority`` serves it and ``agorad.joining`` is the other end.
+signs; ``desk`` serves it and ``agorad.joining`` is the other end.
 """

@@ -1,8 +1,8 @@
 """The rules of ``[admission]``, a function each: silent, or ``Refused`` with measurement, limit and remedy.
 
 Pure: everything that a rule looks at is an argument, times are unix seconds. The order in which the
-authority applies them is in ``agorad.roles.authority``; what a refusal means to the refused, and what its
-user should do, is the table in ``agorad.authority.refusals``. A limit of 0 is no rule.
+authority applies them is in ``desk``; what a refusal means to the refused, and what its user should do, is
+the table in ``agorad.authority.refusals``. A limit of 0 is no rule.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from p2p.identity import PeerId, parse_peer_id
 from p2p.membership import Revoked
 
 if TYPE_CHECKING:
+    from agorad.authority.desk import Desk
     from agorad.node import Node
-    from agorad.roles.authority import Desk
 
 PUBLISH_S: Final = 20.0
 LIST_TTL_S: Final = 600.0

@@ -17,8 +17,8 @@ from agorad.web.site import Site
 from agorad.web.watch import Watch
 
 if TYPE_CHECKING:
+    from agorad.authority.desk import Desk
     from agorad.node import Node
-    from agorad.roles.authority import Desk
 
 AGAIN_S: Final = 10.0
 

@@ -30,9 +30,9 @@ from stage.clock import Reading, StepClock
 from stage.roster import Entry, Roster
 
 if TYPE_CHECKING:
+    from agorad.authority.desk import Desk
     from agorad.authority.store import Store
     from agorad.node import Node
-    from agorad.roles.authority import Desk
 
 WATCHED_S: Final = 2.0
 QUIET_S: Final = 10.0

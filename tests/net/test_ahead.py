@@ -382,7 +382,7 @@ async def refused(node: Node, there: PeerId, old: Replica, protocol: str, header
 
 
 def test_the_pass_comes_again_before_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agorad.roles.authority.PASS_S", 0.3)
+    monkeypatch.setattr("agorad.authority.desk.PASS_S", 0.3)
     place = crowd(tmp_path, port_test=False, max_rtt_ms=0.0)
 
     async def main() -> None:

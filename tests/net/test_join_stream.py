@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from agorad import run
+from agorad.authority.desk import Outside
 from agorad.authority.messages import PROTOCOL, Facts, Granted, Join, Queued, read_answer
 from agorad.authority.store import Store
 from agorad.exitcodes import DaemonExit, ExitCode
@@ -292,7 +293,7 @@ def test_looking_from_outside(tmp_path: Path) -> None:
     found = Found()
     asked: list[tuple[PeerId, Sequence[str], float]] = []
 
-    class Looker(authority.Outside):
+    class Looker(Outside):
         async def inspect(self, peer: PeerId, addrs: Sequence[str], enough_mbps: float) -> Found:
             asked.append((peer, addrs, enough_mbps))
             return found
