@@ -54,7 +54,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from p2p.averaging import fields
-from p2p.averaging.audit import Audit
+from p2p.averaging.audit import Auditor
 from p2p.averaging.memory import Memory
 from p2p.averaging.outcome import EVERYBODY_LOST, PARTS_MISSED, Outcome
 from p2p.averaging.reducer import Buffer, Codec, MakeReducer, PlainCodec, Reducer
@@ -123,14 +123,7 @@ class Exchange:
         self._asked: set[int] = set()
         self._moved: set[int] = set()
         """Parts that their deputy reduces, as far as this member was told."""
-        self._audits = audits
-        self._to_audit = self._draw(audits) if audits is not None else -1
-        """The part to audit once its reducer has signed it; -1: none."""
-        self._audit: Audit | None = None
-        self._showed: set[int] = set()
-        """Deputies that have audited with this member's help: one part each."""
-        self.accused: PeerId | None = None
-        """A reducer whose mean was not that of what its contributors sent."""
+        self._auditor = Auditor(roster, self.me, make_reducer, codec, audits)
         self._took_over = False
         self._verdict = Verdict(self.me, self._n, len(self._spans))
 
@@ -146,11 +139,6 @@ class Exchange:
                     self._tell(self._owners[part], {"t": "raw", "p": part}, own)
         self._reduce_own()
         self._advance()
-
-    def _draw(self, rng: random.Random) -> int:
-        """A part of this deputy's principal, in one round of as many as there are members."""
-        parts = [p for p, owner in enumerate(self._owners) if self.roster.deputy(owner) == self.me]
-        return rng.choice(parts) if parts and self._n > 2 and rng.random() < 1 / self._n else -1
 
     def _sending_order(self) -> list[int]:
         """The first part of each reducer, then the second of each, and so on.
@@ -214,8 +202,7 @@ class Exchange:
             return
         self._lost[member] = why
         self._result.lost(member)
-        if self._audit is not None and self._audit.awaited >> member & 1:
-            self._audit = None
+        self._auditor.lost(member)
         if len(self._lost) == self._n - 1:
             self.failed = EVERYBODY_LOST
             return
@@ -276,6 +263,11 @@ class Exchange:
     @property
     def done(self) -> bool:
         return self.outcome is not None or self.failed is not None
+
+    @property
+    def accused(self) -> PeerId | None:
+        """A reducer whose mean was not that of what its contributors sent, by an audit of this member."""
+        return self._auditor.accused
 
     @property
     def drops(self) -> list[tuple[PeerId, str]]:
@@ -419,7 +411,7 @@ class Exchange:
                 self._answer_all(part)
         if sender == owner and self.me == deputy and self._result.proofs[part].reducer == owner:
             self._tell(owner, {"t": "ack", "p": part})
-            if part == self._to_audit and self._schedule.passed < RAW_BY:
+            if part == self._auditor.part and self._schedule.passed < RAW_BY:
                 self._begin_audit(part)
 
     def _miss(self, part: int) -> None:
@@ -458,61 +450,30 @@ class Exchange:
     # -- audit
 
     def _begin_audit(self, part: int) -> None:
-        """The mean is signed: ask for what is behind it."""
-        assert self._audits is not None
-        self._to_audit = -1
         begin, end = self._spans[part]
         contributors = self._result.proofs[part].contributors & self._everybody
-        others = [i for i in range(self._n) if contributors >> i & 1 and i != self.me]
-        if not others or not self._lost.keys().isdisjoint(others):
-            return
-        self._audit = Audit(
-            part,
-            bytes(self._result.vector[begin:end]),
-            sum(1 << i for i in others),
-            self._make_reducer(end - begin),
-            self._codec.error,
-            self._audits,
-        )
-        if contributors >> self.me & 1:
-            self._audit.add(self._vector[begin:end], self._weights[self.me])
-        for other in others:
+        mean, own = self._result.vector[begin:end], self._vector[begin:end]
+        for other in self._auditor.begin(mean, contributors, own, self._lost):
             self._tell(other, {"t": "audit", "p": part})
 
     def _show(self, deputy: int, part: int) -> None:
-        if self.roster.deputy(self._owners[part]) != deputy or deputy in self._showed:
-            raise RemoteError("an audit by one who is not the deputy, or a second one")
-        self._showed.add(deputy)
+        self._auditor.show(deputy, part)
         begin, end = self._spans[part]
         own = self._codec.encode(self._vector[begin:end]) if self._weights[self.me] > 0 else b""
         self._tell(deputy, {"t": "audited", "p": part}, own)
 
     def _audited(self, sender: int, part: int, payload: memoryview) -> None:
-        audit = self._audit
-        if audit is None:
-            return  # given up
-        if audit.part != part or not audit.awaited >> sender & 1 or len(payload) != self._wire_size(part):
-            raise RemoteError("an answer to another audit")
-        audit.awaited &= ~(1 << sender)
-        try:
-            audit.add(self._codec.decode(payload), self._weights[sender])
-        except RemoteError:
-            self._audit = None  # these numbers were never in a mean
-            raise
-        if not audit.awaited:
-            self._audit = None
-            if not audit.passed():
-                owner = self._owners[part]
-                self.accused = self.roster.peers[owner]
-                self._barred[owner] = f"its mean of part {part} is not the mean of what was sent (audit)"
-                self._result.disown(part)
+        if self._auditor.answered(sender, part, payload):
+            why = f"its mean of part {part} is not the mean of what was sent (audit)"
+            self._barred[self._owners[part]] = why
+            self._result.disown(part)
 
     # -- agreement and end
 
     def _advance(self) -> None:
         """Report once nothing is pending, take a turn as owner of a ballot, pass messages on, finish."""
         verdict, result = self._verdict, self._result
-        auditing = self._audit is not None and self._schedule.passed < ACK_BY
+        auditing = self._auditor.running is not None and self._schedule.passed < ACK_BY
         if not result.pending and not auditing and self.me not in verdict.reports:
             verdict.report(b"".join(result.digests))
         if self.me in verdict.reports and not verdict.started:

@@ -470,7 +470,7 @@ def test_audits_of_honest_reducers_find_nothing_and_hold_nobody_up(weights: list
     assert swarm.finished == list(range(len(weights)))
     assert swarm.now == 0.0
     for exchange, member in zip(swarm.exchanges, swarm.roster.members, strict=True):
-        assert len(exchange._showed) == (len(weights) - 1 if member.weight else 0)
+        assert len(exchange._auditor._showed) == (len(weights) - 1 if member.weight else 0)
     assert all(e.accused is None and e.outcome and not e.outcome.drops for e in swarm.exchanges)
 
 
@@ -479,7 +479,7 @@ def test_audits_of_honest_reducers_find_nothing_and_hold_nobody_up(weights: list
 def test_a_reducer_that_is_audited_does_not_get_away_with_another_mean(liar: int, codec: str) -> None:
     swarm = Swarm([1.0] * 4, liar, floats=6000, codec=CODECS[codec], audits=Always(1))
     swarm.exchanges[liar]._make_reducer = Liar
-    swarm.exchanges[liar]._to_audit = -1
+    swarm.exchanges[liar]._auditor.part = -1
     swarm.run()
     swarm.check()
     assert swarm.finished == [0, 1, 2, 3]
