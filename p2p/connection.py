@@ -40,6 +40,7 @@ AT_ONCE = 8
 """Streams of one read that may be answered before others have their turn."""
 STALL_S = 0.25
 """Waking up this much too late means that we were the ones who were silent."""
+_NOTHING = memoryview(b"")
 
 
 @final
@@ -142,6 +143,8 @@ class Connection:
         self._streams: dict[Stream, MuxedStream] = {}
         self._output = trio.Event()
         self._emptied = trio.Event()
+        self._idle = True
+        """The writer has given all to the transport."""
         self._watchers = 0
         self._watch_changed = trio.Event()
         self._fillers = 0
@@ -292,7 +295,7 @@ class Connection:
             except RemoteError:
                 pass
             with trio.move_on_after(self.limits.close_s / 2):
-                while self._session.wants_to_send() and not self.closed.is_set():
+                while (self._session.wants_to_send() or not self._idle) and not self.closed.is_set():
                     self._emptied = trio.Event()
                     await self._emptied.wait()
         self.close("closed by this host")
@@ -377,10 +380,17 @@ class Connection:
     async def _write(self) -> None:
         session, sealer = self._session, self.sealer
         while True:
-            if not session.wants_to_send():
+            if self._wire.rest:
+                await self._wire.writable()  # first: what is sealed now would not be sent earlier
+                if not session.wants_to_send():
+                    await self._send(_NOTHING)
+                    continue
+            elif not session.wants_to_send():
+                self._idle = True
                 self._emptied.set()
                 await self._output.wait()
                 self._output = trio.Event()
+                self._idle = False
                 continue
             records, buffer = sealer.batch(self._upload.portion(BATCH * RECORD))
             for drained in session.drained:
@@ -400,7 +410,7 @@ class Connection:
         self.bytes_out += len(data)
         self._sending_since = trio.current_time()
         await self._wire.write(data)
-        self._sending_since = None
+        self._sending_since = trio.current_time() if self._wire.rest else None
 
     async def _keep(self) -> None:
         limits = self.limits

@@ -36,7 +36,7 @@ class RoundConfig:
     """How long a follower waits for a leader that does not answer or has not begun."""
     group_size: int = attrs.field(default=32, validator=[attrs.validators.ge(3), attrs.validators.le(64)])
     part_bytes: int = attrs.field(
-        default=1 << 20,
+        default=shares.PART_BYTES,
         validator=[attrs.validators.ge(shares.ALIGNMENT), attrs.validators.le(shares.MAX_PART_BYTES)],
     )
 

@@ -20,6 +20,8 @@ from typing import Final
 
 FLOAT_BYTES: Final = 4
 MAX_PART_BYTES: Final = 1 << 20
+PART_BYTES: Final = MAX_PART_BYTES - 4096
+"""As a rule: with its header it fills four batches of records; a whole MiB leaves 447 bytes for a fifth."""
 MAX_PARTS: Final = 4096
 PARTS_EACH: Final = 4
 """Parts that a reducer has at least, given enough numbers: it reduces one while others move."""
