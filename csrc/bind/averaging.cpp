@@ -82,7 +82,8 @@ void slice_pack(py::object table, py::object consensus, int64_t tensors, py::obj
                   before,
                   to.as<void>(),
                   keep.as<float>(),
-                  dtype};
+                  dtype,
+                  fp32 > kBypassBytes};
     py::gil_scoped_release unlocked;
     parallel_for(threads, count, grain(kBlock),
                  [&](int64_t begin, int64_t end) { cpu().pack(task, begin, end); });

@@ -21,6 +21,7 @@ struct PackTask {
     void* packed;
     float* snapshot;  // null: not wanted
     int dtype;        // of `packed`
+    bool bypass;      // the caches: what is written is larger than they are
 };
 
 struct MergeTask {

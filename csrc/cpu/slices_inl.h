@@ -1,17 +1,23 @@
 // Slice pack and merge. Included once per instruction set by kernels_inl.h.
 //
 // Blocks lie anywhere in memory; their places come from the permutation in batches, one lane a position. A
-// core waits for a few cache lines at once, so it matters which it asks for (figures: docs/benchmarks.md):
+// core waits for a few cache lines at once, so it matters which it asks for (figures: docs/benchmarks.md).
+// The Xeon that runs the AVX-512 table:
 // - Of a block to come only the first line. That finds the page and wakes the processor's own prefetcher,
 //   which brings the rest; asking for all sixteen takes places that nearer lines need.
 // - What is written in order is asked for a block ahead, line by line, and stored through the caches. Stores
 //   past the caches keep a place until memory has them, and the prefetcher alone stops at the end of a page.
+// Zen 4, which runs the AVX2 table where it has no AVX-512, wants the opposite of both:
+// - All lines of a block, early and into L2 only, whose places are many; in L1 they would be too many.
+// - Stores past the caches where the results are large: lines that nobody reads are not fetched first.
 
 namespace agora::AGORA_TARGET {
 
-constexpr int kBatch = 16;  // positions permuted together
-constexpr int kAhead = 2;   // blocks from the one that is worked on to the one that is asked for
-constexpr int kLine = 16;   // floats of a cache line
+constexpr int kBatch = 16;                 // positions permuted together
+constexpr int kLine = 16;                  // floats of a cache line
+constexpr bool kAskWhole = kWidth == 8;    // all lines of a block to come
+constexpr int kAhead = kAskWhole ? 8 : 2;  // blocks from the one that is worked on to the one asked for
+static_assert(kAhead <= kBatch, "the places of two batches are known");
 
 // permute() of `count` positions from `first` on, at most kBatch of them.
 static void permute_batch(const Permutation& p, int64_t first, int count, int64_t* blocks) {
@@ -43,6 +49,11 @@ AGORA_FN float* element(const TensorRow* table, const Place& place) {
     return reinterpret_cast<float*>(table[place.tensor].address) + place.offset;
 }
 
+AGORA_FN void ask_for(const float* block) {
+    if (!kAskWhole) return __builtin_prefetch(block);
+    for (int j = 0; j < kBlock; j += kLine) __builtin_prefetch(block + j, 0, 2);
+}
+
 // Tensors like the weights that are visited with them; `table` may be null.
 struct Twin {
     const TensorRow* table;
@@ -68,7 +79,7 @@ AGORA_FN void each_block(const SliceOf& slice, std::initializer_list<Twin> twins
         int64_t ahead = i + kAhead;
         if (ahead < end) {
             const Place& next = places[(ahead - begin) % (2 * kBatch)];
-            __builtin_prefetch(element(slice.table, next));
+            ask_for(element(slice.table, next));
             for (const Twin& twin : twins) {
                 if (twin.table == nullptr) continue;
                 int64_t address = twin.table[next.tensor].address + next.offset * twin.element_bytes;
@@ -79,16 +90,26 @@ AGORA_FN void each_block(const SliceOf& slice, std::initializer_list<Twin> twins
     }
 }
 
-// One block to two buffers that are written from front to back; `second` may be null.
-template <typename To>
+// One block to two buffers that are written from front to back; `second` may be null. Past the caches: both
+// are aligned to lines.
+template <bool kPast, typename To>
 AGORA_FN void put_block(const float* values, To* first, float* second) {
     for (int j = 0; j < kBlock; j += kLine) {
-        __builtin_prefetch(first + j + kBlock, 1);
-        if (second != nullptr) __builtin_prefetch(second + j + kBlock, 1);
+        if (!kPast) {
+            __builtin_prefetch(first + j + kBlock, 1);
+            if (second != nullptr) __builtin_prefetch(second + j + kBlock, 1);
+        }
         for (int i = j; i < j + kLine; i += kWidth) {
             Floats x = load_floats(values + i);
-            store_floats(first + i, x);
-            if (second != nullptr) store_floats(second + i, x);
+            if (kPast)
+                stream_floats(first + i, x);
+            else
+                store_floats(first + i, x);
+            if (second == nullptr) continue;
+            if (kPast)
+                stream_floats(second + i, x);
+            else
+                store_floats(second + i, x);
         }
     }
 }
@@ -113,7 +134,8 @@ static void pack_int8(uint8_t* to, const float* values, const float* consensus, 
     code_block(to, difference, kBlock);
 }
 
-static void pack(const PackTask& t, int64_t begin, int64_t end) {
+template <bool kPast>
+AGORA_FN void pack_blocks(const PackTask& t, int64_t begin, int64_t end) {
     each_block(t.slice, {{t.consensus, 4}}, begin, end, [&](int64_t i, const Place& place) {
         const float* values = element(t.slice.table, place);
         float whole[kBlock];
@@ -124,15 +146,25 @@ static void pack(const PackTask& t, int64_t begin, int64_t end) {
         }
         float* snapshot = t.snapshot == nullptr ? nullptr : t.snapshot + i * kBlock;
         if (t.dtype == kFloat32) {
-            put_block(values, static_cast<float*>(t.packed) + i * kBlock, snapshot);
+            put_block<kPast>(values, static_cast<float*>(t.packed) + i * kBlock, snapshot);
         } else if (t.dtype == kBfloat16) {
-            put_block(values, static_cast<Bf16*>(t.packed) + i * kBlock, snapshot);
+            put_block<kPast>(values, static_cast<Bf16*>(t.packed) + i * kBlock, snapshot);
         } else {
-            if (snapshot != nullptr) put_block<float>(values, snapshot, nullptr);
+            if (snapshot != nullptr) put_block<kPast, float>(values, snapshot, nullptr);
             pack_int8(static_cast<uint8_t*>(t.packed) + i * kInt8Block, values, element(t.consensus, place),
                       place.count);
         }
     });
+    if (kPast) finish_streams();
+}
+
+static void pack(const PackTask& t, int64_t begin, int64_t end) {
+    const uintptr_t packed = t.dtype == kInt8 ? 0 : reinterpret_cast<uintptr_t>(t.packed);
+    const bool lines = (packed | reinterpret_cast<uintptr_t>(t.snapshot)) % 64 == 0;
+    if (kStreamCopies && t.bypass && lines)
+        pack_blocks<kStreamCopies>(t, begin, end);
+    else
+        pack_blocks<false>(t, begin, end);
 }
 
 template <typename Low>
