@@ -239,18 +239,50 @@ AGORA_FN Words odd_pairs(Words a, Words b) {
 #endif
 }
 
+// N vectors of words that go through the same steps side by side: each step of a chain of products waits for
+// the one before, so that a chain alone leaves the multipliers idle.
+template <int N>
+struct Abreast {
+    Words v[N];
+};
+
+template <int N>
+AGORA_FN Abreast<N> operator^(Abreast<N> a, Abreast<N> b) {
+    for (int i = 0; i < N; i++) a.v[i] ^= b.v[i];
+    return a;
+}
+
+template <int N>
+AGORA_FN Abreast<N> operator^(Abreast<N> a, uint32_t b) {
+    for (Words& v : a.v) v ^= uint64_t(b);
+    return a;
+}
+
+template <int N>
+AGORA_FN Abreast<N> operator+(Abreast<N> a, uint32_t b) {
+    for (Words& v : a.v) v += uint64_t(b);
+    return a;
+}
+
 }  // namespace agora::AGORA_TARGET
 
 namespace agora {
 
 // Lanes hold a 32-bit word each, with rubbish above it that nobody looks at.
-template <>
-struct Wide<AGORA_TARGET::Words> {
-    AGORA_FN AGORA_TARGET::Words product(uint32_t constant, AGORA_TARGET::Words x) {
-        return AGORA_TARGET::multiply_low(x, AGORA_TARGET::Words{} + uint64_t(constant));
+template <int N>
+struct Wide<AGORA_TARGET::Abreast<N>> {
+    using Words = AGORA_TARGET::Words;
+    using Several = AGORA_TARGET::Abreast<N>;
+
+    AGORA_FN Several product(uint32_t constant, Several x) {
+        for (Words& v : x.v) v = AGORA_TARGET::multiply_low(v, Words{} + uint64_t(constant));
+        return x;
     }
-    AGORA_FN AGORA_TARGET::Words high(AGORA_TARGET::Words product) { return product >> 32; }
-    AGORA_FN AGORA_TARGET::Words low(AGORA_TARGET::Words product) { return product; }
+    AGORA_FN Several high(Several product) {
+        for (Words& v : product.v) v >>= 32;
+        return product;
+    }
+    AGORA_FN Several low(Several product) { return product; }
 };
 
 }  // namespace agora
