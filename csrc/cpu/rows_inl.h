@@ -21,19 +21,20 @@ static void widen(float* to, const void* from, int dtype, int64_t at, int64_t n)
 }
 
 template <typename From>
-AGORA_FN void subtract_from(float* to, const From* from, int64_t n) {
+AGORA_FN void difference_of(float* to, const From* from, const From* less, int64_t n) {
     int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) store_floats(to + i, load_floats(to + i) - load_floats(from + i));
-    for (; i < n; i++) to[i] = add_rounded(to[i], -load(from[i]));
+    for (; i + kWidth <= n; i += kWidth) store_floats(to + i, load_floats(from + i) - load_floats(less + i));
+    for (; i < n; i++) to[i] = add_rounded(load(from[i]), -load(less[i]));
 }
 
-static void subtract(float* to, const void* from, int dtype, int64_t at, int64_t n) {
+// The same less elements of `less`, which lie as those of `from` do.
+static void difference(float* to, const void* from, const void* less, int dtype, int64_t at, int64_t n) {
     if (dtype == kFloat32)
-        subtract_from(to, static_cast<const float*>(from) + at, n);
+        difference_of(to, static_cast<const float*>(from) + at, static_cast<const float*>(less) + at, n);
     else if (dtype == kBfloat16)
-        subtract_from(to, static_cast<const Bf16*>(from) + at, n);
+        difference_of(to, static_cast<const Bf16*>(from) + at, static_cast<const Bf16*>(less) + at, n);
     else
-        subtract_from(to, static_cast<const Fp16*>(from) + at, n);
+        difference_of(to, static_cast<const Fp16*>(from) + at, static_cast<const Fp16*>(less) + at, n);
 }
 
 template <typename To>
