@@ -42,6 +42,28 @@ def test_reduce_equals_reference(instruction_set: str, n: int, dtype: torch.dtyp
     assert torch.equal(kernels.reduce_finish(ours, 18.8), reference.reduce_finish(plain, 18.8))
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_larger_than_caches_is_reduced_alike(instruction_set: str, place: int) -> None:
+    """Sums of more than 16 MiB go past the caches, where they are aligned to lines."""
+    n = (1 << 22) + 4097
+    total, part, plain = torch.randn(n), torch.randn(n), torch.empty(n)
+    out = torch.zeros(n + 16)[place:][:n]
+    usable, norm2 = kernels.reduce_add(total, part, 0.3, out=out)
+    expected = reference.reduce_add(total, part, 0.3, plain)
+    assert usable is expected[0] is True
+    assert norm2 == pytest.approx(expected[1], rel=1e-12)
+    assert torch.equal(out, plain)
+
+
+def test_norms_are_equal_to_the_bit_on_every_instruction_set() -> None:
+    part, before, norms = torch.randn(10_007), agora_kernels.instruction_set(), set()
+    for name in agora_kernels.instruction_sets():
+        agora_kernels.use_instruction_set(name)
+        norms.add(kernels.reduce_add(torch.zeros(10_007), part, 0.3)[1])
+    agora_kernels.use_instruction_set(before)
+    assert len(norms) == 1
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3e38, -1e34])
 @pytest.mark.parametrize("place", [0, 15, 16, 4096, 4999])
 def test_unusable_part_leaves_no_trace(instruction_set: str, value: float, place: int) -> None:

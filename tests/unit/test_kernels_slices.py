@@ -47,6 +47,22 @@ def test_golden_permutation() -> None:
     assert kernels.slice_blocks(100, 0, 10, kernels.slice_key(7, 2, 3)).tolist() == GOLDEN_BLOCKS
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_is_larger_than_caches_is_packed_alike(
+    instruction_set: str, dtype: Literal["fp32", "bf16"], aligned: bool
+) -> None:
+    """Results of more than 16 MiB go past the caches, where they are aligned to lines."""
+    blocks, key = 17_000, 5
+    weights = torch.arange(blocks * BLOCK, dtype=torch.float32).mul_(0.37)
+    place = 0 if aligned else 1
+    snapshot = torch.zeros(blocks * BLOCK + 16)[place:][: blocks * BLOCK]
+    packed = kernels.slice_pack(weights, 0, 1, key, dtype=dtype, snapshot=snapshot)
+    wanted = weights.view(-1, BLOCK)[kernels.slice_blocks(blocks, 0, 1, key)].flatten()
+    assert torch.equal(snapshot, wanted)
+    assert torch.equal(packed, wanted.to(packed.dtype))
+
+
 def test_keys_differ_and_mix() -> None:
     keys = {kernels.slice_key(s, t, c) for s in range(3) for t in range(3) for c in (0, 1, 1 << 32)}
     assert len(keys) == 27
