@@ -19,8 +19,8 @@ void normal(py::object out, int64_t n, uint64_t seed, uint64_t stream, float fac
     Operand to(out, 4 * n, true, 4, "out");
     NormalTask task{to.as<void>(), kFloat32, nullptr, n, seed, stream, factor, 4 * n > kBypassBytes};
     py::gil_scoped_release unlocked;
-    parallel_for(threads, (n + kFillChunk - 1) / kFillChunk, grain(kFillChunk),
-                 [&](int64_t begin, int64_t end) { cpu().fill(task, begin, end); });
+    team_for(threads, (n + kFillChunk - 1) / kFillChunk, grain(kFillChunk),
+             [&](int64_t begin, int64_t end) { cpu().fill(task, begin, end); });
 }
 
 void token_rows(py::object out, int out_dtype, py::object ids, int64_t rows, int64_t d, uint64_t seed,
@@ -33,7 +33,7 @@ void token_rows(py::object out, int out_dtype, py::object ids, int64_t rows, int
     NormalTask task{to.as<void>(),     out_dtype, from.as<int64_t>(),  d, seed,
                     kTokenTableStream, factor,    bytes > kBypassBytes};
     py::gil_scoped_release unlocked;
-    parallel_for(threads, rows, grain(d), [&](int64_t begin, int64_t end) { cpu().rows(task, begin, end); });
+    team_for(threads, rows, grain(d), [&](int64_t begin, int64_t end) { cpu().rows(task, begin, end); });
 }
 
 struct Shape {
@@ -56,7 +56,7 @@ int64_t block_of(const Shape& s, int threads) {
 
 template <typename Work>
 void parallel_blocks(const Shape& s, int64_t block, int threads, Work work) {
-    parallel_for(threads, (s.rows + block - 1) / block, grain(block * s.d), work);
+    team_for(threads, (s.rows + block - 1) / block, grain(block * s.d), work);
 }
 
 void run_expand(const Operand& c, int c_dtype, const Operand& basis, int basis_dtype, const int64_t* ids,
@@ -145,7 +145,7 @@ void wire_pack(py::object c, int c_dtype, py::object out, int wire, int64_t rows
     Operand to(out, packed_bytes(wire, rows, k), true, 1, "out");
     WireTask task{from.as<void>(), to.as<void>(), rows, k, c_dtype, wire};
     py::gil_scoped_release unlocked;
-    parallel_for(threads, rows, grain(k), [&](int64_t begin, int64_t end) { cpu().wire(task, begin, end); });
+    team_for(threads, rows, grain(k), [&](int64_t begin, int64_t end) { cpu().wire(task, begin, end); });
 }
 
 // W [d, n] in place.
@@ -161,8 +161,8 @@ void subspace_weights(py::object w, int w_dtype, py::object basis, int basis_dty
     int64_t panel = kMaxPanel;
     while (panel > kPanel && (padded(k, kRowGroup) * panel > kPanelFloats || n < panel * threads)) panel /= 2;
     SubspaceTask task{to.as<void>(), u_rows.get(), d, n, k, panel, w_dtype, d * n * ww > kBypassBytes};
-    parallel_for(threads, (n + panel - 1) / panel, grain(panel * d),
-                 [&](int64_t begin, int64_t end) { cpu().subspace(task, begin, end); });
+    team_for(threads, (n + panel - 1) / panel, grain(panel * d),
+             [&](int64_t begin, int64_t end) { cpu().subspace(task, begin, end); });
 }
 
 py::tuple philox_words(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint64_t key) {

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <dlfcn.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -84,7 +85,39 @@ class Pool {
     uint64_t generation_ = 0;
 };
 
+// libgomp's entry for a parallel region; LLVM's runtime has it too, on Linux.
+using Team = void (*)(void (*part)(void*), void* data, unsigned threads, unsigned flags);
+
+// Null: nobody brought one.
+Team find_team() { return reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel")); }
+
+const pid_t loaded_in = getpid();
+
+// A region's work, handed out as Pool does.
+struct Shares {
+    const std::function<void(int64_t, int64_t)>& work;
+    const int64_t units, grain;
+    std::atomic<int64_t> next{0};
+
+    static void take(void* data) {
+        Shares& all = *static_cast<Shares*>(data);
+        for (;;) {
+            int64_t begin = all.next.fetch_add(all.grain);
+            if (begin >= all.units) return;
+            all.work(begin, std::min(begin + all.grain, all.units));
+        }
+    }
+};
+
 }  // namespace
+
+void team_for(int threads, int64_t units, int64_t grain, const std::function<void(int64_t, int64_t)>& work) {
+    static const Team team = find_team();
+    if (team == nullptr || getpid() != loaded_in || threads <= 1 || units <= grain)
+        return parallel_for(threads, units, grain, work);
+    Shares all{work, units, std::max<int64_t>(grain, 1)};
+    team(&Shares::take, &all, unsigned(std::min(threads, kMaxThreads)), 0);
+}
 
 void parallel_for(int threads, int64_t units, int64_t grain,
                   const std::function<void(int64_t, int64_t)>& work) {
