@@ -329,7 +329,7 @@ class Connection:
         while True:
             most = self._download.portion(READ_SIZE)
             await self._wire.readable(most, missing(begun))
-            buffer = self._scratch.take()
+            buffer = self._scratch.came
             kept = len(begun)
             buffer[:kept] = begun
             size = self._wire.read(buffer[kept : min(kept + most, READ_SIZE)])
@@ -342,7 +342,6 @@ class Connection:
                 begun = opener.open(buffer[: kept + size], dispatch)
                 if session.wants_to_send():
                     self._wake()
-            self._scratch.give(buffer)
             if size == 0:
                 raise PeerGone("the peer closed the connection")
             await self._download.passage(size or 0)

@@ -25,8 +25,8 @@ RECORD = 2 + noise.MAX_RECORD
 READ_SIZE = 16 * RECORD
 """With the beginning of a record that is there already: so reads of much data end where records do. As much
 as a millisecond's opening: where processors are short, more has come than one batch until a turn comes."""
-BUFFER = READ_SIZE + RECORD
-"""Room for what is read or a batch, and an empty record before it."""
+BUFFER = BATCH * RECORD + RECORD
+"""Room for a batch, and an empty record before it."""
 SMALL = 8 * KIB
 
 
@@ -42,9 +42,14 @@ def _beyond(room: int) -> int:
 
 @final
 class Scratch:
-    """Buffers shared by the connections of one host: an idle connection holds none."""
+    """Buffers shared by the connections of one host: an idle connection holds none.
+
+    What is read, and a record's plaintext, is done with before anybody else has a turn: one buffer for each.
+    A batch is kept while it is sent.
+    """
 
     def __init__(self) -> None:
+        self.came = memoryview(bytearray(READ_SIZE))
         self.plain = memoryview(bytearray(noise.MAX_PLAINTEXT))
         self._free: list[memoryview] = []
 
