@@ -102,7 +102,9 @@ def test_a_dropped_authoritys_members_renew_at_another_and_are_believed_until_th
                 assert renewed["authority"] == second.peer_id
                 assert await heard(a, b) == "heard"
                 await trio.sleep(1.6)
-                assert await heard(a, b) == "certificate_expired"
+                # The member that b saw at hello has run out; where they greeted anew since (a's hash table
+                # joins again when it likes), b does not know who vouched for it.
+                assert await heard(a, b) in {"certificate_expired", "unknown_authority"}
                 standing.take(a, dropped)
                 await until_event(a, "certificate_granted", 2)
                 assert await heard(a, b) == "heard"
