@@ -105,6 +105,7 @@ class Call:
         self._stream = stream
         self._counters = counters
         self._max_payload = max_payload
+        self._largest = max_payload  # that was ever allowed here
         self._prefix = prefix
         self._confirmation = confirmation
         self._over = False
@@ -189,6 +190,7 @@ class Call:
         """
         stream = self._stream
         max_payload = max(max_payload, self._max_payload, len(into))
+        self._largest = max(self._largest, max_payload)
         if self._prefix and not stream.available:
             await self._flush()
         if self._confirmation is not None:
@@ -316,12 +318,12 @@ class Call:
             raise PeerGone(f"{short(self.peer)} ended the call: {error}") from error
 
     async def _raise_refusal(self) -> None:
-        """The peer stopped reading: if it said why, say that instead."""
-        if self._stream.available:
-            try:
-                await self.receive()
-            except (PeerGone, trio.BusyResourceError, trio.ClosedResourceError):
-                pass
+        """The peer stopped reading: if it said why, perhaps behind other messages, say that instead."""
+        try:
+            while self._stream.available:
+                await self.receive(max_payload=self._largest)
+        except (PeerGone, trio.BusyResourceError, trio.ClosedResourceError):
+            pass
 
 
 def refusal_header(refusal: Refused) -> dict[str, Any]:

@@ -38,9 +38,20 @@ GUESTS = 1
 HELD = 2
 HOLD_S = 120.0
 CHUNK_S = 30.0
+PACKED = 1
+"""Chunks that wait, packed, behind the one that is being sent; one more is being packed."""
 GUEST_S = 5.0
 """For a guest to show its pass."""
 BUSY_S = 5.0
+
+
+@attrs.frozen
+class Parcel:
+    """A chunk as it travels."""
+
+    index: int
+    data: bytes
+    packed: bool
 
 
 @attrs.define
@@ -144,28 +155,45 @@ class Donor:
                 spare -= 1
 
     async def _serve(self, call: Call, file: SnapshotFile) -> None:
-        manifest, packer = file.manifest, Packer()
+        manifest = file.manifest
+        await call.send({"t": "manifest", "signature": manifest.signed(self._identity)}, manifest.encode())
+        ready, packed = trio.open_memory_channel[Parcel | Refused](PACKED)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._pack, call, file, ready)
+            async for parcel in packed:
+                if isinstance(parcel, Refused):
+                    raise parcel  # behind the chunks that could be read
+                header = {"t": "chunk", "index": parcel.index, **({"packed": True} if parcel.packed else {})}
+                with trio.fail_after(CHUNK_S):
+                    await call.send(header, parcel.data)
 
-        def read(index: int) -> tuple[bytes, bool]:
+    async def _pack(
+        self, call: Call, file: SnapshotFile, ready: trio.MemorySendChannel[Parcel | Refused]
+    ) -> None:
+        """Make ready what is asked for while what was asked for before is on its way."""
+        packer = Packer()
+
+        def read(index: int) -> Parcel:
             data = file.chunk(index)
             packed = packer.pack(data)
-            return (data, False) if packed is None else (packed, True)
+            return Parcel(index, data, False) if packed is None else Parcel(index, packed, True)
 
-        await call.send({"t": "manifest", "signature": manifest.signed(self._identity)}, manifest.encode())
-        while True:
-            try:
-                with trio.fail_after(CHUNK_S):
-                    asked = (await call.receive()).header
-            except PeerGone:
-                return  # the newcomer has what it wanted
-            index = chunk_index(asked, len(manifest.chunks))
-            try:
-                data, packed = await trio.to_thread.run_sync(read, index)
-            except LocalError as error:
-                self._given.pop(manifest.digest, None)
-                raise Refused("damaged", f"this replica cannot read its snapshot: {error}", BUSY_S) from None
-            with trio.fail_after(CHUNK_S):
-                await call.send({"t": "chunk", "index": index, **({"packed": True} if packed else {})}, data)
+        async with ready:
+            while True:
+                try:
+                    with trio.fail_after(CHUNK_S):
+                        asked = (await call.receive()).header
+                except PeerGone:
+                    return  # the newcomer has what it wanted
+                index = chunk_index(asked, len(file.manifest.chunks))
+                try:
+                    parcel = await trio.to_thread.run_sync(read, index)
+                except LocalError as error:
+                    self._given.pop(file.manifest.digest, None)
+                    why = f"this replica cannot read its snapshot: {error}"
+                    await ready.send(Refused("damaged", why, BUSY_S))
+                    return
+                await ready.send(parcel)
 
     async def _wish(self, call: Call) -> dict[str, Any]:
         """The first message. Who is no member, and shows no pass in it, hears what it lacks in any case."""

@@ -146,6 +146,34 @@ def test_refusal_reaches_a_caller_that_is_still_sending(size: int) -> None:
     run(main)
 
 
+async def until_reset(call: Call) -> None:
+    with trio.fail_after(5):
+        while not call._stream.remote_closed:
+            await trio.sleep(0.01)
+
+
+def test_a_refusal_behind_an_answer_that_was_not_read_yet_reaches_a_caller_that_asks_on() -> None:
+    async def main() -> None:
+        async with two_hosts() as (one, two, _events):
+
+            async def one_then_no(call: Call) -> None:
+                for number in range(3):
+                    await call.receive()
+                    await call.send({"number": number}, bytes(1000))
+                raise Refused("damaged", "the rest cannot be read")
+
+            two.handle("/agora/some/1", one_then_no)
+            async with await one.call(two.peer_id, "/agora/some/1", deadline=5) as call:
+                for _ in range(3):
+                    await call.send({})
+                assert (await call.receive(max_payload=1000)).header == {"number": 0}
+                await until_reset(call)
+                with pytest.raises(Refused, match="damaged: the rest cannot be read"):
+                    await call.send({})
+
+    run(main)
+
+
 @pytest.mark.parametrize("size", [0, 10_000_000])
 def test_unknown_protocol(size: int) -> None:
     async def main() -> None:
