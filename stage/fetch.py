@@ -27,7 +27,7 @@ from p2p.multiaddr import Multiaddr
 from p2p.rpc import Call
 from stage import checkpoints
 from stage.donor import CHUNK_S, PROTOCOL, chunk_index
-from stage.download import Download
+from stage.download import AHEAD, Download
 from stage.events import ChunkBad, StateFetched, StateFetching
 from stage.incoming import RECENT_S
 from stage.packing import unpack
@@ -199,7 +199,7 @@ class _Lines:
                 while (index := download.ask(donor)) is not None:
                     await call.send({"t": "chunk", "index": index})
                 with trio.fail_after(CHUNK_S):
-                    part = await call.receive(max_payload=CHUNK)
+                    part = await call.receive(max_payload=CHUNK, ahead=(AHEAD - 1) * CHUNK)
                 index = chunk_index(part.header, len(self.manifest.chunks))
                 packed = part.header.get("packed", False) is True
                 good = await trio.to_thread.run_sync(self._take, index, part.payload, packed)

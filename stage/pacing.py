@@ -4,22 +4,32 @@ An upload that takes all it can get fills the queue in front of the line, a tent
 lines, and every microbatch and every part of a round of this node waits there. So the donor watches how long
 its bytes wait (the path's present round trip against its least): beyond ``QUEUE_S`` it gives what lately got
 through less a bit, below it more and more again. Who else fills the line, the node's own training first,
-is yielded to, down to ``LEAST`` of the best that it saw. Sans-IO.
+is yielded to, down to ``LEAST`` of the best that it saw.
+
+Without any bound chunks leave in bursts, which wait 10 ms before a line that they half fill; so there is one
+as soon as the line's speed is known: when what gets through has not grown for a while. Sans-IO.
 """
 
 from __future__ import annotations
 
 from p2p.path import Path
 
-QUEUE_S = 0.012
-"""What the donor's other messages may have to wait more, and an eighth of the line's own round trip."""
+QUEUE_S = 0.008
+"""What the donor's other messages may have to wait more, and a sixteenth of the line's own round trip."""
 TICK_S = 0.1
 """Between two looks."""
 LEAST = 0.25
 SLOWEST = 64_000.0
 """Bytes a second that are given in any case."""
-MORE = 1.04
-LESS = 0.92
+STEADY_S = 0.2
+"""And a round trip: without growth for so long, the line's speed is known."""
+GROWTH = 1.1
+FIRST = 0.8
+"""Of the best so far; the first bound."""
+USED = 0.95
+"""There is no more to give than gets through, but for so much."""
+MORE = 1.02
+LESS = 0.8
 MUCH_LESS = 0.7
 
 
@@ -28,18 +38,31 @@ class Pace:
 
     def __init__(self) -> None:
         self.rate: float | None = None
-        """Bytes a second; None: no bound was needed yet."""
+        """Bytes a second; None: the line's speed is not known yet."""
         self._best = 0.0
+        self._grown = 0.0
+        self._steady_s = 0.0
 
     def look(self, path: Path) -> float | None:
         """The rate from now on, after a look at the path; call every ``TICK_S``."""
         self._best = max(self._best, path.delivered)
-        allowed = QUEUE_S + path.least_rtt_s / 8
+        allowed = QUEUE_S + path.least_rtt_s / 16
         waits = path.rtt_s - path.least_rtt_s
         if waits > allowed:
             share = LESS if waits < 2 * allowed else MUCH_LESS
             slower = share * min(path.delivered, self.rate or path.delivered)
             self.rate = max(slower, LEAST * self._best, SLOWEST)
         elif self.rate is not None:
-            self.rate = min(self.rate * MORE, 2 * self._best + SLOWEST)
+            if path.delivered > USED * self.rate:
+                self.rate *= MORE
+        elif self._known(path.least_rtt_s):
+            self.rate = max(FIRST * self._best, SLOWEST)
         return self.rate
+
+    def _known(self, rtt_s: float) -> bool:
+        """Whether what gets through grows no more."""
+        if self._best > GROWTH * self._grown:
+            self._grown, self._steady_s = self._best, 0.0
+        else:
+            self._steady_s += TICK_S
+        return self._steady_s > STEADY_S + rtt_s

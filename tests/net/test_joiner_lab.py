@@ -1,12 +1,14 @@
 """A newcomer behind a line of 200 Mbit/s, in a lab: how soon it works, and what that costs its donor.
 
 Lines are long and microbatches in flight are few, so that training waits for the lines and not for this
-machine's cores; what a download takes of the donor's line and cores shows in its microbatches.
+machine's cores; what a download takes of the donor's line and cores shows in its microbatches. A download is
+over in four steps or so: three newcomers come, one after the other, and their means are judged.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,16 @@ from agorad.lab.network import Line, NoLab, lab
 from tests.net.lab_swarms import LabSwarm
 
 MBPS = 200.0
-LINE = Line(up_mbps=MBPS, down_mbps=MBPS, delay_ms=10)
+LINE = Line(up_mbps=MBPS, down_mbps=MBPS, delay_ms=25)
 FIRST = ("seed", "authority", "trainer-0", "worker-0-0", "worker-1-0")
-JOINER = "worker-0-1"
+NEWCOMERS = ("worker-0-1", "worker-0-2", "worker-0-3")
 DONOR = "worker-0-0"
 BUSY = 1.0
 """Load of a machine that others use: their work shows in the donor's then, and little can be said."""
 BEFORE_S = 20.0
 """Training that the donor's rate during the download is held against."""
 PLAN = layout.Plan(
-    stages=2, workers=2, trainers=1, steps=100_000, seconds=None, data=None,
+    stages=2, workers=4, trainers=1, steps=100_000, seconds=None, data=None,
     assignments=(
         "model.d=512", "model.k=16", "model.heads=8", "model.kv_heads=2", "model.ffn=2048", "model.seq=8",
         "model.layers=[3, 1]", "training.target_batch=16", "training.lr=1e-4", "trainer.credits=3",
@@ -56,35 +58,43 @@ def step_s(swarm: LabSwarm, began: float, ended: float) -> float:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_newcomer_is_active_as_soon_as_its_line_allows_and_its_donor_trains_on(tmp_path: Path) -> None:
     kept = 0.9 if os.getloadavg()[0] < BUSY else 0.4
-    names = (*FIRST, JOINER, "worker-1-1")  # which nobody starts
+    names = (*FIRST, *(f"worker-{stage}-{n}" for stage in range(2) for n in range(1, 4)))
+    figures = []
     try:
         with lab([LINE] * len(names)) as places:
             swarm = LabSwarm(tmp_path, dict(zip(names, places, strict=True)))
             swarm.write(PLAN)
             with swarm.running(FIRST):
                 until(lambda: len(swarm.events(DONOR, "step")) >= 3, 240)
-                time.sleep(BEFORE_S)
-                with swarm.running([JOINER]):
-                    until(lambda: any(e["to"] == "active" for e in swarm.events(JOINER, "phase")), 200)
-                figures = measured(swarm)
+                for newcomer in NEWCOMERS:
+                    time.sleep(BEFORE_S)
+                    with swarm.running([newcomer]):
+                        until(lambda who=newcomer: is_active(swarm, who), 200)
+                    figures.append(measured(swarm, newcomer))
     except NoLab as error:
         pytest.skip(str(error))
-    print(figures)
-    assert figures["active_s"] <= figures["allowed_s"] * (1 if kept > 0.5 else 2), figures
-    assert figures["donor"] >= kept, figures
+    means = {name: statistics.fmean(one[name] for one in figures) for name in figures[0]}
+    print(*figures, means, sep="\n")
+    assert means["active_s"] <= means["allowed_s"] * (1 if kept > 0.5 else 2), figures
+    assert means["donor"] >= kept, figures
 
 
-def measured(swarm: LabSwarm) -> dict[str, float]:
-    (fetched,) = swarm.events(JOINER, "state_fetched")
+def is_active(swarm: LabSwarm, newcomer: str) -> bool:
+    return any(e["to"] == "active" for e in swarm.events(newcomer, "phase"))
+
+
+def measured(swarm: LabSwarm, newcomer: str) -> dict[str, float]:
+    (fetched,) = swarm.events(newcomer, "state_fetched")
     began = fetched["at"] - fetched["seconds"]
-    phases = {e["to"]: e["at"] for e in swarm.events(JOINER, "phase")}
+    phases = {e["to"]: e["at"] for e in swarm.events(newcomer, "phase")}
     step = step_s(swarm, began - BEFORE_S, began)
     rounds_s = 2 * 2 * step  # average_every is 2
     warm_s = 2 * step
     line_s = fetched["bytes"] * 8 / (MBPS * 1e6)
+    before = rate(swarm, began - BEFORE_S, began)
     return {
         "bytes": fetched["bytes"],
         "line_bytes": fetched["line"],
@@ -93,6 +103,6 @@ def measured(swarm: LabSwarm) -> dict[str, float]:
         "step_s": step,
         "active_s": phases["active"] - phases["syncing"],
         "allowed_s": 1.3 * line_s + rounds_s + warm_s,
-        "rate_before": rate(swarm, began - BEFORE_S, began),
-        "donor": rate(swarm, began, fetched["at"]) / rate(swarm, began - BEFORE_S, began),
+        "rate_before": before,
+        "donor": rate(swarm, began, fetched["at"]) / before,
     }

@@ -7,7 +7,7 @@ import trio
 
 from p2p import path
 from p2p.path import Path
-from stage.pacing import LEAST, QUEUE_S, TICK_S, Pace
+from stage.pacing import FIRST, LEAST, MORE, QUEUE_S, TICK_S, USED, Pace
 
 
 def over_a_line(line: float, least_rtt_s: float, queue_s: float, seconds: float) -> tuple[float, float]:
@@ -43,14 +43,26 @@ def test_others_who_fill_the_line_are_yielded_to_and_the_download_goes_on() -> N
         pace.look(Path(0.12, 0.04, 5e6))
     assert pace.rate == LEAST * line
     for _ in range(100):
-        pace.look(Path(0.041, 0.04, 5e6))
-    assert pace.rate is not None
+        assert pace.rate is not None
+        pace.look(Path(0.041, 0.04, pace.rate))
     assert pace.rate > 0.9 * line
 
 
-def test_without_a_queue_there_is_no_bound() -> None:
+def test_the_first_bound_is_set_when_the_speed_is_known() -> None:
     pace = Pace()
-    assert all(pace.look(Path(0.041, 0.04, 1e6)) is None for _ in range(50))
+    for doubled in range(10):
+        assert pace.look(Path(0.041, 0.04, 2.0**doubled * 1e4)) is None
+    bounds = [pace.look(Path(0.041, 0.04, 5.2e6)) for _ in range(10)]
+    assert bounds[:2] == [None] * 2
+    assert next(bound for bound in bounds if bound is not None) == FIRST * 5.2e6
+
+
+def test_what_is_not_used_is_not_raised() -> None:
+    pace = Pace()
+    for _ in range(50):
+        pace.look(Path(0.041, 0.04, 1e6))
+    assert pace.rate is not None
+    assert pace.rate < 1e6 / USED * MORE
 
 
 def test_the_kernel_tells_of_a_connection_and_paces_it() -> None:
