@@ -12,6 +12,8 @@ as soon as the line's speed is known: when what gets through has not grown for a
 
 from __future__ import annotations
 
+from collections import deque
+
 from p2p.path import Path
 
 QUEUE_S = 0.008
@@ -21,6 +23,8 @@ TICK_S = 0.1
 LEAST = 0.25
 SLOWEST = 64_000.0
 """Bytes a second that are given in any case."""
+LATELY = 10
+"""Looks: a second."""
 STEADY_S = 0.2
 """And a round trip: without growth for so long, the line's speed is known."""
 GROWTH = 1.1
@@ -40,18 +44,21 @@ class Pace:
         self.rate: float | None = None
         """Bytes a second; None: the line's speed is not known yet."""
         self._best = 0.0
+        self._lately: deque[float] = deque(maxlen=LATELY)
         self._grown = 0.0
         self._steady_s = 0.0
 
     def look(self, path: Path) -> float | None:
         """The rate from now on, after a look at the path; call every ``TICK_S``."""
         self._best = max(self._best, path.delivered)
+        self._lately.append(path.delivered)
         allowed = QUEUE_S + path.least_rtt_s / 16
         waits = path.rtt_s - path.least_rtt_s
         if waits > allowed:
             share = LESS if waits < 2 * allowed else MUCH_LESS
-            slower = share * min(path.delivered, self.rate or path.delivered)
-            self.rate = max(slower, LEAST * self._best, SLOWEST)
+            # Of what lately got through: of the present rate it would be less and less while a queue drains.
+            slower = max(share * max(self._lately), LEAST * self._best, SLOWEST)
+            self.rate = slower if self.rate is None else min(slower, self.rate)
         elif self.rate is not None:
             if path.delivered > USED * self.rate:
                 self.rate *= MORE

@@ -33,6 +33,7 @@ from stage.snapshot import SnapshotStore
 from tests.net.test_averager import admit
 from tests.net.test_state import Held
 
+MODULE = "tests.net.test_pacing_lab"
 PORT = 49200
 MBPS = 40.0
 DELAY_MS = 10.0
@@ -63,16 +64,16 @@ def test_the_line_is_used_and_others_do_not_wait_in_its_queue(tmp_path: Path) ->
 
 
 def downloaded(donor: Place, newcomer: Place, peer: Place, how: str) -> dict[str, float]:
-    command = donor.command(sys.executable, __file__, "donor", donor.addr, how)
+    command = donor.command(sys.executable, "-m", MODULE, "donor", donor.addr, how)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             who = process.stdout.readline().strip()
-            asking = peer.command(sys.executable, __file__, "peer", peer.addr, donor.addr, who)
+            asking = peer.command(sys.executable, "-m", MODULE, "peer", peer.addr, donor.addr, who)
             with subprocess.Popen(asking, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peers:
                 assert peers.stdout is not None
                 assert peers.stdout.readline() == "asking\n"
-                words = (sys.executable, __file__, "newcomer", newcomer.addr, donor.addr, who)
+                words = (sys.executable, "-m", MODULE, "newcomer", newcomer.addr, donor.addr, who)
                 taking = newcomer.command(*words)
                 done = subprocess.run(taking, capture_output=True, text=True, timeout=90, check=True)
                 out, _ = peers.communicate("", timeout=30)
