@@ -263,7 +263,10 @@ class Call:
             place=place,
         )
         await self._stream.receive_into(hearing.first, hearing.filled)
-        raise hearing.failure or PeerGone(f"{short(self.peer)} ended the call")
+        try:
+            raise hearing.failure or PeerGone(f"{short(self.peer)} ended the call")
+        finally:
+            hearing.failure = None  # it knows this frame, which knows the buffers
 
     async def refuse(self, refusal: Refused) -> None:
         """Answer with a typed no and stop reading."""

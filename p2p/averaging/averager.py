@@ -172,8 +172,11 @@ class Averager:
             except RoundFailed as error:  # raised again below, not wrapped in a group
                 failure = error
             nursery.cancel_scope.cancel()
-        if outcome is None:
-            raise failure or RoundFailed("the round was given up")
+        try:
+            if outcome is None:
+                raise failure or RoundFailed("the round was given up")
+        finally:
+            failure = None  # it knows this frame, which knows the vector
         return outcome
 
     def _distrust(self, peer: PeerId, number: int) -> None:

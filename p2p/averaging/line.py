@@ -134,5 +134,8 @@ async def carry(
             except P2PError as error:
                 failure = failure or error
             nursery.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            failure = None  # it knows this frame, which knows the round's vectors

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,41 @@ def test_a_cycle_of_rounds_needs_few_bytes_a_parameter(merge: str, robust: str) 
     assert found["params"] > 5e6
     assert found["spread"] < 1e-5  # the rounds did average
     assert found["bytes"] <= LIMIT, found
+
+
+def test_what_a_round_held_is_free_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its vectors are the largest thing that a host holds: they must not wait for the garbage collector."""
+    from p2p.averaging import averager
+    from p2p.averaging.butterfly import Exchange
+    from tests.net.test_averager import agree, members, numbers, run_round
+
+    exchanges: weakref.WeakSet[Exchange] = weakref.WeakSet()
+    made = 0
+
+    def remembered(*arguments: object) -> Exchange:
+        nonlocal made
+        made += 1
+        exchange = Exchange(*arguments)  # type: ignore[arg-type]
+        exchanges.add(exchange)
+        return exchange
+
+    monkeypatch.setattr(averager, "Exchange", remembered)
+
+    async def main() -> None:
+        vectors = [numbers(300_000, seed) for seed in range(MEMBERS)]
+        async with members(MEMBERS) as group:
+            gc.collect()
+            gc.disable()
+            try:
+                for number in range(1, 4):
+                    results = await run_round(group, vectors, [1.0] * MEMBERS, number=number)
+                    assert len(agree(results)) == MEMBERS
+                    del results
+                    for _ in range(100):  # calls that the mates end
+                        if exchanges:
+                            await trio.sleep(0.05)
+                    assert (made, len(exchanges)) == (number * MEMBERS, 0)
+            finally:
+                gc.enable()
+
+    trio.run(main)
