@@ -50,8 +50,11 @@ async def watch(node: Node) -> None:
         with trio.move_on_after(node.watch_s * node.rng.uniform(0.8, 1.0)):
             await trio.sleep(min(LEAST_S, node.watch_s))
             await sooner.wait()
+        version = node.manifest.run.version
         try:
             await look_for_manifest(node, ignored)
+            if sooner.is_set() and node.manifest.run.version == version:
+                node.dht.look_around()  # whoever has another one may be in a part of the table that we miss
             await look(node, bad)
         except (P2PError, trio.TooSlowError):
             pass  # the next time is seconds away

@@ -54,6 +54,10 @@ RECENT_S: Final = 5.0
 RENEW_FROM_S: Final = 60.0
 """Life from which a record is sent again at its half; shorter ones are replaced or over by then."""
 REFRESH_S: Final = 60.0
+ASKED_SEEDS: Final = 2
+"""Seeds that a refresh asks, of those that are missing."""
+AROUND_S: Final = 10.0
+"""At least so long between two refreshes by ``look_around``."""
 STALE_S: Final = 600.0
 FEW: Final = 128
 """Nodes of a swarm that is small enough to know all of it."""
@@ -94,6 +98,7 @@ class Dht:
         self._alone = True
         self._unmet: list[Contact] = []
         self._nudge = trio.Event()
+        self._around_at = -math.inf
         self._seeds: dict[PeerId, Contact] = {}
         self._own: OrderedDict[tuple[str, str], _Own] = OrderedDict()
         self._own_changed = trio.Event()
@@ -334,9 +339,9 @@ class Dht:
         now = trio.current_time()
         deadline = 10 * self._limits.hop_s
         missing = [seed for peer, seed in self._seeds.items() if peer not in self.table]
-        if missing:
+        for seed in self._rng.sample(missing, min(ASKED_SEEDS, len(missing))):
             try:
-                await self._exchange.find_node(self._rng.choice(missing), self.table.own_id)
+                await self._exchange.find_node(seed, self.table.own_id)
             except (P2PError, trio.TooSlowError):
                 pass  # a seed may be down; it is asked again next time
         await self.nearest(self.table.own_id, deadline=deadline)
@@ -384,6 +389,16 @@ class Dht:
             self._nudge.set()
         self._handover.newcomer(contact)
         self._placing.newcomer(contact)
+
+    def look_around(self) -> None:
+        """Refresh now, missing seeds included: something suggests that we see only a part of the swarm.
+
+        Parts whose nodes know each other only do not notice it, until the next refresh asks a seed.
+        """
+        now = trio.current_time()
+        if not self._alone and now >= self._around_at + AROUND_S:
+            self._around_at = now
+            self._nudge.set()
 
     # Looking up
 

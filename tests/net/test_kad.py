@@ -48,11 +48,12 @@ class Node:
     async def run(
         self,
         seeds: list[tuple[PeerId, list[Multiaddr]]],
+        listen: Multiaddr = ANY,
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         with self.scope:
-            async with self.host.run([ANY]), trio.open_nursery() as nursery:
+            async with self.host.run([listen]), trio.open_nursery() as nursery:
                 await nursery.start(self.dht.run, seeds)
                 task_status.started()
 
@@ -67,13 +68,13 @@ class Swarm:
     """A seed, which is a member by being listed, and workers with certificates."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
-        self._nursery = nursery
+        self.nursery = nursery
         self.nodes: list[Node] = []
 
     async def add(self, *, run: str | None = "run", life_s: float = 600.0) -> Node:
         seeds = [(SEED.peer_id, self.nodes[0].host.addrs)] if self.nodes else []
         node = Node(Identity.generate() if seeds else SEED, run if seeds else None, life_s)
-        await self._nursery.start(node.run, seeds)
+        await self.nursery.start(node.run, seeds)
         self.nodes.append(node)
         return node
 
@@ -106,6 +107,32 @@ def test_a_swarm_finds_its_records_and_goes_on_without_the_seed() -> None:
         assert not late.dht.joined.is_set()
 
     run(scenario, 5)
+
+
+def test_a_part_that_looks_around_finds_the_other_by_its_seed() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        seed, one, two = swarm.nodes
+        (addr,) = seed.host.addrs
+        seed.scope.cancel()
+        await two.put("theirs")
+        for _ in range(20):  # until nobody reckons with the seed any more
+            if any(SEED.peer_id in node.dht.table for node in (one, two)):
+                await one.read()
+                await two.read()
+        again = Node(SEED, None, 600.0)  # which knows nobody
+        await swarm.nursery.start(again.run, [], addr.bare())
+        await trio.sleep(0.5)
+        assert (await one.read(), await again.read()) == ({two.host.peer_id: "theirs"}, {})
+        one.dht.look_around()
+        for _ in range(100):
+            if not await again.read():
+                await trio.sleep(0.05)
+        assert await again.read() == {two.host.peer_id: "theirs"}
+        nudge = one.dht._nudge
+        one.dht.look_around()
+        assert not nudge.is_set(), "not again and again"
+
+    run(scenario, 3)
 
 
 @pytest.mark.parametrize(
