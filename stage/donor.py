@@ -101,10 +101,7 @@ class Donor:
             given = await self._choose(digest, only)
             given.readers += 1
             try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_keep_pace, call)
-                    await self._serve(call, given.file)
-                    nursery.cancel_scope.cancel()
+                await self._serve(call, given.file)
             finally:
                 given.readers -= 1
                 given.last_at = trio.current_time()
@@ -158,14 +155,19 @@ class Donor:
         manifest = file.manifest
         await call.send({"t": "manifest", "signature": manifest.signed(self._identity)}, manifest.encode())
         ready, packed = trio.open_memory_channel[Parcel | Refused](PACKED)
+        paced = False
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._pack, call, file, ready)
             async for parcel in packed:
                 if isinstance(parcel, Refused):
                     raise parcel  # behind the chunks that could be read
+                if not paced:  # a newcomer may look through what it has before it asks: that is no slow line
+                    paced = True
+                    nursery.start_soon(_keep_pace, call)
                 header = {"t": "chunk", "index": parcel.index, **({"packed": True} if parcel.packed else {})}
                 with trio.fail_after(CHUNK_S):
                     await call.send(header, parcel.data)
+            nursery.cancel_scope.cancel()
 
     async def _pack(
         self, call: Call, file: SnapshotFile, ready: trio.MemorySendChannel[Parcel | Refused]

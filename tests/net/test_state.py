@@ -13,6 +13,7 @@ import torch
 import trio
 from torch import Tensor
 
+from p2p import path
 from p2p.errors import P2PError, Refused
 from p2p.event import Event
 from p2p.host import Host
@@ -22,6 +23,7 @@ from stage import donor as donor_module
 from stage.donor import HELD, NEWCOMERS, Donor
 from stage.events import ChunkBad, StateFetched
 from stage.fetch import Fetch, Source
+from stage.pacing import TICK_S, Pace
 from stage.snapshot import SnapshotFile, SnapshotStore
 from stage.state import CHUNK
 from tests.net.test_averager import admit
@@ -282,6 +284,35 @@ def test_a_donor_whose_disk_is_damaged_says_so(tmp_path: Path) -> None:
             with pytest.raises(Refused) as no:
                 await new.take(old)
             assert no.value.code == "damaged"
+
+    within(main)
+
+
+def test_the_pace_begins_with_the_first_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newcomer that looks through what it has, before it asks, would be taken for a line of 64 KB/s."""
+    looks = 0
+
+    class Counted(Pace):
+        def look(self, seen: path.Path) -> float | None:
+            nonlocal looks
+            looks += 1
+            return super().look(seen)
+
+    monkeypatch.setattr(donor_module, "Pace", Counted)
+
+    async def main() -> None:
+        async with replicas(tmp_path, "old") as (old,), newcomer(tmp_path) as new:
+            old.store.save(Held(7))
+            source, protocol = old.source, donor_module.PROTOCOL
+            async with await new.host.call(source.peer, protocol, addrs=source.addrs, deadline=5.0) as call:
+                await call.send({"t": "want", "stage": STAGE})
+                assert (await call.receive(max_payload=CHUNK)).header["t"] == "manifest"
+                await trio.sleep(5 * TICK_S)
+                assert looks == 0
+                await call.send({"t": "chunk", "index": 0})
+                await call.receive(max_payload=CHUNK)
+                await trio.sleep(5 * TICK_S)
+                assert looks > 0
 
     within(main)
 
