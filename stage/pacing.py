@@ -30,8 +30,8 @@ STEADY_S = 0.2
 GROWTH = 1.1
 FIRST = 0.8
 """Of the best so far; the first bound."""
-USED = 0.95
-"""There is no more to give than gets through, but for so much."""
+FAST = 2e6
+"""Bytes a second that must have been seen for that: a slower line shows its queue, a beginning does not stay."""
 MORE = 1.02
 LESS = 0.8
 MUCH_LESS = 0.7
@@ -60,8 +60,7 @@ class Pace:
             slower = max(share * max(self._lately), LEAST * self._best, SLOWEST)
             self.rate = slower if self.rate is None else min(slower, self.rate)
         elif self.rate is not None:
-            if path.delivered > USED * self.rate:
-                self.rate *= MORE
+            self.rate = min(self.rate * MORE, 2 * self._best + SLOWEST)
         elif self._known(path.least_rtt_s):
             self.rate = max(FIRST * self._best, SLOWEST)
         return self.rate
@@ -72,4 +71,4 @@ class Pace:
             self._grown, self._steady_s = self._best, 0.0
         else:
             self._steady_s += TICK_S
-        return self._steady_s > STEADY_S + rtt_s
+        return self._best > FAST and self._steady_s > STEADY_S + rtt_s
