@@ -31,7 +31,7 @@ GROWTH = 1.1
 FIRST = 0.8
 """Of the best so far; the first bound."""
 FAST = 2e6
-"""Bytes a second that must have been seen for that: a slower line shows its queue, a beginning does not stay."""
+"""Bytes a second that must have been seen for that: a slower line shows a queue, or is a beginning."""
 MORE = 1.02
 LESS = 0.8
 MUCH_LESS = 0.7
