@@ -33,6 +33,9 @@ FIRST = 0.8
 FAST = 2e6
 """Bytes a second that must have been seen for that: a slower line shows a queue, or is a beginning."""
 MORE = 1.02
+MUCH_MORE = 1.1
+"""After ``CALM`` looks without a queue: a bound that was too low is no lasting one."""
+CALM = 20
 LESS = 0.8
 MUCH_LESS = 0.7
 
@@ -47,28 +50,34 @@ class Pace:
         self._lately: deque[float] = deque(maxlen=LATELY)
         self._grown = 0.0
         self._steady_s = 0.0
+        self._calm = 0
+        """Looks without a queue in a row."""
 
     def look(self, path: Path) -> float | None:
         """The rate from now on, after a look at the path; call every ``TICK_S``."""
         self._best = max(self._best, path.delivered)
         self._lately.append(path.delivered)
+        steady = self._steady(path.least_rtt_s)
         allowed = QUEUE_S + path.least_rtt_s / 16
         waits = path.rtt_s - path.least_rtt_s
-        if waits > allowed:
+        if waits > allowed and (steady or self.rate is not None):
             share = LESS if waits < 2 * allowed else MUCH_LESS
             # Of what lately got through: of the present rate it would be less and less while a queue drains.
             slower = max(share * max(self._lately), LEAST * self._best, SLOWEST)
             self.rate = slower if self.rate is None else min(slower, self.rate)
+            self._calm = 0
         elif self.rate is not None:
-            self.rate = min(self.rate * MORE, 2 * self._best + SLOWEST)
-        elif self._known(path.least_rtt_s):
-            self.rate = max(FIRST * self._best, SLOWEST)
+            self._calm += 1
+            more = MORE if self._calm <= CALM else MUCH_MORE
+            self.rate = min(self.rate * more, 2 * self._best + SLOWEST)
+        elif steady and self._best > FAST:
+            self.rate = FIRST * self._best
         return self.rate
 
-    def _known(self, rtt_s: float) -> bool:
-        """Whether what gets through grows no more."""
+    def _steady(self, rtt_s: float) -> bool:
+        """Whether what gets through grows no more; while it does, it is no line's speed."""
         if self._best > GROWTH * self._grown:
             self._grown, self._steady_s = self._best, 0.0
         else:
             self._steady_s += TICK_S
-        return self._best > FAST and self._steady_s > STEADY_S + rtt_s
+        return self._steady_s > STEADY_S + rtt_s

@@ -7,7 +7,7 @@ import trio
 
 from p2p import path
 from p2p.path import Path
-from stage.pacing import FIRST, LEAST, QUEUE_S, TICK_S, Pace
+from stage.pacing import FIRST, LEAST, QUEUE_S, SLOWEST, TICK_S, Pace
 
 
 def over_a_line(line: float, least_rtt_s: float, queue_s: float, seconds: float) -> tuple[float, float]:
@@ -38,7 +38,8 @@ def test_the_line_is_full_and_its_queue_short(mbps: int, rtt_ms: int, queue_ms: 
 
 def test_others_who_fill_the_line_are_yielded_to_and_the_download_goes_on() -> None:
     pace, line = Pace(), 25e6
-    pace.look(Path(0.04, 0.04, line))
+    for _ in range(10):
+        pace.look(Path(0.04, 0.04, line))
     for _ in range(100):
         pace.look(Path(0.12, 0.04, 5e6))
     assert pace.rate == LEAST * line
@@ -61,6 +62,22 @@ def test_a_slow_beginning_bounds_nothing() -> None:
     pace = Pace()
     assert all(pace.look(Path(0.041, 0.04, 4e4)) is None for _ in range(50))
     assert pace.look(Path(0.041, 0.04, 2e7)) is None
+
+
+def test_a_wait_while_it_grows_bounds_nothing() -> None:
+    pace = Pace()
+    assert all(pace.look(Path(0.12, 0.1, 4e4 * 2**n)) is None for n in range(8))
+
+
+def test_a_bound_that_was_too_low_is_gone_in_seconds() -> None:
+    pace, line = Pace(), 25e6
+    for _ in range(10):
+        pace.look(Path(0.12, 0.1, 4e4))
+    assert pace.rate == SLOWEST
+    for _ in range(100):
+        assert pace.rate is not None
+        pace.look(Path(0.1, 0.1, min(pace.rate, line)))
+    assert pace.rate > line
 
 
 def test_the_kernel_tells_of_a_connection_and_paces_it() -> None:
