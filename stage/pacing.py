@@ -1,10 +1,10 @@
 """How fast a donor gives a state away while it trains: as fast as its line goes without a queue before it.
 
 An upload that takes all it can get fills the queue in front of the line, a tenth of a second or more on home
-lines, and every microbatch and every part of a round of this node waits there. So the donor watches how long
-its bytes wait (the path's present round trip against its least): beyond ``QUEUE_S`` it gives what lately got
-through less a bit, below it more and more again. Who else fills the line, the node's own training first,
-is yielded to, down to ``LEAST`` of the best that it saw.
+lines, and every microbatch and every part of a round of this node waits there. So the donor keeps to
+``SHARE`` of what got through, and now and then looks whether there is more: it gives more and more until its
+bytes wait (the path's present round trip against its least, ``QUEUE_S``). Who else fills the line, the node's
+own training first, is yielded to, down to ``LEAST`` of the best that it saw.
 
 Without any bound chunks leave in bursts, which wait 10 ms before a line that they half fill; so there is one
 as soon as the line's speed is known: when what gets through has not grown for a while. Sans-IO.
@@ -16,8 +16,8 @@ from collections import deque
 
 from p2p.path import Path
 
-QUEUE_S = 0.008
-"""What the donor's other messages may have to wait more, and a sixteenth of the line's own round trip."""
+QUEUE_S = 0.006
+"""What the donor's other messages may have to wait more, and a 32nd of the line's own round trip."""
 TICK_S = 0.1
 """Between two looks."""
 LEAST = 0.25
@@ -28,16 +28,17 @@ LATELY = 10
 STEADY_S = 0.2
 """And a round trip: without growth for so long, the line's speed is known."""
 GROWTH = 1.1
-FIRST = 0.8
-"""Of the best so far; the first bound."""
 FAST = 2e6
-"""Bytes a second that must have been seen for that: a slower line shows a queue, or is a beginning."""
-MORE = 1.02
-MUCH_MORE = 1.1
-"""After ``CALM`` looks without a queue: a bound that was too low is no lasting one."""
-CALM = 20
-LESS = 0.8
+"""Bytes a second seen before a first bound: a slower line shows a queue, or is a beginning."""
+SHARE = 0.85
+"""Of the best lately."""
 MUCH_LESS = 0.7
+"""Of it, where bytes wait twice as long as they may."""
+CALM = 15
+"""Looks without a queue before more is tried."""
+MORE = 1.05
+MUCH_MORE = 1.2
+"""After as many looks again: the bound was far too low."""
 
 
 class Pace:
@@ -58,20 +59,21 @@ class Pace:
         self._best = max(self._best, path.delivered)
         self._lately.append(path.delivered)
         steady = self._steady(path.least_rtt_s)
-        allowed = QUEUE_S + path.least_rtt_s / 16
+        allowed = QUEUE_S + path.least_rtt_s / 32
         waits = path.rtt_s - path.least_rtt_s
         if waits > allowed and (steady or self.rate is not None):
-            share = LESS if waits < 2 * allowed else MUCH_LESS
+            share = SHARE if waits < 2 * allowed else MUCH_LESS
             # Of what lately got through: of the present rate it would be less and less while a queue drains.
             slower = max(share * max(self._lately), LEAST * self._best, SLOWEST)
             self.rate = slower if self.rate is None else min(slower, self.rate)
             self._calm = 0
         elif self.rate is not None:
             self._calm += 1
-            more = MORE if self._calm <= CALM else MUCH_MORE
-            self.rate = min(self.rate * more, 2 * self._best + SLOWEST)
+            if self._calm > CALM:
+                more = MORE if self._calm <= 2 * CALM else MUCH_MORE
+                self.rate = min(self.rate * more, 2 * self._best + SLOWEST)
         elif steady and self._best > FAST:
-            self.rate = FIRST * self._best
+            self.rate = SHARE * self._best
         return self.rate
 
     def _steady(self, rtt_s: float) -> bool:

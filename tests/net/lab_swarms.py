@@ -57,13 +57,22 @@ class LabSwarm:
         return made
 
     @contextmanager
-    def running(self, names: Iterable[str]) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-        """These nodes as processes, asked to leave at the end."""
+    def running(self, names: Iterable[str], nice: int = 0) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+        """These nodes as processes, asked to leave at the end; ``nice``: how far they yield to others."""
         nodes = {}
         try:
             for name in names:
                 config = self.folder / name / "agorad.toml"
-                words = (sys.executable, "-m", "agorad.main", "--config", str(config))
+                words = (
+                    "nice",
+                    "-n",
+                    str(nice),
+                    sys.executable,
+                    "-m",
+                    "agorad.main",
+                    "--config",
+                    str(config),
+                )
                 with (self.folder / f"{name}.err").open("wb") as errors:
                     nodes[name] = subprocess.Popen(self.places[name].command(*words), stderr=errors)
             yield nodes

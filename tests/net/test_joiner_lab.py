@@ -1,8 +1,10 @@
 """A newcomer behind a line of 200 Mbit/s, in a lab: how soon it works, and what that costs its donor.
 
 Lines are long and microbatches in flight are few, so that training waits for the lines and not for this
-machine's cores; what a download takes of the donor's line and cores shows in its microbatches. A download is
-over in four steps or so: three newcomers come, one after the other, and their means are judged.
+machine's cores; what a download takes of the donor's line and cores shows in its microbatches. What it takes
+of the newcomer's own processor would show too, though the two are two machines elsewhere: so newcomers yield
+to the rest. A download is over in four steps or so, and a virtual machine's own host may take a tenth of its
+cores for as long: several newcomers come, one after the other, and their medians are judged.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from tests.net.lab_swarms import LabSwarm
 MBPS = 200.0
 LINE = Line(up_mbps=MBPS, down_mbps=MBPS, delay_ms=25)
 FIRST = ("seed", "authority", "trainer-0", "worker-0-0", "worker-1-0")
-NEWCOMERS = ("worker-0-1", "worker-0-2", "worker-0-3")
+NEWCOMERS = tuple(f"worker-0-{n}" for n in range(1, 6))
 DONOR = "worker-0-0"
 BUSY = 1.0
 """Load of a machine that others use: their work shows in the donor's then, and little can be said."""
 BEFORE_S = 20.0
 """Training that the donor's rate during the download is held against."""
 PLAN = layout.Plan(
-    stages=2, workers=4, trainers=1, steps=100_000, seconds=None, data=None,
+    stages=2, workers=1 + len(NEWCOMERS), trainers=1, steps=100_000, seconds=None, data=None,
     assignments=(
         "model.d=512", "model.k=16", "model.heads=8", "model.kv_heads=2", "model.ffn=2048", "model.seq=8",
         "model.layers=[3, 1]", "training.target_batch=16", "training.lr=1e-4", "trainer.credits=3",
@@ -61,7 +63,7 @@ def step_s(swarm: LabSwarm, began: float, ended: float) -> float:
 @pytest.mark.timeout(900)
 def test_a_newcomer_is_active_as_soon_as_its_line_allows_and_its_donor_trains_on(tmp_path: Path) -> None:
     kept = 0.9 if os.getloadavg()[0] < BUSY else 0.4
-    names = (*FIRST, *(f"worker-{stage}-{n}" for stage in range(2) for n in range(1, 4)))
+    names = (*FIRST, *NEWCOMERS, *(f"worker-1-{n}" for n in range(1, PLAN.workers)))
     figures = []
     try:
         with lab([LINE] * len(names)) as places:
@@ -71,15 +73,15 @@ def test_a_newcomer_is_active_as_soon_as_its_line_allows_and_its_donor_trains_on
                 until(lambda: len(swarm.events(DONOR, "step")) >= 3, 240)
                 for newcomer in NEWCOMERS:
                     time.sleep(BEFORE_S)
-                    with swarm.running([newcomer]):
+                    with swarm.running([newcomer], nice=19):
                         until(lambda who=newcomer: is_active(swarm, who), 200)
                     figures.append(measured(swarm, newcomer))
     except NoLab as error:
         pytest.skip(str(error))
-    means = {name: statistics.fmean(one[name] for one in figures) for name in figures[0]}
-    print(*figures, means, sep="\n")
-    assert means["active_s"] <= means["allowed_s"] * (1 if kept > 0.5 else 2), figures
-    assert means["donor"] >= kept, figures
+    middle = {name: statistics.median(one[name] for one in figures) for name in figures[0]}
+    print(*figures, middle, sep="\n")
+    assert middle["active_s"] <= middle["allowed_s"] * (1 if kept > 0.5 else 2), figures
+    assert middle["donor"] >= kept, figures
 
 
 def is_active(swarm: LabSwarm, newcomer: str) -> bool:
