@@ -33,10 +33,17 @@ ALIKE: Final = 1.25
 
 
 def part_size(floats: int, reducers: int, wanted: int) -> int:
-    """Bytes a part: ``wanted``, less where reducers would wait, more where parts would be too many."""
-    total = floats * FLOAT_BYTES
-    size = min(wanted, -(-total // (PARTS_EACH * max(1, reducers))))
+    """Bytes a part: ``wanted``, less where reducers would wait, more where parts would be too many.
+
+    Less, too, so that reducers of one speed have as many parts each: a round is over with the last of them.
+    """
+    total, reducers = floats * FLOAT_BYTES, max(1, reducers)
+    size = min(wanted, -(-total // (PARTS_EACH * reducers)))
     size = max(size, -(-total // MAX_PARTS), 1)
+    parts = -(-total // size)
+    even = -(-parts // reducers) * reducers
+    if parts < even <= MAX_PARTS:
+        size = -(-total // even)
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

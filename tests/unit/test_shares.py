@@ -47,6 +47,14 @@ def test_parts_cover_the_vector_once_within_the_limits(floats: int, reducers: in
     assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
 
 
+@pytest.mark.parametrize("reducers", [2, 3, 4, 5, 7, 16])
+@pytest.mark.parametrize("floats", [10_000_000, 16_777_216, 50_000_000])
+def test_equal_members_reduce_as_many_parts_each(floats: int, reducers: int) -> None:
+    parts = len(shares.spans(floats, shares.part_size(floats, reducers, shares.PART_BYTES)))
+    owners = shares.owners(parts, [1 / reducers] * reducers)
+    assert {owners.count(member) for member in range(reducers)} == {parts // reducers}
+
+
 @given(
     st.integers(1, 300), st.lists(st.sampled_from([0.0, 1.0, 2.5, 10.0]), min_size=1, max_size=9).filter(any)
 )
