@@ -14,6 +14,7 @@ import attrs
 
 from agorad.ask import CommandFailed, NoAnswer
 from agorad.bench.ends import End, end, said, tell
+from agorad.bench.stolen import NOTABLE, Stolen
 from agorad.lab.network import Line, Place, lab
 from p2p.averaging.roster import MAX_FLOATS, MAX_MEMBERS
 from p2p.averaging.shares import FLOAT_BYTES
@@ -116,10 +117,12 @@ def run(
             mates[facts["peer"]] = facts["addr"]
         for process in ends:
             tell(process, {"mates": mates})
-        rounds = []
+        rounds, stolen = [], []
         # The first round does not count, unless somebody dies in it: connections are made then.
         for number in range(1 if kills else repeat + 1):
-            rounds.append(_round(ends, number, mortal={kill.member for kill in kills}))
+            with Stolen() as away:
+                rounds.append(_round(ends, number, mortal={kill.member for kill in kills}))
+            stolen.append(away.share)
         counted = rounds if kills else rounds[1:]
         last = counted[-1]
         for index, facts in last.items():
@@ -127,7 +130,8 @@ def run(
                 tell(ends[index], {"check": True})
                 facts |= said(ends[index], ANSWER_S)
     where = None if link is None else {"mbps": link[0], "rtt_ms": link[1]}
-    return _summed(peers, floats, dtype, list(mates), counted) | {"link": where}
+    summed = _summed(peers, floats, dtype, list(mates), counted)
+    return summed | {"link": where, "stolen": stolen[-len(counted) :]}
 
 
 def _round(ends: list[End], number: int, mortal: set[int]) -> dict[int, dict[str, Any]]:
@@ -197,6 +201,12 @@ def lines(result: dict[str, Any]) -> str:
         out.append(f"what a member sent needs {least:.3f} s of its line: {least / median:.2f} of the round")
     if result["max_error"] is not None:
         out.append(f"largest distance to the exact weighted mean {result['max_error']:.1e}")
+    taken = [share for share in result["stolen"] if share is not None and share > NOTABLE]
+    if taken:
+        out.append(
+            f"this machine's own host took up to {max(taken) * 100:.0f} % of its processors away: "
+            f"{len(taken)} of {len(result['stolen'])} rounds are slower than the machine"
+        )
     out += [f"failed  {one['peer']}: {one['reason']}" for one in result["failed"]]
     out += [f"dropped {one['peer']}: {one['reason']}" for one in result["drops"]]
     return "\n".join(out)

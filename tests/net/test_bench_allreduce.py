@@ -36,6 +36,7 @@ def test_survivors_of_a_kill_hold_the_same_exact_means() -> None:
     # A leader that dies at its commit may take it along: the others then have a round of their own.
     assert {drop["peer"] for drop in result["drops"]} <= set(result["killed"])
     assert result["fraction"] == 1.0
+    assert len(result["stolen"]) == len(result["seconds"])
 
 
 @pytest.mark.long

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from agorad.bench.stolen import Stolen
 from agorad.demo import layout
 from agorad.lab.network import Line, NoLab, lab
 from tests.net.lab_swarms import LabSwarm
@@ -73,9 +74,9 @@ def test_a_newcomer_is_active_as_soon_as_its_line_allows_and_its_donor_trains_on
                 until(lambda: len(swarm.events(DONOR, "step")) >= 3, 240)
                 for newcomer in NEWCOMERS:
                     time.sleep(BEFORE_S)
-                    with swarm.running([newcomer], nice=19):
+                    with Stolen() as away, swarm.running([newcomer], nice=19):
                         until(lambda who=newcomer: is_active(swarm, who), 200)
-                    figures.append(measured(swarm, newcomer))
+                    figures.append(measured(swarm, newcomer) | {"stolen": away.share or 0.0})
     except NoLab as error:
         pytest.skip(str(error))
     middle = {name: statistics.median(one[name] for one in figures) for name in figures[0]}
