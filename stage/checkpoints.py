@@ -119,7 +119,7 @@ class CheckpointStore:
         """Of the checkpoint of ``step``, if one of ``writers`` signed it for this run and stage."""
         with self._open() as (fs, folder):
             path = self._manifest(folder, step)
-            signed = fs.cat_file(path, start=0, end=manifest_bytes(floats) + 512)
+            signed = _read(fs, path, 0, manifest_bytes(floats) + 512)
         try:
             version, packed, writer, signature = msgpack.unpackb(signed)
             if version != FORMAT:
@@ -147,9 +147,7 @@ class CheckpointStore:
         def read(index: int) -> None:
             start = index * CHUNK
             for _ in range(TIMES):
-                if arriving.take(
-                    index, fs.cat_file(path, start=start, end=start + manifest.chunk_size(index))
-                ):
+                if arriving.take(index, _read(fs, path, start, start + manifest.chunk_size(index))):
                     return
             raise LocalError(f"{path} is damaged at byte {start}")
 
@@ -164,8 +162,13 @@ class CheckpointStore:
 
     def _list(self, fs: Any, folder: str) -> list[Entry]:
         try:
-            content = fs.cat_file(f"{folder}/{LIST}", start=0, end=LIST_LIMIT)
+            content = _read(fs, f"{folder}/{LIST}", 0, LIST_LIMIT)
         except FileNotFoundError:
+            if not _anything(fs, folder):
+                raise LocalError(
+                    f"there is no checkpoint store {self.url}: make its bucket or repository, "
+                    "or look at its address and at this node's credentials"
+                ) from None
             return []
         try:
             document = json.loads(content)
@@ -200,6 +203,11 @@ class CheckpointStore:
             from fsspec.core import url_to_fs
 
             fs, root = url_to_fs(self.url, use_listings_cache=False)
+            fs.invalidate_cache()  # some keep what they once listed all the same, and others write here too
+            if _kind(fs, "hf"):
+                from huggingface_hub.utils.tqdm import disable_progress_bars
+
+                disable_progress_bars()
             yield fs, f"{root.rstrip('/')}/{self._run}/stage-{self._stage}"
         except P2PError:
             raise
@@ -229,8 +237,32 @@ def _put(fs: Any, content: bytes | Path, path: str) -> None:
     part.replace(path)
 
 
+def _read(fs: Any, path: str, start: int, end: int) -> bytes:
+    """These bytes of a file, or those of them that it has."""
+    from fsspec import AbstractFileSystem
+
+    # fsspec's own way reads megabytes ahead, each time anew; who asks for ranges has another.
+    plain = getattr(fs.cat_file, "__func__", None) is AbstractFileSystem.cat_file and not _local(fs)
+    content: bytes = fs.cat_file(path, start=start, end=end, **({"cache_type": "none"} if plain else {}))
+    return content
+
+
+def _anything(fs: Any, folder: str) -> bool:
+    """Whether this or any folder above it exists: a bucket does before anything is in it."""
+    lead, parts = "/" if folder.startswith("/") else "", folder.strip("/").split("/")
+    for count in range(len(parts), -1, -1):
+        with contextlib.suppress(ValueError, NotImplementedError):  # above a repository there is nothing
+            if (path := lead + "/".join(parts[:count])) and fs.exists(path):
+                return True
+    return False
+
+
 def _local(fs: Any) -> bool:
-    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+    return _kind(fs, "file")
+
+
+def _kind(fs: Any, protocol: str) -> bool:
+    return protocol in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
 def _words(error: Exception) -> str:

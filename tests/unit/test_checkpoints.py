@@ -1,4 +1,7 @@
-"""The checkpoint store: a local folder, fsspec's file system in memory, and S3 as a real server speaks it."""
+"""The checkpoint store: a local folder, fsspec's file system in memory, S3 and datasets of the hub.
+
+The last two are real servers on loopback, asked by their own clients.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import importlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,9 @@ from stage import checkpoints
 from stage.checkpoints import CheckpointStore, Entry, Line
 from stage.snapshot import SnapshotFile, SnapshotStore
 from stage.state import CHUNK
+from tests.hub_store import DATASET, TOKEN, Hub, hub
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the hub's client's own
 
 FLOATS = 256 * 400  # a chunk and a bit
 WRITER, STRANGER = (Identity.generate(bytes([number]) * 32) for number in (1, 2))
@@ -91,7 +98,26 @@ def s3() -> Iterator[str]:
         running.stop()
 
 
-@pytest.fixture(params=["local", "file", "memory", "s3"])
+@pytest.fixture(scope="module")
+def hf() -> Iterator[Hub]:
+    """A dataset at a server of our own on loopback, for the hub's client."""
+    from huggingface_hub import HfFileSystem, constants
+
+    patch = pytest.MonkeyPatch()
+    with hub() as server:
+        files = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+        patch.setattr(constants, "ENDPOINT", server.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + files)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own for large files
+        patch.setenv("HF_TOKEN", TOKEN)
+        try:
+            yield server
+        finally:
+            HfFileSystem.clear_instance_cache()
+            patch.undo()
+
+
+@pytest.fixture(params=["local", "file", "memory", "s3", "hf"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     match request.param:
         case "local":
@@ -100,6 +126,9 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
             return f"file://{tmp_path}/store"
         case "memory":
             return f"memory://{tmp_path.name}/store"
+        case "hf":
+            request.getfixturevalue("hf")
+            return f"hf://datasets/{DATASET}/{tmp_path.name}"
     return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
 
 
@@ -116,6 +145,43 @@ def test_what_was_published_is_found_and_taken_by_others(url: str, tmp_path: Pat
         begin(other, tmp_path / "reader", 10)
     assert CheckpointStore(url, "run", 0).entries(Line()) == []
     assert CheckpointStore(url, "run2", 1).entries(Line()) == []
+
+
+def test_who_looked_before_sees_what_others_wrote_since(url: str, tmp_path: Path) -> None:
+    reader = CheckpointStore(url, "run", 1)
+    with ThreadPoolExecutor(1) as elsewhere:  # file systems keep what they listed, a thread each
+        for step, there in ((10, [10]), (20, [10, 20]), (30, [20, 30])):
+            elsewhere.submit(publish, CheckpointStore(url, "run", 1), tmp_path / "writer", step).result()
+            assert reader.entries(Line()) == [Entry(step) for step in there]
+    assert begin(reader, tmp_path / "reader", 30) == 30
+
+
+@pytest.mark.parametrize("kind", ["s3", "hf"])
+def test_a_store_that_is_not_there_is_no_empty_one(kind: str, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(kind)
+    wrong = {"s3": "s3://no-such-bucket/store", "hf": "hf://datasets/owner/nothing/store"}[kind]
+    with pytest.raises(LocalError, match="make its bucket or repository"):
+        CheckpointStore(wrong, "run", 0).entries(Line())
+
+
+def test_a_private_dataset_without_its_token_is_no_empty_store(
+    hf: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_somebody_else")
+    with pytest.raises(LocalError, match="credentials"):
+        CheckpointStore(f"hf://datasets/{DATASET}/private", "run", 0).entries(Line())
+
+
+def test_a_chunk_is_read_once_and_nothing_is_printed(
+    hf: Hub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = CheckpointStore(f"hf://datasets/{DATASET}/once", "run", 0)
+    publish(store, tmp_path / "writer", 10)
+    before = hf.given
+    assert begin(store, tmp_path / "reader", 10) == 10
+    with saved(tmp_path / "writer", 10) as file:
+        assert hf.given - before < 1.1 * file.manifest.size
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_roll_back_ends_one_line_and_begins_another(url: str, tmp_path: Path) -> None:
