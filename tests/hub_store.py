@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+
 DATASET = "owner/weights"
 TOKEN = "hf_writer"
 LARGE = 1 << 16
@@ -176,14 +178,24 @@ class Answers(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def hub() -> Iterator[Hub]:
-    """Running, until the block ends."""
+def hub(patch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Running, until the block ends, as the hub of this process and of those that it starts."""
+    from huggingface_hub import HfFileSystem, constants
+
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
+        files = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+        patch.setattr(constants, "ENDPOINT", server.url)  # read from the environment when it was imported
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + files)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own for large files
+        patch.setenv("HF_ENDPOINT", server.url)
+        patch.setenv("HF_HUB_DISABLE_XET", "1")
+        patch.setenv("HF_TOKEN", TOKEN)
         yield server
     finally:
+        HfFileSystem.clear_instance_cache()
         server.shutdown()
         thread.join()
         server.server_close()

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from agorad.run import Checkpoint
 from agorad.settings import unstructure
 from p2p.identity import Identity
 from stage.checkpoints import CheckpointStore, Line
+from tests.hub_store import DATASET, hub
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -33,13 +34,23 @@ PLAN = Plan(
 )  # fmt: skip
 
 
-def laid_out(folder: Path) -> Layout:
+@pytest.fixture(params=["folder", "hf"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A folder, or a dataset at a server that answers as the hub does."""
+    if request.param == "folder":
+        yield str(tmp_path / "store")
+    else:
+        with hub(monkeypatch):
+            yield f"hf://datasets/{DATASET}/store"
+
+
+def laid_out(folder: Path, url: str) -> Layout:
     """A demo of two stages with two workers each; the first of each writes checkpoints."""
     layout = prepare(PLAN, folder)
     writers = tuple(node.identity.peer_id for node in layout.nodes if node.name.endswith("-0"))[:-1]
     changed = attrs.evolve(
         layout.manifest,
-        checkpoint=Checkpoint(store=str(folder / "store"), writers=writers, every=5, keep=50),
+        checkpoint=Checkpoint(store=url, writers=writers, every=5, keep=50),
     )
     manifest = run.from_table(unstructure(changed)).signed(Identity.load(folder / "operator.key"))
     run.save(manifest, layout.manifest_path)
@@ -78,11 +89,9 @@ def active_again(swarm: Swarm, since: float) -> Callable[[], bool]:
     )
 
 
-def test_everybody_is_gone_the_run_goes_on_and_is_rolled_back(tmp_path: Path) -> None:
-    layout = laid_out(tmp_path)
-    stores = [
-        CheckpointStore(str(tmp_path / "store"), layout.manifest.run.id, stage) for stage in range(STAGES)
-    ]
+def test_everybody_is_gone_the_run_goes_on_and_is_rolled_back(tmp_path: Path, url: str) -> None:
+    layout = laid_out(tmp_path, url)
+    stores = [CheckpointStore(url, layout.manifest.run.id, stage) for stage in range(STAGES)]
     swarm = Swarm(layout)
     swarm.start(*ROLES)
     try:

@@ -24,7 +24,7 @@ from stage import checkpoints
 from stage.checkpoints import CheckpointStore, Entry, Line
 from stage.snapshot import SnapshotFile, SnapshotStore
 from stage.state import CHUNK
-from tests.hub_store import DATASET, TOKEN, Hub, hub
+from tests.hub_store import DATASET, Hub, hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the hub's client's own
 
@@ -101,20 +101,8 @@ def s3() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def hf() -> Iterator[Hub]:
     """A dataset at a server of our own on loopback, for the hub's client."""
-    from huggingface_hub import HfFileSystem, constants
-
-    patch = pytest.MonkeyPatch()
-    with hub() as server:
-        files = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
-        patch.setattr(constants, "ENDPOINT", server.url)
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + files)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own for large files
-        patch.setenv("HF_TOKEN", TOKEN)
-        try:
-            yield server
-        finally:
-            HfFileSystem.clear_instance_cache()
-            patch.undo()
+    with pytest.MonkeyPatch.context() as patch, hub(patch) as server:
+        yield server
 
 
 @pytest.fixture(params=["local", "file", "memory", "s3", "hf"])
