@@ -32,13 +32,21 @@ FAST = 2e6
 """Bytes a second seen before a first bound: a slower line shows a queue, or is a beginning."""
 SHARE = 0.85
 """Of the best lately."""
-MUCH_LESS = 0.7
-"""Of it, where bytes wait twice as long as they may."""
+FULL = 0.95
+"""Of the bound: where more than that gets through, a wait is the path's own (radio varies), no queue."""
+NOW = 2
+"""Looks of which one has to be so full: a single one may have come in a pause."""
+FAR = 4
+"""Times what is allowed: so long a wait is a queue in any case, and perhaps one that grows slowly."""
+FORGET = 0.97
+"""The best is forgotten, look by look, where bytes wait even at the least: the line has become slower."""
 CALM = 15
 """Looks without a queue before more is tried."""
 MORE = 1.05
-MUCH_MORE = 1.2
-"""After as many looks again: the bound was far too low."""
+MUCH_MORE = 1.5
+"""After as many looks again: the bound was far too low. Both for a path that answers at once."""
+MOST = 1.3
+"""Of what got through lately: what is given at most, so that it leaves evenly."""
 
 
 class Pace:
@@ -61,17 +69,21 @@ class Pace:
         steady = self._steady(path.least_rtt_s)
         allowed = QUEUE_S + path.least_rtt_s / 32
         waits = path.rtt_s - path.least_rtt_s
-        if waits > allowed and (steady or self.rate is not None):
-            share = SHARE if waits < 2 * allowed else MUCH_LESS
+        full = self.rate is not None and max(list(self._lately)[-NOW:]) >= FULL * self.rate
+        known = steady or self.rate is not None
+        if known and (waits > FAR * allowed or (waits > allowed and not full)):
             # Of what lately got through: of the present rate it would be less and less while a queue drains.
-            slower = max(share * max(self._lately), LEAST * self._best, SLOWEST)
+            slower = max(SHARE * max(self._lately), LEAST * self._best, SLOWEST)
             self.rate = slower if self.rate is None else min(slower, self.rate)
+            if self.rate <= LEAST * self._best:
+                self._best *= FORGET
             self._calm = 0
         elif self.rate is not None:
             self._calm += 1
             if self._calm > CALM:
                 more = MORE if self._calm <= 2 * CALM else MUCH_MORE
-                self.rate = min(self.rate * more, 2 * self._best + SLOWEST)
+                more **= TICK_S / (TICK_S + 2 * path.least_rtt_s)  # no faster than a queue can show
+                self.rate = min(self.rate * more, MOST * max(self._lately) + SLOWEST)
         elif steady and self._best > FAST:
             self.rate = SHARE * self._best
         return self.rate
