@@ -30,6 +30,7 @@ import msgpack
 
 from p2p.errors import LocalError, P2PError, RemoteError
 from p2p.identity import Identity, PeerId, verify
+from stage.hub_commit import commit
 from stage.state import CHUNK, SnapshotManifest, manifest_bytes
 
 FORMAT = 1
@@ -101,17 +102,25 @@ class CheckpointStore:
             counting = sorted({*(entry for entry in before if line.counts(entry)), new})
             if any(entry.step == new.step for entry in before if entry != new and line.counts(entry)):
                 return  # it is there, from before the roll-back to this very step
-            if _local(fs):
-                Path(folder).mkdir(parents=True, exist_ok=True)
-            _put(fs, data, self._data(folder, new.step))
-            _put(fs, self._signed(manifest, writer), self._manifest(folder, new.step))
             kept = counting[-keep:]
             lines = [[entry.step, entry.generation] for entry in kept]
-            _put(fs, json.dumps({"format": FORMAT, "checkpoints": lines}).encode(), f"{folder}/{LIST}")
-            for step in {entry.step for entry in before} - {entry.step for entry in kept}:
-                for path in (self._manifest(folder, step), self._data(folder, step)):
-                    with contextlib.suppress(FileNotFoundError):
-                        fs.rm_file(path)
+            writes: dict[str, bytes | Path] = {
+                self._data(folder, new.step): data,
+                self._manifest(folder, new.step): self._signed(manifest, writer),
+                f"{folder}/{LIST}": json.dumps({"format": FORMAT, "checkpoints": lines}).encode(),
+            }
+            gone = sorted({entry.step for entry in before} - {entry.step for entry in kept})
+            removes = [path(folder, step) for step in gone for path in (self._manifest, self._data)]
+            if _kind(fs, "hf"):
+                commit(fs, writes, removes, f"{self._run}, stage {self._stage}: step {new.step}")
+                return
+            if _kind(fs, "file"):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            for path, content in writes.items():
+                _put(fs, content, path)
+            for path in removes:
+                with contextlib.suppress(FileNotFoundError):
+                    fs.rm_file(path)
 
     def manifest(
         self, step: int, writers: Collection[PeerId], *, floats: int, fingerprint: str
@@ -163,8 +172,8 @@ class CheckpointStore:
     def _list(self, fs: Any, folder: str) -> list[Entry]:
         try:
             content = _read(fs, f"{folder}/{LIST}", 0, LIST_LIMIT)
-        except FileNotFoundError:
-            if not _anything(fs, folder):
+        except FileNotFoundError as error:
+            if _no_store(error):
                 raise LocalError(
                     f"there is no checkpoint store {self.url}: make its bucket or repository, "
                     "or look at its address and at this node's credentials"
@@ -202,8 +211,8 @@ class CheckpointStore:
         try:
             from fsspec.core import url_to_fs
 
-            fs, root = url_to_fs(self.url, use_listings_cache=False)
-            fs.invalidate_cache()  # some keep what they once listed all the same, and others write here too
+            fs, root = url_to_fs(self.url)
+            fs.invalidate_cache()  # some keep what they once listed, and others write here too
             if _kind(fs, "hf"):
                 from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -219,7 +228,7 @@ class CheckpointStore:
 
 def _put(fs: Any, content: bytes | Path, path: str) -> None:
     """Under its name all of it lies, or nothing. Stores of objects do so by themselves."""
-    if not _local(fs):
+    if not _kind(fs, "file"):
         if isinstance(content, Path):
             fs.put_file(str(content), path)
         else:
@@ -239,26 +248,23 @@ def _put(fs: Any, content: bytes | Path, path: str) -> None:
 
 def _read(fs: Any, path: str, start: int, end: int) -> bytes:
     """These bytes of a file, or those of them that it has."""
-    from fsspec import AbstractFileSystem
-
-    # fsspec's own way reads megabytes ahead, each time anew; who asks for ranges has another.
-    plain = getattr(fs.cat_file, "__func__", None) is AbstractFileSystem.cat_file and not _local(fs)
-    content: bytes = fs.cat_file(path, start=start, end=end, **({"cache_type": "none"} if plain else {}))
+    # The hub's file system would read megabytes ahead, each time anew.
+    content: bytes = fs.cat_file(
+        path, start=start, end=end, **({"cache_type": "none"} if _kind(fs, "hf") else {})
+    )
     return content
 
 
-def _anything(fs: Any, folder: str) -> bool:
-    """Whether this or any folder above it exists: a bucket does before anything is in it."""
-    lead, parts = "/" if folder.startswith("/") else "", folder.strip("/").split("/")
-    for count in range(len(parts), -1, -1):
-        with contextlib.suppress(ValueError, NotImplementedError):  # above a repository there is nothing
-            if (path := lead + "/".join(parts[:count])) and fs.exists(path):
-                return True
+def _no_store(error: BaseException | None) -> bool:
+    """Whether a file was not found since its bucket or repository was not: then nothing is known of it."""
+    while error is not None:
+        if type(error).__name__ in ("RepositoryNotFoundError", "RevisionNotFoundError"):
+            return True
+        response = getattr(error, "response", None)  # a dictionary where it is botocore's
+        if isinstance(response, dict) and response.get("Error", {}).get("Code") == "NoSuchBucket":
+            return True
+        error = error.__cause__
     return False
-
-
-def _local(fs: Any) -> bool:
-    return _kind(fs, "file")
 
 
 def _kind(fs: Any, protocol: str) -> bool:

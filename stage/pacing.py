@@ -38,7 +38,7 @@ NOW = 2
 """Looks of which one has to be so full: a single one may have come in a pause."""
 FAR = 4
 """Times what is allowed: so long a wait is a queue in any case, and perhaps one that grows slowly."""
-FORGET = 0.97
+FORGET = 0.99
 """The best is forgotten, look by look, where bytes wait even at the least: the line has become slower."""
 CALM = 15
 """Looks without a queue before more is tried."""

@@ -2,7 +2,7 @@
 
 It answers what the client of ``huggingface_hub`` asks when it lists, reads, commits and deletes files of one
 dataset: repository, tree, paths, ranges of files, and commits with small files inside and large ones uploaded
-before (LFS). Who names another dataset, or shows another token, hears what the hub says then.
+before (LFS). Who names another dataset, or may not see this one, hears what the hub says then.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 DATASET = "owner/weights"
-TOKEN = "hf_writer"
+TOKEN, OTHER_TOKEN = "hf_writer", "hf_of_another_account"
 LARGE = 1 << 16
 """Bytes from which a file travels by itself."""
 
@@ -35,6 +35,9 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answers)
         self.files: dict[str, bytes] = {}
         self.uploads: dict[str, bytes] = {}
+        self.commits = 0
+        self.refusals: list[int] = []
+        """Statuses that the next commits hear."""
         self.given = 0
         """Bytes of files that were read."""
         self.lock = threading.Lock()
@@ -75,8 +78,12 @@ class Answers(BaseHTTPRequestHandler):
             if path.startswith("/upload/") and method == "PUT":  # an address of its own, signed elsewhere
                 self.server.uploads[path.removeprefix("/upload/")] = body
                 self._answer(200)
-            elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                self._missing("RepoNotFound", 401)
+            elif (shown := self.headers.get("Authorization")) != f"Bearer {TOKEN}":
+                if shown is None or shown == f"Bearer {OTHER_TOKEN}":
+                    self._missing("RepoNotFound", 401 if shown is None else 404)
+                else:
+                    said = "Invalid credentials in Authorization header"
+                    self._answer(401, {"error": said}, {"X-Error-Message": said})
             elif api is not None:
                 self._api(api[1] or "revision", (api[2] or "").strip("/"), body)
             elif path == f"/datasets/{DATASET}.git/info/lfs/objects/batch":
@@ -130,6 +137,8 @@ class Answers(BaseHTTPRequestHandler):
 
     def _commit(self, lines: list[dict[str, Any]]) -> None:
         files = self.server.files
+        if self.server.refusals:
+            return self._answer(self.server.refusals.pop(0), {"error": "another commit is in progress"})
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
@@ -138,8 +147,9 @@ class Answers(BaseHTTPRequestHandler):
                 files[value["path"]] = self.server.uploads[value["oid"]]
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
+        self.server.commits += 1
         where = f"{self.server.url}/datasets/{DATASET}/commit/{'1' * 40}"
-        self._answer(200, {"success": True, "commitOid": "1" * 40, "commitUrl": where})
+        return self._answer(200, {"success": True, "commitOid": "1" * 40, "commitUrl": where})
 
     def _upload_where(self, asked: dict[str, Any]) -> None:
         objects = [
@@ -155,7 +165,7 @@ class Answers(BaseHTTPRequestHandler):
             self._missing("EntryNotFound", 404)
         else:
             part = data if asked is None else data[int(asked[1]) : int(asked[2]) + 1]
-            self.server.given += len(part)
+            self.server.given += len(part) if self.command == "GET" else 0
             self._answer(200 if asked is None else 206, part)
 
     def _missing(self, code: str, status: int) -> None:

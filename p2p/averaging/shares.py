@@ -35,16 +35,18 @@ ALIKE: Final = 1.25
 def part_size(floats: int, reducers: int, wanted: int) -> int:
     """Bytes a part: ``wanted``, less where reducers would wait, more where parts would be too many.
 
-    Less, too, so that reducers of one speed have as many parts each: a round is over with the last of them.
+    Less, too, so that reducers of one speed have as many parts each, where blocks allow: a round is over with
+    the last of them.
     """
     total, reducers = floats * FLOAT_BYTES, max(1, reducers)
     size = min(wanted, -(-total // (PARTS_EACH * reducers)))
     size = max(size, -(-total // MAX_PARTS), 1)
-    parts = -(-total // size)
-    even = -(-parts // reducers) * reducers
-    if parts < even <= MAX_PARTS:
-        size = -(-total // even)
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    size = -(-size // ALIGNMENT) * ALIGNMENT
+    for even in range(size, size // 2, -ALIGNMENT):
+        parts = -(-total // even)
+        if parts <= MAX_PARTS and parts % reducers == 0:
+            return even
+    return size
 
 
 def spans(floats: int, part_bytes: int) -> list[tuple[int, int]]:

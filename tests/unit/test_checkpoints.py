@@ -20,11 +20,11 @@ from torch import Tensor
 
 from p2p.errors import LocalError
 from p2p.identity import Identity
-from stage import checkpoints
+from stage import checkpoints, hub_commit
 from stage.checkpoints import CheckpointStore, Entry, Line
 from stage.snapshot import SnapshotFile, SnapshotStore
 from stage.state import CHUNK
-from tests.hub_store import DATASET, Hub, hub
+from tests.hub_store import DATASET, OTHER_TOKEN, Hub, hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the hub's client's own
 
@@ -152,12 +152,45 @@ def test_a_store_that_is_not_there_is_no_empty_one(kind: str, request: pytest.Fi
         CheckpointStore(wrong, "run", 0).entries(Line())
 
 
-def test_a_private_dataset_without_its_token_is_no_empty_store(
-    hf: Hub, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [(None, "credentials"), (OTHER_TOKEN, "credentials"), ("hf_old", "Invalid credentials")],
+)
+def test_a_dataset_that_this_node_may_not_see_is_no_empty_store(
+    hf: Hub, token: str | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_somebody_else")
-    with pytest.raises(LocalError, match="credentials"):
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(LocalError, match=words):
         CheckpointStore(f"hf://datasets/{DATASET}/private", "run", 0).entries(Line())
+
+
+def test_a_checkpoint_is_one_commit_which_waits_for_others(
+    hf: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_commit, "WAIT_S", 0.01)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "copies"))
+    store = CheckpointStore(f"hf://datasets/{DATASET}/commits", "run", 0)
+    before = hf.commits
+    for step, refusals in ((10, []), (20, [409, 429]), (30, [503])):
+        hf.refusals = list(refusals)
+        publish(store, tmp_path / "writer", step)
+    assert hf.commits - before == 3
+    assert store.entries(Line()) == [Entry(20), Entry(30)]
+    kept = [f"{step:012d}.{kind}" for step in (20, 30) for kind in ("manifest", "state")]
+    assert sorted(name.rsplit("/", 1)[1] for name in hf.files if name.startswith("commits/")) == [
+        *kept,
+        "latest",
+    ]
+    hf.refusals = [403]
+    with pytest.raises(LocalError, match="403"):
+        publish(store, tmp_path / "writer", 40)
+    hf.refusals = [409] * hub_commit.TRIES
+    with pytest.raises(LocalError, match="409"):
+        publish(store, tmp_path / "writer", 40)
+    assert store.entries(Line()) == [Entry(20), Entry(30)]
 
 
 def test_a_chunk_is_read_once_and_nothing_is_printed(
