@@ -40,13 +40,17 @@ def part_size(floats: int, reducers: int, wanted: int) -> int:
     """
     total, reducers = floats * FLOAT_BYTES, max(1, reducers)
     size = min(wanted, -(-total // (PARTS_EACH * reducers)))
-    size = max(size, -(-total // MAX_PARTS), 1)
-    size = -(-size // ALIGNMENT) * ALIGNMENT
-    for even in range(size, size // 2, -ALIGNMENT):
-        parts = -(-total // even)
-        if parts <= MAX_PARTS and parts % reducers == 0:
+    size = _aligned(max(size, -(-total // MAX_PARTS), 1))
+    parts = max(1, -(-total // size))
+    for many in range(-(-parts // reducers) * reducers, min(2 * parts, MAX_PARTS) + 1, reducers):
+        even = _aligned(-(-total // many))
+        if 0 < even <= size and -(-total // even) % reducers == 0:
             return even
     return size
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def spans(floats: int, part_bytes: int) -> list[tuple[int, int]]:

@@ -50,9 +50,14 @@ def test_parts_cover_the_vector_once_within_the_limits(floats: int, reducers: in
 @pytest.mark.parametrize("reducers", [2, 3, 4, 5, 7, 16])
 @pytest.mark.parametrize("floats", [2_500_000, 10_000_000, 16_777_216, 50_000_000, 300_000_000, 500_000_000])
 def test_equal_members_reduce_as_many_parts_each(floats: int, reducers: int) -> None:
-    parts = len(shares.spans(floats, shares.part_size(floats, reducers, shares.PART_BYTES)))
+    spans = shares.spans(floats, shares.part_size(floats, reducers, shares.PART_BYTES))
+    parts = len(spans)
     owners = shares.owners(parts, [1 / reducers] * reducers)
     assert {owners.count(member) for member in range(reducers)} == {parts // reducers}
+    sizes = [0] * reducers
+    for owner, (begin, end) in zip(owners, spans, strict=True):
+        sizes[owner] += end - begin
+    assert max(sizes) - min(sizes) <= parts * shares.ALIGNMENT
 
 
 @given(
