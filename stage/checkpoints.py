@@ -111,7 +111,7 @@ class CheckpointStore:
             }
             gone = sorted({entry.step for entry in before} - {entry.step for entry in kept})
             removes = [path(folder, step) for step in gone for path in (self._manifest, self._data)]
-            if _kind(fs, "hf"):
+            if _kind(fs, "hf") and not folder.startswith("buckets/"):  # those have no commits
                 commit(fs, writes, removes, f"{self._run}, stage {self._stage}: step {new.step}")
                 return
             if _kind(fs, "file"):

@@ -21,10 +21,14 @@ WAIT_S: Final = 1.0
 
 
 def commit(fs: Any, writes: Mapping[str, bytes | Path], removes: Collection[str], words: str) -> None:
-    """All of it or nothing; ``fs``: an ``HfFileSystem``. Raises what its client raises."""
+    """All of it or nothing; ``fs``: an ``HfFileSystem``. Blocks; raises what its client raises.
+
+    What is to be removed and is not there (somebody tidied up by hand) is passed over.
+    """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    removes = [path for path in removes if fs.exists(path)]
     places = {path: fs.resolve_path(path) for path in [*writes, *removes]}
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     for path, content in writes.items():

@@ -8,6 +8,7 @@ from typing import Final, Self
 _STEAL: Final = 7
 """Place in the first line of /proc/stat (proc(5)): user, nice, system, idle, iowait, irq, softirq, steal."""
 NOTABLE: Final = 0.02
+"""Share of which a measurement speaks."""
 
 
 class Stolen:

@@ -184,13 +184,17 @@ def test_a_checkpoint_is_one_commit_which_waits_for_others(
         *kept,
         "latest",
     ]
+    del hf.files["commits/run/stage-0/000000000020.state"]  # by hand
+    publish(store, tmp_path / "writer", 40)
+    assert store.entries(Line()) == [Entry(30), Entry(40)]
+    assert not any("000000000020" in name for name in hf.files if name.startswith("commits/"))
     hf.refusals = [403]
     with pytest.raises(LocalError, match="403"):
-        publish(store, tmp_path / "writer", 40)
+        publish(store, tmp_path / "writer", 50)
     hf.refusals = [409] * hub_commit.TRIES
     with pytest.raises(LocalError, match="409"):
-        publish(store, tmp_path / "writer", 40)
-    assert store.entries(Line()) == [Entry(20), Entry(30)]
+        publish(store, tmp_path / "writer", 50)
+    assert store.entries(Line()) == [Entry(30), Entry(40)]
 
 
 def test_a_chunk_is_read_once_and_nothing_is_printed(
