@@ -227,13 +227,14 @@ class Call:
         heard: Callable[[dict[str, Any], memoryview], None],
         *,
         into: memoryview,
+        ahead: int = 0,
         place: Callable[[dict[str, Any], int], memoryview | None] = lambda header, size: None,
     ) -> None:
         """Have further messages ``heard`` in the turn in which they come; raises what ends the call.
 
         Like ``receive`` again and again, but nobody has to be woken for each. One was received before. What
         ``heard`` raises is raised here. Payloads come into ``into``, one after the other, and none is longer;
-        or to where ``place`` says, asked with header and size just before.
+        or to where ``place`` says, asked with header and size just before. ``ahead`` as for ``receive``.
         """
         assert self._begun
 
@@ -257,7 +258,7 @@ class Call:
             sizes_of,
             header_of,
             counted,
-            lambda size: self._stream.expect(size + len(into)),
+            lambda size: self._stream.expect(size + ahead),
             size=LENGTHS.size,
             into=into,
             place=place,
