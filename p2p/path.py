@@ -18,8 +18,8 @@ import trio
 SO_MAX_PACING_RATE: Final = 47
 FILLING: Final = b"cubic"
 UNBOUNDED: Final = (1 << 64) - 1
-_RTT: Final = struct.Struct("=68xI76xI8xQ")
-"""Of struct tcp_info (linux/tcp.h): tcpi_rtt, tcpi_min_rtt, tcpi_delivery_rate."""
+_INFO: Final = struct.Struct("=16xI48xI8xI64xI8xQ")
+"""Of struct tcp_info (linux/tcp.h), each tcpi_: snd_mss, rtt, snd_cwnd, min_rtt, delivery_rate."""
 
 
 @attrs.frozen
@@ -32,6 +32,8 @@ class Path:
     """Least of some minutes: the line's own, with nobody waiting in its queues."""
     delivered: float
     """Bytes a second that lately reached the other end."""
+    window: int = 0
+    """Bytes that may be under way."""
 
 
 def look(sock: trio.socket.SocketType | None) -> Path | None:
@@ -39,15 +41,15 @@ def look(sock: trio.socket.SocketType | None) -> Path | None:
     if sock is None or not hasattr(socket, "TCP_INFO"):
         return None
     try:
-        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RTT.size)
+        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
     except OSError:
         return None
-    if len(told) < _RTT.size:
+    if len(told) < _INFO.size:
         return None
-    rtt, least, delivered = _RTT.unpack(told)
+    segment, rtt, window, least, delivered = _INFO.unpack(told)
     if not rtt or not least or least == 0xFFFFFFFF:
         return None  # nothing has been answered yet
-    return Path(rtt / 1e6, least / 1e6, float(delivered))
+    return Path(rtt / 1e6, least / 1e6, float(delivered), window * segment)
 
 
 def bound(sock: trio.socket.SocketType | None, rate: float | None) -> None:

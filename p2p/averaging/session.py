@@ -12,6 +12,7 @@ At the end last words (the verdict) are flushed for at most ``FLUSH_S``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -35,6 +36,8 @@ LINK_S: Final = 4.0
 AGAIN_S: Final = 0.5
 """Within which one whose connection ended makes another, if it lives."""
 FLUSH_S: Final = 1.0
+OPEN: Final = 512 << 10
+"""Bytes that each of a member's connections lets be under way, or they are left to find their speed alone."""
 STOOD_S: Final = 1.0
 """Waking up this much too late means that the process was stopped, not only busy."""
 
@@ -50,6 +53,7 @@ class Session:
         self.meter = Meter(clock)
         self._outboxes = {peer: Outbox(self.meter) for i, peer in enumerate(roster.peers) if i != exchange.me}
         self._linked = {peer: trio.Event() for peer in self._outboxes}
+        self._filling = all(self._open(peer) for peer in self._outboxes)
         self._carrying = 0
         self.ended_at = 0.0
         """When the exchange was over; last words may follow."""
@@ -148,7 +152,7 @@ class Session:
 
         self._carrying += 1
         try:
-            with call.connection.filling():
+            with call.connection.filling() if self._filling else nullcontext():
                 await carry(
                     call,
                     self._outboxes[peer],
@@ -163,6 +167,11 @@ class Session:
             self._carrying -= 1
             self._lose(peer, "its line ended")
             self._changed.set()
+
+    def _open(self, peer: PeerId) -> bool:
+        connection = self._host.connections.get(peer)
+        path = connection.path() if connection is not None else None
+        return path is not None and path.window >= OPEN
 
     def _lose(self, peer: PeerId, why: str) -> None:
         self._outboxes[peer].close()

@@ -23,6 +23,7 @@ from p2p.averaging import (
     RosterCommitted,
     RoundConfig,
     RoundFailed,
+    session,
 )
 from p2p.errors import PeerGone, Refused
 from p2p.event import Event
@@ -268,7 +269,7 @@ def test_a_sender_of_nan_is_dropped_and_healed() -> None:
 @pytest.mark.skipif(
     not hasattr(socket, "TCP_CONGESTION"), reason="Linux finds a line's speed in ways to choose"
 )
-def test_lines_of_a_round_are_filled_and_are_afterwards_as_they_were() -> None:
+def test_lines_of_a_round_are_filled_and_are_afterwards_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the choice fills lines is measured in docs/benchmarks.md."""
 
     def ways(one: Member) -> set[bytes]:
@@ -289,10 +290,15 @@ def test_lines_of_a_round_are_filled_and_are_afterwards_as_they_were() -> None:
                     if not (connection._wire.controlled(FILLING) and connection._wire.controlled(b"reno")):
                         pytest.skip("this kernel does not have both ways")
             seen: list[set[bytes]] = []
+            monkeypatch.setattr(session, "OPEN", 1)
             wire.left, wire.then = 2, lambda: seen.append(ways(group[0]) | ways(group[1]))
             agree(await run_round(group, vectors, [1.0] * 2, number=2))
             assert seen == [{FILLING}]
             assert ways(group[0]) | ways(group[1]) == {b"reno"}
+            monkeypatch.setattr(session, "OPEN", 1 << 40)
+            wire.left = 2
+            agree(await run_round(group, vectors, [1.0] * 2, number=3))
+            assert seen == [{FILLING}, {b"reno"}], "windows that are not open are left to the system's way"
 
     trio.run(main)
 
