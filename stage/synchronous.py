@@ -109,5 +109,11 @@ class SynchronousSteps:
     ) -> Outcome:
         weight = float(sent.samples) if weigh else 0.0
         return await self._averager.average(
-            number, kind, sent.values.numpy().data.cast("B"), weight, expected=mates, deadline=FACTOR_S
+            number,
+            kind,
+            sent.values.numpy().data.cast("B"),
+            weight,
+            expected=mates,
+            deadline=FACTOR_S,
+            fill=True,
         )

@@ -124,7 +124,7 @@ async def peer(spec: dict[str, Any]) -> None:
             try:
                 outcome = await averager.average(
                     request["round"], 0, vector, weight_of(index), expected=order,
-                    deadline=request["seconds"],
+                    deadline=request["seconds"], fill=True,
                 )  # fmt: skip
             except RoundFailed as failure:
                 facts = {"failed": str(failure)}

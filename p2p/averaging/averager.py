@@ -130,11 +130,14 @@ class Averager:
         *,
         expected: Collection[PeerId],
         deadline: float,
+        fill: bool = False,
     ) -> Outcome:
         """Average fp32 ``vector`` (little endian, left alone meanwhile) with the stage's other replicas.
 
-        ``weight`` 0: receive only. ``expected``: stage-mates that the round should wait a little for. Ends
-        within ``deadline`` seconds and a second for last words; raises ``RoundFailed``.
+        ``weight`` 0: receive only. ``expected``: stage-mates that the round should wait a little for.
+        ``fill``: training waits for this round, so it may fill the members' lines and the queues before them;
+        other rounds leave room for microbatches. Ends within ``deadline`` seconds and one for last words;
+        raises ``RoundFailed``.
         """
         data = memoryview(vector).cast("B") if vector.nbytes else memoryview(b"")
         if data.nbytes % FLOAT_BYTES:
@@ -168,7 +171,7 @@ class Averager:
                     raise
                 finally:
                     del self._matches[number]
-                outcome = await self._exchange(roster, data, ends)
+                outcome = await self._exchange(roster, data, ends, fill)
             except RoundFailed as error:  # raised again below, not wrapped in a group
                 failure = error
             nursery.cancel_scope.cancel()
@@ -223,7 +226,7 @@ class Averager:
             match.announced(theirs, at)
         return match
 
-    async def _exchange(self, roster: Roster, data: memoryview, ends: float) -> Outcome:
+    async def _exchange(self, roster: Roster, data: memoryview, ends: float, fill: bool) -> Outcome:
         number = roster.key.number
         self._emit(
             RosterCommitted(
@@ -248,7 +251,7 @@ class Averager:
             self._rng,
             self._memory,
         )
-        session = self._sessions[roster.group] = Session(self._host, exchange, self._clock)
+        session = self._sessions[roster.group] = Session(self._host, exchange, self._clock, fill=fill)
         self._wake_links()
         try:
             outcome = await session.run()

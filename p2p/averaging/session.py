@@ -45,7 +45,7 @@ STOOD_S: Final = 1.0
 class Session:
     """One member's running exchange."""
 
-    def __init__(self, host: Host, exchange: Exchange, clock: Callable[[], float]) -> None:
+    def __init__(self, host: Host, exchange: Exchange, clock: Callable[[], float], *, fill: bool) -> None:
         self._host = host
         self._exchange = exchange
         self._clock = clock
@@ -53,7 +53,7 @@ class Session:
         self.meter = Meter(clock)
         self._outboxes = {peer: Outbox(self.meter) for i, peer in enumerate(roster.peers) if i != exchange.me}
         self._linked = {peer: trio.Event() for peer in self._outboxes}
-        self._filling = all(self._open(peer) for peer in self._outboxes)
+        self._filling = fill and all(self._open(peer) for peer in self._outboxes)
         self._carrying = 0
         self.ended_at = 0.0
         """When the exchange was over; last words may follow."""

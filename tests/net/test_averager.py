@@ -158,6 +158,7 @@ async def run_round(
     deadline: float = 20.0,
     delays: Sequence[float] | None = None,
     expected: bool = True,
+    fill: bool = False,
 ) -> list[Outcome | str]:
     """One round of all; an outcome or the reason of its failure for each. Members that die give 'died'."""
     results: list[Outcome | str] = ["died"] * len(group)
@@ -168,7 +169,13 @@ async def run_round(
             await trio.sleep(delays[i] if delays else 0)
             try:
                 results[i] = await group[i].averager.average(
-                    number, 5, memoryview(vectors[i]), weights[i], expected=peers, deadline=deadline
+                    number,
+                    5,
+                    memoryview(vectors[i]),
+                    weights[i],
+                    expected=peers,
+                    deadline=deadline,
+                    fill=fill,
                 )
             except RoundFailed as error:
                 results[i] = str(error)
@@ -292,13 +299,17 @@ def test_lines_of_a_round_are_filled_and_are_afterwards_as_they_were(monkeypatch
             seen: list[set[bytes]] = []
             monkeypatch.setattr(session, "OPEN", 1)
             wire.left, wire.then = 2, lambda: seen.append(ways(group[0]) | ways(group[1]))
-            agree(await run_round(group, vectors, [1.0] * 2, number=2))
+            agree(await run_round(group, vectors, [1.0] * 2, number=2, fill=True))
             assert seen == [{FILLING}]
             assert ways(group[0]) | ways(group[1]) == {b"reno"}
             monkeypatch.setattr(session, "OPEN", 1 << 40)
             wire.left = 2
-            agree(await run_round(group, vectors, [1.0] * 2, number=3))
+            agree(await run_round(group, vectors, [1.0] * 2, number=3, fill=True))
             assert seen == [{FILLING}, {b"reno"}], "windows that are not open are left to the system's way"
+            monkeypatch.setattr(session, "OPEN", 1)
+            wire.left = 2
+            agree(await run_round(group, vectors, [1.0] * 2, number=4))
+            assert seen[2:] == [{b"reno"}], "a round beside training leaves lines to the system's way"
 
     trio.run(main)
 
