@@ -231,9 +231,8 @@ class Connection:
     def filling(self) -> Iterator[None]:
         """While held, this connection fills the line together with others that do.
 
-        BBR, where the system has it, leaves a tenth of a line unused that several connections share; CUBIC
-        fills it, and the queue before it, which who waits for answers would feel. For windows that are open:
-        beside others CUBIC opens a small one over seconds.
+        Who waits for answers meanwhile waits in the queue that this makes. For windows that are open: beside
+        others CUBIC opens a small one over seconds.
         """
         self._fillers += 1
         if self._fillers == 1:

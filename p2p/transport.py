@@ -215,11 +215,12 @@ class Wire:
 
 
 def tune(stream: trio.SocketStream) -> None:
-    """No waiting for small packets to fill up, and a short queue in the kernel."""
+    """No waiting for small packets to fill up, a short queue in the kernel, and none before the line."""
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     low_water = getattr(socket, "TCP_NOTSENT_LOWAT", None)
     if low_water is not None:
         stream.setsockopt(socket.IPPROTO_TCP, low_water, UNSENT_LIMIT)
+    path.controlled(stream.socket, path.USUAL)
 
 
 def _outward(family: int) -> str:

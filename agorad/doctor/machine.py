@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from agorad.doctor.patient import Patient
 from agorad.join.findings import DESCRIPTORS, OLDEST_PYTHON, Finding, torch_version
 from agorad.run import Manifest
 from agorad.words import duration
+from p2p.path import USUAL, control, controlled
 from stage.memory import Mode, stage_memory
 
 GIB: Final = facts.GIB
@@ -42,6 +44,7 @@ def look(patient: Patient) -> Iterator[Finding]:
         yield from _gpu(patient)
     yield from _memory(patient)
     yield from _descriptors(patient)
+    yield from _congestion()
 
 
 def _system() -> Iterator[Finding]:
@@ -249,6 +252,21 @@ def _descriptors(patient: Patient) -> Iterator[Finding]:
             name="file table", verdict="fail", found=f"the daemon has {used} of {most} files open",
             remedy="agoractl restart; raise LimitNOFILE= of the service if it fills up again",
         )  # fmt: skip
+
+
+def _congestion() -> Iterator[Finding]:
+    """How the kernel finds the speed of a line, for which it needs a module that not every system loads."""
+    if platform.system() != "Linux":
+        return
+    with socket.socket() as sock:
+        controlled(sock, USUAL)
+        way = control(sock)
+    yield Finding(
+        name="congestion control", verdict="ok" if way == USUAL else "warn",
+        found=way.decode("ascii", "replace") or "unknown",
+        remedy="" if way == USUAL else "sudo modprobe tcp_bbr, and for every boot: "
+        "echo tcp_bbr | sudo tee /etc/modules-load.d/agora.conf; without it messages wait longer",
+    )  # fmt: skip
 
 
 def open_files(pid: int, proc: Path = Path("/proc")) -> tuple[int, int]:

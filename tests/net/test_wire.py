@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 import trio
 import trio.testing
 
+from p2p import path
 from p2p.multiaddr import Multiaddr
 from p2p.transport import LEAST_READ, TcpTransport, Wire
 
@@ -90,4 +93,20 @@ def test_the_end_wakes_a_reader_who_misses_something() -> None:
             room = memoryview(bytearray(MOST))
             assert (wire.read(room), wire.read(room)) == (10, 0)
 
+    trio.run(main)
+
+
+@pytest.mark.parametrize("usual", [b"reno", b"no such way"])
+def test_both_ends_send_as_we_wish_where_the_kernel_can(
+    usual: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with two_ends() as (writer, wire):
+            assert isinstance(writer, trio.SocketStream)
+            ways = {path.control(writer.socket), path.control(wire._socket)}
+            assert ways == ({usual} if usual == b"reno" else {own})
+
+    with socket.socket() as untouched:
+        own = path.control(untouched)
+    monkeypatch.setattr(path, "USUAL", usual)
     trio.run(main)

@@ -31,6 +31,7 @@ from tests.unit.patients import MODEL, Place
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     monkeypatch.setattr(machine, "kernels_trouble", str)  # a process each time
+    monkeypatch.setattr(machine, "USUAL", b"reno")  # which every kernel has
     for name in ("CONFIG", "STATE"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / name))
     operator, keys = Identity.generate(), {}
@@ -77,6 +78,16 @@ def test_nothing_is_found_where_nothing_is_wrong(place: Place) -> None:
     bad = [one for one in place.look() if one.verdict != "ok"]
     assert [one.name for one in bad] == ["daemon"]
     assert len(FAULTS) >= 70
+
+
+def test_a_kernel_without_our_congestion_control_is_told_of(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [one.verdict for one in place.look() if one.name == "congestion control"] == ["ok"]
+    monkeypatch.setattr(machine, "USUAL", b"no such way")
+    (found,) = [one for one in place.look() if one.name == "congestion control"]
+    assert found.verdict == "warn"
+    assert "modprobe tcp_bbr" in found.remedy
 
 
 def _answering(place: Place, status: dict[str, Any]) -> None:
