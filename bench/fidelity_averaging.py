@@ -10,8 +10,9 @@ optimizer and reducer are the code of a run (``stage``); only the wire is not th
 
 Arms: ``gradients`` (the mean of all gradients, every step), ``powersgd`` (the same as factors of rank 16),
 ``none``, ``full`` (the mean of all weights, every step), ``overwrite``, ``delta``, ``ema`` (5 % of the
-weights every step, ten steps late), ``20%`` (larger slices, ``ema``, four steps late); in ``newcomer`` a
-replica is replaced half way. The learning rate stays, or falls to a tenth (``decay/``).
+weights every step, ten steps late), ``soon`` (``ema``, four steps late), ``10%`` and ``20%`` (larger slices,
+``ema``, nine and four steps late); in ``newcomer`` a replica is replaced half way. The learning rate stays, or
+falls to a tenth (``decay/``).
 """
 
 from __future__ import annotations
@@ -76,6 +77,9 @@ ARMS: dict[str, Arm] = {
     "delta": Arm("delta", delay=10),
     "overwrite": Arm("overwrite", delay=10),
     "none": Arm(),
+    "soon": Arm("ema", delay=4),
+    "10%": Arm("ema", fraction=0.1, delay=9),
+    "20%": Arm("ema", fraction=0.2, delay=4),
     "decay/gradients": Arm(gradients=True, decay=True),
     "decay/powersgd": Arm(gradients=True, rank=16, decay=True),
     "decay/ema": Arm("ema", delay=10, decay=True),
