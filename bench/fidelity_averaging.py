@@ -11,8 +11,8 @@ optimizer and reducer are the code of a run (``stage``); only the wire is not th
 Arms: ``gradients`` (the mean of all gradients, every step), ``powersgd`` (the same as factors of rank 16),
 ``none``, ``full`` (the mean of all weights, every step), ``overwrite``, ``delta``, ``ema`` (5 % of the
 weights every step, ten steps late), ``soon`` (``ema``, four steps late), ``10%`` and ``20%`` (larger slices,
-``ema``, nine and four steps late); in ``newcomer`` a replica is replaced half way. The learning rate stays, or
-falls to a tenth (``decay/``).
+``ema``, nine and four steps late); in ``newcomer`` a replica is replaced half way. The learning rate stays,
+or falls to a tenth (``decay/``).
 """
 
 from __future__ import annotations
