@@ -23,8 +23,9 @@ microbatches would wait, and a connection that paused goes on at its speed. CUBI
 FILLING: Final = b"cubic"
 """For a round that training waits for: several BBR connections leave a tenth of a line unused."""
 UNBOUNDED: Final = (1 << 64) - 1
-_INFO: Final = struct.Struct("=16xI48xI8xI64xI8xQ")
-"""Of struct tcp_info (linux/tcp.h), each tcpi_: snd_mss, rtt, snd_cwnd, min_rtt, delivery_rate."""
+_INFO: Final = struct.Struct("=8xI4xI24xI20xI8xI64xI8xQ")
+"""Of struct tcp_info (linux/tcp.h), each tcpi_: rto, snd_mss, last_data_sent, rtt, snd_cwnd, min_rtt,
+delivery_rate. Of microseconds all, but last_data_sent of milliseconds."""
 
 
 Socket = trio.socket.SocketType | socket.socket | None
@@ -42,6 +43,8 @@ class Path:
     """Bytes a second that lately reached the other end."""
     window: int = 0
     """Bytes that may be under way."""
+    rested: bool = False
+    """Whether nothing was sent for so long that a way which is not BBR would open its window anew."""
 
 
 def look(sock: trio.socket.SocketType | None) -> Path | None:
@@ -54,10 +57,11 @@ def look(sock: trio.socket.SocketType | None) -> Path | None:
         return None
     if len(told) < _INFO.size:
         return None
-    segment, rtt, window, least, delivered = _INFO.unpack(told)
+    timeout, segment, quiet_ms, rtt, window, least, delivered = _INFO.unpack(told)
     if not rtt or not least or least == 0xFFFFFFFF:
         return None  # nothing has been answered yet
-    return Path(rtt / 1e6, least / 1e6, float(delivered), window * segment)
+    rested = quiet_ms * 1000 > timeout
+    return Path(rtt / 1e6, least / 1e6, float(delivered), window * segment, rested)
 
 
 def bound(sock: trio.socket.SocketType | None, rate: float | None) -> None:

@@ -12,7 +12,7 @@ At the end last words (the verdict) are flushed for at most ``FLUSH_S``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -37,7 +37,9 @@ AGAIN_S: Final = 0.5
 """Within which one whose connection ended makes another, if it lives."""
 FLUSH_S: Final = 1.0
 OPEN: Final = 512 << 10
-"""Bytes that each of a member's connections lets be under way, or they are left to find their speed alone."""
+"""Bytes that each of a member's connections lets be under way before they fill its line."""
+LOOK_S: Final = 0.1
+"""Between two looks at whether they do."""
 STOOD_S: Final = 1.0
 """Waking up this much too late means that the process was stopped, not only busy."""
 
@@ -53,7 +55,7 @@ class Session:
         self.meter = Meter(clock)
         self._outboxes = {peer: Outbox(self.meter) for i, peer in enumerate(roster.peers) if i != exchange.me}
         self._linked = {peer: trio.Event() for peer in self._outboxes}
-        self._filling = fill and all(self._open(peer) for peer in self._outboxes)
+        self._fill = fill
         self._carrying = 0
         self.ended_at = 0.0
         """When the exchange was over; last words may follow."""
@@ -69,6 +71,8 @@ class Session:
                     nursery.start_soon(self._dial, peer)
                 elif member < exchange.me:
                     nursery.start_soon(self._expect, peer)
+            if self._fill:
+                nursery.start_soon(self._fill_lines)
             exchange.start()
             self._pump()
             while not exchange.done:
@@ -152,14 +156,13 @@ class Session:
 
         self._carrying += 1
         try:
-            with call.connection.filling() if self._filling else nullcontext():
-                await carry(
-                    call,
-                    self._outboxes[peer],
-                    heard,
-                    max_payload=self._max_payload,
-                    place=lambda header, size: self._exchange.place(member, header, size),
-                )
+            await carry(
+                call,
+                self._outboxes[peer],
+                heard,
+                max_payload=self._max_payload,
+                place=lambda header, size: self._exchange.place(member, header, size),
+            )
         except (RemoteError, Refused) as error:
             self._lose(peer, str(error))
             raise
@@ -168,10 +171,22 @@ class Session:
             self._lose(peer, "its line ended")
             self._changed.set()
 
+    async def _fill_lines(self) -> None:
+        """As soon as all windows are open: what begins with a small one grows over seconds beside others.
+
+        All of the host's connections, since what is sent in another way beside these does not come through.
+        """
+        while not all(self._open(peer) for peer in self._outboxes):  # noqa: ASYNC110 (the kernel tells nobody)
+            await trio.sleep(LOOK_S)
+        with ExitStack() as lines:
+            for connection in self._host.connections.values():
+                lines.enter_context(connection.filling())
+            await trio.sleep_forever()
+
     def _open(self, peer: PeerId) -> bool:
         connection = self._host.connections.get(peer)
         path = connection.path() if connection is not None else None
-        return path is not None and path.window >= OPEN
+        return path is not None and path.window >= OPEN and not path.rested
 
     def _lose(self, peer: PeerId, why: str) -> None:
         self._outboxes[peer].close()

@@ -25,6 +25,7 @@ from p2p.averaging import (
     RoundFailed,
     session,
 )
+from p2p.connection import Connection
 from p2p.errors import PeerGone, Refused
 from p2p.event import Event
 from p2p.host import Host
@@ -33,7 +34,7 @@ from p2p.identity import Identity, PeerId
 from p2p.kad.record import Record, seal
 from p2p.membership import Membership, Trust, issue
 from p2p.multiaddr import Multiaddr
-from p2p.path import FILLING
+from p2p.path import FILLING, Path
 
 AUTHORITY = Identity.generate(b"a" * 32)
 TRUST = Trust(run="r", manifest_hash=b"m" * 32, authorities=frozenset([AUTHORITY.peer_id]))
@@ -297,19 +298,21 @@ def test_lines_of_a_round_are_filled_and_are_afterwards_as_they_were(monkeypatch
                     if not (connection._wire.controlled(FILLING) and connection._wire.controlled(b"reno")):
                         pytest.skip("this kernel does not have both ways")
             seen: list[set[bytes]] = []
-            monkeypatch.setattr(session, "OPEN", 1)
-            wire.left, wire.then = 2, lambda: seen.append(ways(group[0]) | ways(group[1]))
-            agree(await run_round(group, vectors, [1.0] * 2, number=2, fill=True))
-            assert seen == [{FILLING}]
-            assert ways(group[0]) | ways(group[1]) == {b"reno"}
-            monkeypatch.setattr(session, "OPEN", 1 << 40)
-            wire.left = 2
-            agree(await run_round(group, vectors, [1.0] * 2, number=3, fill=True))
-            assert seen == [{FILLING}, {b"reno"}], "windows that are not open are left to the system's way"
-            monkeypatch.setattr(session, "OPEN", 1)
-            wire.left = 2
-            agree(await run_round(group, vectors, [1.0] * 2, number=4))
-            assert seen[2:] == [{b"reno"}], "a round beside training leaves lines to the system's way"
+            wire.then = lambda: seen.append(ways(group[0]) | ways(group[1]))
+            for number, (path, fill, way) in enumerate(
+                [
+                    (Path(0.04, 0.04, 1e6, session.OPEN), True, FILLING),
+                    (Path(0.04, 0.04, 1e6, session.OPEN), False, b"reno"),
+                    (Path(0.04, 0.04, 1e6, session.OPEN - 1), True, b"reno"),
+                    (Path(0.04, 0.04, 1e6, session.OPEN, rested=True), True, b"reno"),
+                ],
+                start=2,
+            ):
+                monkeypatch.setattr(Connection, "path", lambda self, path=path: path)
+                wire.left = 2
+                agree(await run_round(group, vectors, [1.0] * 2, number=number, fill=fill))
+                assert seen.pop() == {way}, (path, fill)
+                assert ways(group[0]) | ways(group[1]) == {b"reno"}
 
     trio.run(main)
 

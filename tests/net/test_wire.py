@@ -110,3 +110,26 @@ def test_both_ends_send_as_we_wish_where_the_kernel_can(
         own = path.control(untouched)
     monkeypatch.setattr(path, "USUAL", usual)
     trio.run(main)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="Linux tells what it knows of a connection")
+def test_the_kernel_says_what_a_connection_may_send_and_whether_it_rested() -> None:
+    async def main() -> None:
+        async with two_ends() as (writer, _):
+            assert isinstance(writer, trio.SocketStream)
+            for _ in range(5):  # this machine may stand still behind the send
+                await writer.send_all(bytes(1000))
+                busy = path.look(writer.socket)
+                if busy is not None and not busy.rested:
+                    break
+                await trio.sleep(0.01)
+            await trio.sleep(0.5)  # a timeout is 0.2 s on a line as short as this
+            quiet = path.look(writer.socket)
+        assert busy is not None
+        assert quiet is not None
+        assert not busy.rested
+        assert quiet.rested
+        assert 0 < quiet.rtt_s < 0.2
+        assert quiet.window >= 10_000
+
+    trio.run(main)
