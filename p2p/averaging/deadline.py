@@ -1,9 +1,10 @@
 """How long the exchange of a round may take: pure arithmetic, done by the leader for its roster.
 
 Three times what the last exchanges took, so that one who lags is not waited for much longer than it is
-worth; never longer than twice what the slowest link needs for its bytes and two seconds. Not below
-``FLOOR_S``: a busy machine stands still for a second or two, and a round that is given up costs more than a
-wait. With neither measured, nothing bounds it but the round's own end.
+worth; never longer than three times what the slowest link needs for its bytes and two seconds. With less, a
+round that is a fifth slower than others met the mark at which deputies take over, and what they ask for again
+made it slower still. Not below ``FLOOR_S``: a busy machine stands still for a second or two, and a round that
+is given up costs more than a wait. With neither measured, nothing bounds it but the round's own end.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from typing import Final
 
 TIMES: Final = 3.0
-LINK_TIMES: Final = 2.0
+LINK_TIMES: Final = 3.0
 SPARE_S: Final = 2.0
 FLOOR_S: Final = 5.0
 REMEMBERED: Final = 5
