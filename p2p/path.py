@@ -28,9 +28,6 @@ _INFO: Final = struct.Struct("=8xI4xI24xI20xI8xI64xI8xQ")
 delivery_rate. Of microseconds all, but last_data_sent of milliseconds."""
 
 
-Socket = trio.socket.SocketType | socket.socket | None
-
-
 @attrs.frozen
 class Path:
     """Figures of one moment."""
@@ -72,22 +69,13 @@ def bound(sock: trio.socket.SocketType | None, rate: float | None) -> None:
             sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("=Q", value))
 
 
-def control(sock: Socket) -> bytes:
-    """How the kernel finds this socket's speed; empty where that is not known."""
+def controlled(sock: trio.socket.SocketType | None, by: bytes) -> bytes:
+    """Have the kernel find the socket's speed in this way from now on, if it can; the way so far."""
     if sock is None or not hasattr(socket, "TCP_CONGESTION"):
         return b""
     try:
-        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
-    except OSError:  # a socket that was closed
+        before = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, by)
+    except OSError:  # a kernel without it, or a socket that was closed
         return b""
-
-
-def controlled(sock: Socket, by: bytes) -> bytes:
-    """Have the kernel find the socket's speed in this way from now on, if it can; the way so far."""
-    before = control(sock)
-    if sock is not None and before:
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, by)
-        except OSError:  # a kernel without it, or a socket that was closed
-            return b""
     return before
