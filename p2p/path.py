@@ -23,9 +23,9 @@ microbatches would wait, and a connection that paused goes on at its speed. CUBI
 FILLING: Final = b"cubic"
 """For a round that training waits for: several BBR connections leave a tenth of a line unused."""
 UNBOUNDED: Final = (1 << 64) - 1
-_INFO: Final = struct.Struct("=8xI4xI24xI20xI8xI64xI8xQ")
-"""Of struct tcp_info (linux/tcp.h), each tcpi_: rto, snd_mss, last_data_sent, rtt, snd_cwnd, min_rtt,
-delivery_rate. Of microseconds all, but last_data_sent of milliseconds."""
+_INFO: Final = struct.Struct("=8xI4xI24xI20xI8xI60xII8xQ24xI")
+"""Of struct tcp_info (linux/tcp.h), each tcpi_: rto, snd_mss, last_data_sent, rtt, snd_cwnd, notsent_bytes,
+min_rtt, delivery_rate, delivered. Times are microseconds, but last_data_sent's milliseconds."""
 
 
 @attrs.frozen
@@ -42,6 +42,10 @@ class Path:
     """Bytes that may be under way."""
     rested: bool = False
     """Whether nothing was sent for so long that a way which is not BBR would open its window anew."""
+    unsent: int = 0
+    """Bytes that the kernel was given and has not sent once."""
+    arrived: int = 0
+    """Bytes that have reached the other end since the connection began; a packet counts as a full one."""
 
 
 def look(sock: trio.socket.SocketType | None) -> Path | None:
@@ -54,11 +58,12 @@ def look(sock: trio.socket.SocketType | None) -> Path | None:
         return None
     if len(told) < _INFO.size:
         return None
-    timeout, segment, quiet_ms, rtt, window, least, delivered = _INFO.unpack(told)
+    timeout, segment, quiet_ms, rtt, window, unsent, least, delivered, packets = _INFO.unpack(told)
     if not rtt or not least or least == 0xFFFFFFFF:
         return None  # nothing has been answered yet
     rested = quiet_ms * 1000 > timeout
-    return Path(rtt / 1e6, least / 1e6, float(delivered), window * segment, rested)
+    arrived = packets * segment
+    return Path(rtt / 1e6, least / 1e6, float(delivered), window * segment, rested, unsent, arrived)
 
 
 def bound(sock: trio.socket.SocketType | None, rate: float | None) -> None:

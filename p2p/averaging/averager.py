@@ -29,6 +29,7 @@ from p2p.averaging import fields
 from p2p.averaging.audit import REMEMBERED_PEERS, REMEMBERED_ROUNDS
 from p2p.averaging.butterfly import Exchange
 from p2p.averaging.deadline import REMEMBERED
+from p2p.averaging.filling import Filling
 from p2p.averaging.line import HEARD, Outbox, carry, check_mate
 from p2p.averaging.lobby import Announcement, Lobby, RoundConfig
 from p2p.averaging.match import Match
@@ -113,6 +114,8 @@ class Averager:
         """Seconds of the last exchanges that brought something."""
         self._mbps: deque[float] = deque(maxlen=REMEMBERED)
         """What this host sent at in the last exchanges, megabits a second, 0 where that was not measured."""
+        self._line = 0.0
+        """Bytes a second that arrived at most in the last round that filled lines."""
         self._distrusted: dict[PeerId, int] = {}
         """Who reduces nothing in rounds that we lead, up to this number, the latest finding last."""
         self._matches: dict[int, Match] = {}
@@ -251,12 +254,16 @@ class Averager:
             self._rng,
             self._memory,
         )
-        session = self._sessions[roster.group] = Session(self._host, exchange, self._clock, fill=fill)
+        filling: Filling[PeerId] | None = Filling(self._line) if fill else None
+        session = Session(self._host, exchange, self._clock, filling=filling)
+        self._sessions[roster.group] = session
         self._wake_links()
         try:
             outcome = await session.run()
             self._took.append(session.ended_at - now)
             self._mbps.append(session.meter.mbps)
+            if filling is not None and filling.arrived:
+                self._line = filling.arrived
         finally:
             del self._sessions[roster.group]
             if exchange.accused is not None:

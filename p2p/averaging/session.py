@@ -19,12 +19,14 @@ import attrs
 import trio
 
 from p2p.averaging.butterfly import Exchange
+from p2p.averaging.filling import LOOK_S, Filling
 from p2p.averaging.line import Outbox, carry, check_mate
 from p2p.averaging.meter import Meter
 from p2p.averaging.outcome import Outcome, RoundFailed
 from p2p.averaging.verdict import DIGEST
 from p2p.errors import P2PError, Refused, RemoteError
 from p2p.multiaddr import Multiaddr
+from p2p.path import Path
 from p2p.rpc import Call
 
 if TYPE_CHECKING:
@@ -36,10 +38,6 @@ LINK_S: Final = 4.0
 AGAIN_S: Final = 0.5
 """Within which one whose connection ended makes another, if it lives."""
 FLUSH_S: Final = 1.0
-OPEN: Final = 512 << 10
-"""Bytes that each of a member's connections lets be under way before they fill its line."""
-LOOK_S: Final = 0.1
-"""Between two looks at whether they do."""
 STOOD_S: Final = 1.0
 """Waking up this much too late means that the process was stopped, not only busy."""
 
@@ -47,7 +45,10 @@ STOOD_S: Final = 1.0
 class Session:
     """One member's running exchange."""
 
-    def __init__(self, host: Host, exchange: Exchange, clock: Callable[[], float], *, fill: bool) -> None:
+    def __init__(
+        self, host: Host, exchange: Exchange, clock: Callable[[], float], *, filling: Filling[PeerId] | None
+    ) -> None:
+        """``filling``: how the member fills its line; None: it leaves the line to others as well."""
         self._host = host
         self._exchange = exchange
         self._clock = clock
@@ -55,7 +56,7 @@ class Session:
         self.meter = Meter(clock)
         self._outboxes = {peer: Outbox(self.meter) for i, peer in enumerate(roster.peers) if i != exchange.me}
         self._linked = {peer: trio.Event() for peer in self._outboxes}
-        self._fill = fill
+        self._filling = filling
         self._carrying = 0
         self.ended_at = 0.0
         """When the exchange was over; last words may follow."""
@@ -71,8 +72,8 @@ class Session:
                     nursery.start_soon(self._dial, peer)
                 elif member < exchange.me:
                     nursery.start_soon(self._expect, peer)
-            if self._fill:
-                nursery.start_soon(self._fill_lines)
+            if self._filling is not None:
+                nursery.start_soon(self._fill_lines, self._filling)
             exchange.start()
             self._pump()
             while not exchange.done:
@@ -171,22 +172,30 @@ class Session:
             self._lose(peer, "its line ended")
             self._changed.set()
 
-    async def _fill_lines(self) -> None:
-        """As soon as all windows are open: what begins with a small one grows over seconds beside others.
+    async def _fill_lines(self, filling: Filling[PeerId]) -> None:
+        """As soon as all windows are open, and evenly from then on.
 
         All of the host's connections, since what is sent in another way beside these does not come through.
         """
-        while not all(self._open(peer) for peer in self._outboxes):  # noqa: ASYNC110 (the kernel tells nobody)
-            await trio.sleep(LOOK_S)
+        connections = self._host.connections
         with ExitStack() as lines:
-            for connection in self._host.connections.values():
-                lines.enter_context(connection.filling())
-            await trio.sleep_forever()
+            filled = False
+            while True:
+                paths = self._paths()
+                parts = filling.look(self._clock(), paths)
+                if not filled and len(paths) == len(self._outboxes):
+                    filled = all(filling.open(path, len(paths)) for path in paths.values())
+                    for connection in connections.values() if filled else ():
+                        lines.enter_context(connection.filling())
+                for peer, rate in parts.items() if filled else ():
+                    connections[peer].pace(rate)
+                await trio.sleep(LOOK_S)
 
-    def _open(self, peer: PeerId) -> bool:
-        connection = self._host.connections.get(peer)
-        path = connection.path() if connection is not None else None
-        return path is not None and path.window >= OPEN and not path.rested
+    def _paths(self) -> dict[PeerId, Path]:
+        """Of the mates whose connection the kernel knows something of."""
+        connections = {peer: self._host.connections.get(peer) for peer in self._outboxes}
+        paths = {peer: one.path() for peer, one in connections.items() if one is not None}
+        return {peer: path for peer, path in paths.items() if path is not None}
 
     def _lose(self, peer: PeerId, why: str) -> None:
         self._outboxes[peer].close()

@@ -149,12 +149,21 @@ def test_the_kernel_tells_of_a_connection_and_paces_it() -> None:
         seen = path.look(client.socket)
         assert seen is not None
         assert 0 < seen.least_rtt_s <= seen.rtt_s < 5
+        assert seen.unsent == 0
         path.bound(client.socket, 4e6)
         took = await passing(client, server, 3_000_000)
+        after = path.look(client.socket)
+        assert after is not None
+        assert 0.9 < (after.arrived - seen.arrived) / 3_000_000 < 1.25  # whole segments, of 32 KiB here
         path.bound(client.socket, None)
         free = await passing(client, server, 3_000_000)
         assert took > 0.2
         assert free < took
+        path.bound(client.socket, 1e5)
+        await client.send_all(bytes(50_000))
+        waiting = path.look(client.socket)
+        assert waiting is not None
+        assert 0 < waiting.unsent <= 50_000
         await client.aclose()
         path.bound(client.socket, 1.0)  # of a socket that is closed: nothing
         assert path.look(client.socket) is None

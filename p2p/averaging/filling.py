@@ -1,0 +1,105 @@
+"""How a member's line is divided among its connections while a round fills it. Sans-IO.
+
+Connections that are left to themselves divide a line unevenly, and a round ends with the slowest pair.
+Windows that the last round has opened let more be under way than line and queue hold, and what is lost is
+sent again late. So each connection may send its equal part of what the line carries: the most that arrived
+over all of them together, in this round and the last one, divided by those that have something to send.
+
+Whether that is too much is told by round trips. What all of them take longer than they could is the wait
+before this member's own line. Whoever takes much longer than that waits before its receiver's, and gets less
+until that queue is gone. A round trip holds the answer's way too: a member whose own downloads wait would
+take its line for full, so the whole is never much less than what once arrived.
+
+Measured over lines of 20 to 500 Mbit/s and 20 to 150 ms (docs/benchmarks.md). Paths of less than ``NEAR_S``
+are not bounded: there the processor is what is short.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Mapping
+from typing import Final, Generic, TypeVar, final
+
+from p2p.path import Path
+
+LOOK_S: Final = 0.025
+"""Between two looks."""
+MEASURE_S: Final = 0.4
+"""Over which it is counted what arrives. Over less, answers that were held back seem to be a faster line."""
+NEAR_S: Final = 0.005
+"""A round trip of a local network."""
+SHORT_S: Final = 0.015
+"""Of waiting: the line may be faster than thought."""
+LONG_S: Final = 0.04
+"""Of waiting: less than half of what queues before home lines hold."""
+MORE: Final = 1.05
+LESS: Final = 0.97
+"""Times what was sent before, look by look. Answers are late by two looks, so neither may be steep."""
+MOST: Final = 1.25
+LEAST: Final = 0.95
+"""Times what is known to arrive."""
+DRAINING: Final = 0.9
+"""Of its part, for a connection that waits long before its receiver's line."""
+OPEN: Final = 512 << 10
+OPEN_TRIPS: Final = 1.5
+"""A window is open where so many bytes may be under way, or what its part brings in so many round trips."""
+
+K = TypeVar("K", bound=Hashable)
+
+
+@final
+class Filling(Generic[K]):
+    """One round of one member. Connections are keys of any kind."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        """``before``: ``arrived`` of the round before, 0 where there was none."""
+        self.arrived = 0.0
+        """Bytes a second, the most so far."""
+        self._before = before
+        self._whole = before
+        self._past: deque[tuple[float, dict[K, int]]] = deque()
+
+    @property
+    def line(self) -> float:
+        """Bytes a second that this member's line is known to carry; 0: nothing is known."""
+        return max(self.arrived, self._before)
+
+    def open(self, path: Path, connections: int) -> bool:
+        """Whether this one of so many connections can take part from the start.
+
+        What begins with a small window grows over seconds beside others, and one that rested is made small.
+        """
+        part = self.line / connections
+        needed = min(OPEN, OPEN_TRIPS * path.least_rtt_s * part) if part else OPEN
+        return path.window >= needed and not path.rested
+
+    def look(self, now: float, paths: Mapping[K, Path]) -> dict[K, float]:
+        """Bytes a second that each connection may send until the next look; nothing: unbounded.
+
+        ``now``: seconds, monotonic; ``paths``: all connections of the round as they are now.
+        """
+        self._count(now, paths)
+        waits = {key: path.rtt_s - path.least_rtt_s for key, path in paths.items()}
+        sending = [key for key, path in paths.items() if path.unsent and path.least_rtt_s >= NEAR_S]
+        if sending:
+            wait = min(waits[key] for key in sending)
+            if not self._whole:
+                self._whole = self.line if wait > LONG_S else 0.0
+            elif wait < SHORT_S:
+                self._whole *= MORE
+            elif wait > LONG_S:
+                self._whole *= LESS
+        if not self._whole or not paths:
+            return {}
+        self._whole = max(LEAST * self.line, min(self._whole, MOST * self.line))
+        part = self._whole / (len(sending) or len(paths))
+        return {key: part * (DRAINING if wait > LONG_S else 1.0) for key, wait in waits.items()}
+
+    def _count(self, now: float, paths: Mapping[K, Path]) -> None:
+        self._past.append((now, {key: path.arrived for key, path in paths.items()}))
+        while len(self._past) > 2 and self._past[1][0] <= now - MEASURE_S:
+            self._past.popleft()
+        then, had = self._past[0]
+        if now - then >= MEASURE_S:
+            more = sum(max(0, path.arrived - had.get(key, path.arrived)) for key, path in paths.items())
+            self.arrived = max(self.arrived, more / (now - then))
