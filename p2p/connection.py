@@ -229,7 +229,7 @@ class Connection:
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """While held, this connection fills the line together with others that do. No ``pace`` outlasts it.
+        """While held, this connection fills the line together with others that do.
 
         Who waits for answers meanwhile waits in the queue that this makes. For windows that are open: beside
         others CUBIC opens a small one over seconds.
@@ -241,10 +241,8 @@ class Connection:
             yield
         finally:
             self._fillers -= 1
-            if self._fillers == 0:
-                self._wire.pace(None)
-                if self._control:
-                    self._wire.controlled(self._control)
+            if self._fillers == 0 and self._control:
+                self._wire.controlled(self._control)
 
     def close(self, why: str) -> None:
         """End it now; streams of both sides fail with PeerGone."""

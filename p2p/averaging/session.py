@@ -173,23 +173,27 @@ class Session:
             self._changed.set()
 
     async def _fill_lines(self, filling: Filling[PeerId]) -> None:
-        """As soon as all windows are open, and evenly from then on.
+        """Evenly, and in the way that does so as soon as all windows are open.
 
         All of the host's connections, since what is sent in another way beside these does not come through.
         """
         connections = self._host.connections
+        filled = False
         with ExitStack() as lines:
-            filled = False
+            lines.callback(self._unbound)
             while True:
                 paths = self._paths()
-                parts = filling.look(self._clock(), paths)
+                for peer, rate in filling.look(self._clock(), paths).items():
+                    connections[peer].pace(rate)
                 if not filled and len(paths) == len(self._outboxes):
                     filled = all(filling.open(path, len(paths)) for path in paths.values())
                     for connection in connections.values() if filled else ():
                         lines.enter_context(connection.filling())
-                for peer, rate in parts.items() if filled else ():
-                    connections[peer].pace(rate)
                 await trio.sleep(LOOK_S)
+
+    def _unbound(self) -> None:
+        for peer in self._outboxes.keys() & self._host.connections.keys():
+            self._host.connections[peer].pace(None)
 
     def _paths(self) -> dict[PeerId, Path]:
         """Of the mates whose connection the kernel knows something of."""

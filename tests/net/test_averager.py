@@ -309,8 +309,8 @@ def test_lines_of_a_round_are_filled_and_are_afterwards_as_they_were(monkeypatch
                 [
                     (Path(0.04, 0.04, 1e6, 120_000), True, (FILLING, part)),
                     (Path(0.04, 0.04, 1e6, 120_000), False, (b"reno", free)),
-                    (Path(0.04, 0.04, 1e6, 119_999), True, (b"reno", free)),
-                    (Path(0.04, 0.04, 1e6, 120_000, rested=True), True, (b"reno", free)),
+                    (Path(0.04, 0.04, 1e6, 119_999), True, (b"reno", part)),
+                    (Path(0.04, 0.04, 1e6, 120_000, rested=True), True, (b"reno", part)),
                 ],
                 start=2,
             ):
