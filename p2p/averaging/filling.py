@@ -74,13 +74,14 @@ class Filling(Generic[K]):
         return path.window >= needed and not path.rested
 
     def look(self, now: float, paths: Mapping[K, Path]) -> dict[K, float]:
-        """Bytes a second that each connection may send until the next look; nothing: unbounded.
+        """Bytes a second that each connection may send until the next look; who is not there: unbounded.
 
         ``now``: seconds, monotonic; ``paths``: all connections of the round as they are now.
         """
-        self._count(now, paths)
-        waits = {key: path.rtt_s - path.least_rtt_s for key, path in paths.items()}
-        sending = [key for key, path in paths.items() if path.unsent and path.least_rtt_s >= NEAR_S]
+        far = {key: path for key, path in paths.items() if path.least_rtt_s >= NEAR_S}
+        self._count(now, far)
+        waits = {key: path.rtt_s - path.least_rtt_s for key, path in far.items()}
+        sending = [key for key, path in far.items() if path.unsent]
         if sending:
             wait = min(waits[key] for key in sending)
             if not self._whole:
@@ -89,10 +90,10 @@ class Filling(Generic[K]):
                 self._whole *= MORE
             elif wait > LONG_S:
                 self._whole *= LESS
-        if not self._whole or not paths:
+        if not self._whole or not far:
             return {}
         self._whole = max(LEAST * self.line, min(self._whole, MOST * self.line))
-        part = self._whole / (len(sending) or len(paths))
+        part = self._whole / (len(sending) or len(far))
         return {key: part * (DRAINING if wait > LONG_S else 1.0) for key, wait in waits.items()}
 
     def _count(self, now: float, paths: Mapping[K, Path]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import Counter, deque
+from collections import Counter
 
 import pytest
 
@@ -226,14 +226,15 @@ def test_the_whole_stays_near_what_arrives_whatever_round_trips_say() -> None:
     assert soon["a"] == pytest.approx(MOST * LINE)
 
 
-def test_neighbours_are_not_bounded() -> None:
-    filling = Filling[str]()
-    arrived = deque([0])
+@pytest.mark.parametrize("before", [0.0, LINE])
+def test_neighbours_are_not_bounded_and_take_nothing_of_the_line(before: float) -> None:
+    filling = Filling[str](before)
     for look in range(100):
-        arrived.append(arrived[-1] + 1_000_000)
-        near = Path(0.06, NEAR_S / 2, 0.0, unsent=1, arrived=arrived[-1])
-        assert filling.look(look * LOOK_S, {"a": near}) == {}
-    assert filling.arrived == pytest.approx(1_000_000 / LOOK_S, rel=0.01)
+        near = Path(0.06, NEAR_S / 2, 0.0, unsent=1, arrived=look * 1_000_000)
+        assert filling.look(look * LOOK_S, {"near": near}) == {}
+    assert filling.arrived == 0
+    rates = Filling[str](LINE).look(0.0, {"near": near, "far": Path(RTT_S + 0.02, RTT_S, 0.0, unsent=1)})
+    assert rates == {"far": pytest.approx(LINE)}
 
 
 def test_a_connection_that_was_made_anew_counts_from_its_beginning() -> None:
