@@ -258,6 +258,7 @@ def test_an_orphan_is_dropped_after_a_while(monkeypatch: pytest.MonkeyPatch) -> 
                 await until(lambda: waiting_at(made.bodies[0]) == 0)
                 assert made.bodies[0].server.in_progress == 1
                 await made.bodies[0].settled()
+                await until(lambda: waiting_at(made.tails[0]) == 0)
                 unlock(made.tails)
                 await made.tails[0].settled()
                 nursery.cancel_scope.cancel()
