@@ -115,7 +115,7 @@ class Averager:
         self._mbps: deque[float] = deque(maxlen=REMEMBERED)
         """What this host sent at in the last exchanges, megabits a second, 0 where that was not measured."""
         self._line = 0.0
-        """Bytes a second that arrived at most in the last round that filled lines."""
+        """Bytes a second that ``Filling`` measured in the last round that filled lines; 0: nothing yet."""
         self._distrusted: dict[PeerId, int] = {}
         """Who reduces nothing in rounds that we lead, up to this number, the latest finding last."""
         self._matches: dict[int, Match] = {}
@@ -262,8 +262,8 @@ class Averager:
             outcome = await session.run()
             self._took.append(session.ended_at - now)
             self._mbps.append(session.meter.mbps)
-            if filling is not None and filling.arrived:
-                self._line = filling.arrived
+            if filling is not None and filling.measured:
+                self._line = filling.measured
         finally:
             del self._sessions[roster.group]
             if exchange.accused is not None:

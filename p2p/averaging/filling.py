@@ -52,20 +52,21 @@ class Filling(Generic[K]):
     """One round of one member. Connections are keys of any kind."""
 
     def __init__(self, before: float = 0.0) -> None:
-        """``before``: ``arrived`` of the round before, 0 where there was none."""
-        self.arrived = 0.0
-        """Bytes a second, the most so far."""
+        """``before``: ``measured`` of the round before, 0 where there was none."""
+        self.measured = 0.0
+        """Bytes a second that arrived over all connections together, the most so far."""
         self._before = before
         self._whole = before
         self._past: deque[tuple[float, dict[K, int]]] = deque()
+        """What had arrived at the looks of the last ``MEASURE_S``, and at the one before."""
 
     @property
     def line(self) -> float:
         """Bytes a second that this member's line is known to carry; 0: nothing is known."""
-        return max(self.arrived, self._before)
+        return max(self.measured, self._before)
 
-    def open(self, path: Path, connections: int) -> bool:
-        """Whether this one of so many connections can take part from the start.
+    def is_open(self, path: Path, connections: int) -> bool:
+        """Whether the window of this one of so many connections lets its part through from the start.
 
         What begins with a small window grows over seconds beside others, and one that rested is made small.
         """
@@ -74,7 +75,7 @@ class Filling(Generic[K]):
         return path.window >= needed and not path.rested
 
     def look(self, now: float, paths: Mapping[K, Path]) -> dict[K, float]:
-        """Bytes a second that each connection may send until the next look; who is not there: unbounded.
+        """Bytes a second that each connection may send until the next look; one that is not named: any.
 
         ``now``: seconds, monotonic; ``paths``: all connections of the round as they are now.
         """
@@ -103,4 +104,4 @@ class Filling(Generic[K]):
         then, had = self._past[0]
         if now - then >= MEASURE_S:
             more = sum(max(0, path.arrived - had.get(key, path.arrived)) for key, path in paths.items())
-            self.arrived = max(self.arrived, more / (now - then))
+            self.measured = max(self.measured, more / (now - then))

@@ -173,9 +173,9 @@ class Session:
             self._changed.set()
 
     async def _fill_lines(self, filling: Filling[PeerId]) -> None:
-        """Evenly, and in the way that does so as soon as all windows are open.
+        """Bound each mate's connection to its part, and have them fill as soon as all windows are open.
 
-        All of the host's connections, since what is sent in another way beside these does not come through.
+        Then all of the host's connections do: what is sent in another way beside these does not come through.
         """
         connections = self._host.connections
         filled = False
@@ -183,10 +183,11 @@ class Session:
             lines.callback(self._unbound)
             while True:
                 paths = self._paths()
-                for peer, rate in filling.look(self._clock(), paths).items():
-                    connections[peer].pace(rate)
+                rates = filling.look(self._clock(), paths)
+                for peer in paths:
+                    connections[peer].pace(rates.get(peer))
                 if not filled and len(paths) == len(self._outboxes):
-                    filled = all(filling.open(path, len(paths)) for path in paths.values())
+                    filled = all(filling.is_open(path, len(paths)) for path in paths.values())
                     for connection in connections.values() if filled else ():
                         lines.enter_context(connection.filling())
                 await trio.sleep(LOOK_S)

@@ -179,7 +179,7 @@ def test_a_line_that_is_not_known_is_found_out() -> None:
     made, fillings = swarm([1_200_000], before=0.0)
     assert made.run() < LEAST_S * 1.1 + RTT_S
     assert not [when for when in made.lost if when > 0.5]
-    assert all(0.9 * LINE < filling.arrived < 1.1 * LINE for filling in fillings)
+    assert all(0.9 * LINE < filling.measured < 1.1 * LINE for filling in fillings)
 
 
 def test_a_line_that_was_thought_slower_is_filled_soon() -> None:
@@ -193,7 +193,7 @@ def test_a_line_that_became_slower_is_known_after_a_round_or_two() -> None:
         made, fillings = swarm([3_000_000], before=before, line=LINE / 2)
         seconds = made.run()
         lost.append(len(made.lost))
-        before = fillings[0].arrived
+        before = fillings[0].measured
     assert lost[1] < lost[0] / 20
     assert lost[2] == 0
     assert seconds < 2 * LEAST_S * 1.05 + RTT_S
@@ -232,7 +232,7 @@ def test_neighbours_are_not_bounded_and_take_nothing_of_the_line(before: float) 
     for look in range(100):
         near = Path(0.06, NEAR_S / 2, 0.0, unsent=1, arrived=look * 1_000_000)
         assert filling.look(look * LOOK_S, {"near": near}) == {}
-    assert filling.arrived == 0
+    assert filling.measured == 0
     rates = Filling[str](LINE).look(0.0, {"near": near, "far": Path(RTT_S + 0.02, RTT_S, 0.0, unsent=1)})
     assert rates == {"far": pytest.approx(LINE)}
 
@@ -241,7 +241,7 @@ def test_a_connection_that_was_made_anew_counts_from_its_beginning() -> None:
     filling = Filling[str]()
     for look, arrived in enumerate([10_000_000, *[0] * 40]):
         filling.look(look * LOOK_S, {"a": Path(RTT_S, RTT_S, 0.0, arrived=arrived)})
-    assert filling.arrived == 0
+    assert filling.measured == 0
 
 
 @pytest.mark.parametrize(
@@ -259,4 +259,4 @@ def test_a_connection_that_was_made_anew_counts_from_its_beginning() -> None:
 def test_a_window_is_open_where_its_part_fits(
     before: float, window: int, rested: bool, is_open: bool
 ) -> None:
-    assert Filling[int](before).open(Path(RTT_S, RTT_S, 0.0, window, rested), 3) is is_open
+    assert Filling[int](before).is_open(Path(RTT_S, RTT_S, 0.0, window, rested), 3) is is_open
