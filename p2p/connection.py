@@ -27,7 +27,7 @@ from p2p.membership import Member
 from p2p.muxed import MuxedStream
 from p2p.path import FILLING, Path
 from p2p.patience import Patience
-from p2p.sealed import BATCH, READ_SIZE, RECORD, Opener, Scratch, Sealer, missing
+from p2p.sealed import BATCH, NEAR_BATCH, READ_SIZE, RECORD, Opener, Scratch, Sealer, missing
 from p2p.secure import Upgraded
 from p2p.shaper import Shaper
 from p2p.transport import Wire
@@ -128,6 +128,8 @@ class Connection:
         self._patience = Patience()
         self._sending_since: float | None = None
         """When the batch that is with the transport was given to it."""
+        self._batch = BATCH
+        """Records of one send at most, by how near the peer is; judged with each ping."""
         self._scratch = scratch
         self._serve = serve
         self._serve_now = serve_now
@@ -391,7 +393,7 @@ class Connection:
                 self._output = trio.Event()
                 self._idle = False
                 continue
-            records, buffer = sealer.batch(self._upload.portion(BATCH * RECORD))
+            records, buffer = sealer.batch(self._upload.portion(self._batch * RECORD))
             for drained in session.drained:
                 stream = self._streams.get(drained)
                 if stream is not None:
@@ -421,6 +423,8 @@ class Connection:
             if watched and not was_watched:
                 since = now
             was_watched = watched
+            path = self.path()
+            self._batch = NEAR_BATCH if path is not None and path.near else BATCH
             self._send_ping()
             wake_at = now + (limits.watched_ping_s if watched else limits.ping_s)
             with trio.move_on_at(wake_at):

@@ -22,6 +22,8 @@ microbatches would wait, and a connection that paused goes on at its speed. CUBI
 400 KB there and back took 135 ms in place of 75 over lines of 200 Mbit/s and 40 ms (docs/benchmarks.md)."""
 FILLING: Final = b"cubic"
 """For a round that training waits for: several BBR connections leave a tenth of a line unused."""
+NEAR_S: Final = 0.005
+"""A round trip of a local network."""
 UNBOUNDED: Final = (1 << 64) - 1
 _INFO: Final = struct.Struct("=8xI4xI24xI20xI8xI60xII8xQ24xI")
 """Of struct tcp_info (linux/tcp.h), each tcpi_: rto, snd_mss, last_data_sent, rtt, snd_cwnd, notsent_bytes,
@@ -46,6 +48,11 @@ class Path:
     """Bytes that the kernel was given and has not sent once."""
     arrived: int = 0
     """Bytes that have reached the other end since the connection began; a packet counts as a full one."""
+
+    @property
+    def near(self) -> bool:
+        """Whether the peer is on this machine or network: the processor is what is short there, no line."""
+        return self.least_rtt_s < NEAR_S
 
 
 def look(sock: trio.socket.SocketType | None) -> Path | None:

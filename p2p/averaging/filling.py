@@ -10,8 +10,8 @@ before this member's own line. Whoever takes much longer than that waits before 
 until that queue is gone. A round trip holds the answer's way too: a member whose own downloads wait would
 take its line for full, so the whole is never much less than what once arrived.
 
-Measured over lines of 20 to 500 Mbit/s and 20 to 150 ms (docs/benchmarks.md). Paths of less than ``NEAR_S``
-are not bounded: there the processor is what is short.
+Measured over lines of 20 to 500 Mbit/s and 20 to 150 ms (docs/benchmarks.md). Paths that are
+near are not bounded: there the processor is what is short.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ LOOK_S: Final = 0.025
 """Between two looks."""
 MEASURE_S: Final = 0.4
 """Over which it is counted what arrives. Over less, answers that were held back seem to be a faster line."""
-NEAR_S: Final = 0.005
-"""A round trip of a local network."""
 SHORT_S: Final = 0.015
 """Of waiting: the line may be faster than thought."""
 LONG_S: Final = 0.04
@@ -79,7 +77,7 @@ class Filling(Generic[K]):
 
         ``now``: seconds, monotonic; ``paths``: all connections of the round as they are now.
         """
-        far = {key: path for key, path in paths.items() if path.least_rtt_s >= NEAR_S}
+        far = {key: path for key, path in paths.items() if not path.near}
         self._count(now, far)
         waits = {key: path.rtt_s - path.least_rtt_s for key, path in far.items()}
         sending = [key for key, path in far.items() if path.unsent]

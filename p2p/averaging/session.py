@@ -176,6 +176,7 @@ class Session:
         """Bound each mate's connection to its part, and have them fill as soon as all windows are open.
 
         Then all of the host's connections do: what is sent in another way beside these does not come through.
+        Mates that are all near share no line that could be divided.
         """
         connections = self._host.connections
         filled = False
@@ -183,10 +184,13 @@ class Session:
             lines.callback(self._unbound)
             while True:
                 paths = self._paths()
+                known = len(paths) == len(self._outboxes)
+                if known and all(path.near for path in paths.values()):
+                    return
                 rates = filling.look(self._clock(), paths)
                 for peer in paths:
                     connections[peer].pace(rates.get(peer))
-                if not filled and len(paths) == len(self._outboxes):
+                if not filled and known:
                     filled = all(filling.is_open(path, len(paths)) for path in paths.values())
                     for connection in connections.values() if filled else ():
                         lines.enter_context(connection.filling())

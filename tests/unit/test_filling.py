@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from p2p.averaging.filling import DRAINING, LEAST, LONG_S, LOOK_S, MOST, NEAR_S, OPEN, SHORT_S, Filling
-from p2p.path import Path
+from p2p.averaging.filling import DRAINING, LEAST, LONG_S, LOOK_S, MOST, OPEN, SHORT_S, Filling
+from p2p.path import NEAR_S, Path
 
 LINE = 25e6
 """Bytes a second: 200 Mbit/s."""
