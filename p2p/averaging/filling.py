@@ -25,7 +25,8 @@ from p2p.path import Path
 LOOK_S: Final = 0.025
 """Between two looks."""
 MEASURE_S: Final = 0.4
-"""Over which it is counted what arrives. Over less, answers that were held back seem to be a faster line."""
+"""Over which it is counted what arrives, while something waits to be sent all the time: else it says nothing
+of the line. Over less, answers that were held back seem to be a faster line."""
 SHORT_S: Final = 0.015
 """Of waiting: the line may be faster than thought."""
 LONG_S: Final = 0.04
@@ -67,10 +68,10 @@ class Filling(Generic[K]):
         """Whether the window of this one of so many connections lets its part through from the start.
 
         What begins with a small window grows over seconds beside others, and one that rested is made small.
+        None is open while nothing is known of the line: all that old windows allow at once would be lost.
         """
-        part = self.line / connections
-        needed = min(OPEN, OPEN_TRIPS * path.least_rtt_s * part) if part else OPEN
-        return path.window >= needed and not path.rested
+        needed = min(OPEN, OPEN_TRIPS * path.least_rtt_s * self.line / connections)
+        return self.line > 0 and path.window >= needed and not path.rested
 
     def look(self, now: float, paths: Mapping[K, Path]) -> dict[K, float]:
         """Bytes a second that each connection may send until the next look; one that is not named: any.
@@ -96,6 +97,8 @@ class Filling(Generic[K]):
         return {key: part * (DRAINING if wait > LONG_S else 1.0) for key, wait in waits.items()}
 
     def _count(self, now: float, paths: Mapping[K, Path]) -> None:
+        if not any(path.unsent for path in paths.values()):
+            self._past.clear()
         self._past.append((now, {key: path.arrived for key, path in paths.items()}))
         while len(self._past) > 2 and self._past[1][0] <= now - MEASURE_S:
             self._past.popleft()

@@ -240,20 +240,31 @@ def test_neighbours_are_not_bounded_and_take_nothing_of_the_line(before: float) 
 def test_a_connection_that_was_made_anew_counts_from_its_beginning() -> None:
     filling = Filling[str]()
     for look, arrived in enumerate([10_000_000, *[0] * 40]):
-        filling.look(look * LOOK_S, {"a": Path(RTT_S, RTT_S, 0.0, arrived=arrived)})
+        filling.look(look * LOOK_S, {"a": Path(RTT_S, RTT_S, 0.0, unsent=1, arrived=arrived)})
     assert filling.measured == 0
+
+
+@pytest.mark.parametrize(("pause_every", "measured"), [(12, 0.0), (1000, LINE)])
+def test_what_is_sent_in_bursts_says_nothing_of_the_line(pause_every: int, measured: float) -> None:
+    filling, arrived = Filling[str](), 0.0
+    for look in range(200):
+        sending = look % pause_every > 0
+        path = Path(RTT_S, RTT_S, 0.0, unsent=sending, arrived=int(arrived))
+        filling.look(look * LOOK_S, {"idle": Path(RTT_S, RTT_S, 0.0), "a": path})
+        arrived += sending * LINE * LOOK_S
+    assert filling.measured == pytest.approx(measured)
 
 
 @pytest.mark.parametrize(
     ("before", "window", "rested", "is_open"),
     [
-        (0.0, OPEN, False, True),
-        (0.0, OPEN - 1, False, False),
-        (0.0, OPEN, True, False),
+        (0.0, 10 * OPEN, False, False),
         (LINE, 500_000, False, True),  # three parts of 8.3 MB/s over 60 ms
         (LINE, 499_000, False, False),
+        (LINE, 500_000, True, False),
         (LINE / 10, 50_000, False, True),
         (LINE * 10, OPEN, False, True),
+        (LINE * 10, OPEN - 1, False, False),
     ],
 )
 def test_a_window_is_open_where_its_part_fits(
