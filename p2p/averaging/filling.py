@@ -31,6 +31,8 @@ SHORT_S: Final = 0.015
 """Of waiting: the line may be faster than thought."""
 LONG_S: Final = 0.04
 """Of waiting: less than half of what queues before home lines hold."""
+GROWING: Final = 1.25
+"""Times as much in the later half of ``MEASURE_S`` as in the earlier: what bounded it was not the line."""
 MORE: Final = 1.05
 LESS: Final = 0.97
 """Times what was sent before, look by look. Answers are late by two looks, so neither may be steep."""
@@ -102,7 +104,15 @@ class Filling(Generic[K]):
         self._past.append((now, {key: path.arrived for key, path in paths.items()}))
         while len(self._past) > 2 and self._past[1][0] <= now - MEASURE_S:
             self._past.popleft()
-        then, had = self._past[0]
-        if now - then >= MEASURE_S:
-            more = sum(max(0, path.arrived - had.get(key, path.arrived)) for key, path in paths.items())
-            self.measured = max(self.measured, more / (now - then))
+        then, _ = self._past[0]
+        if now - then < MEASURE_S:
+            return
+        # Windows that only just grow are no line; of a known one more may arrive at any time.
+        before, after = self._rate(0, len(self._past) // 2), self._rate(len(self._past) // 2, -1)
+        if self.line or after <= GROWING * before:
+            self.measured = max(self.measured, self._rate(0, -1))
+
+    def _rate(self, first: int, last: int) -> float:
+        """Bytes a second that arrived between two looks."""
+        (then, had), (now, have) = self._past[first], self._past[last]
+        return sum(max(0, count - had.get(key, count)) for key, count in have.items()) / (now - then)

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from p2p.averaging.filling import DRAINING, LEAST, LONG_S, LOOK_S, MOST, OPEN, SHORT_S, Filling
+from p2p.averaging.filling import DRAINING, LEAST, LONG_S, LOOK_S, MEASURE_S, MOST, OPEN, SHORT_S, Filling
 from p2p.path import NEAR_S, Path
 
 LINE = 25e6
@@ -253,6 +253,20 @@ def test_what_is_sent_in_bursts_says_nothing_of_the_line(pause_every: int, measu
         filling.look(look * LOOK_S, {"idle": Path(RTT_S, RTT_S, 0.0), "a": path})
         arrived += sending * LINE * LOOK_S
     assert filling.measured == pytest.approx(measured)
+
+
+def test_what_growing_windows_let_through_is_no_line_but_a_known_one_may_be_more() -> None:
+    unknown, known, arrived, first = Filling[str](), Filling[str](LINE / 10), 0.0, 0.0
+    for look in range(60):
+        path = Path(RTT_S, RTT_S, 0.0, unsent=1, arrived=int(arrived))
+        unknown.look(look * LOOK_S, {"a": path})
+        known.look(look * LOOK_S, {"a": path})
+        first = first or unknown.measured
+        if look * LOOK_S == MEASURE_S:
+            assert unknown.measured == 0 < known.measured < LINE / 2
+        arrived += min(LINE, LINE / 64 * 2 ** (look * LOOK_S / 2 / RTT_S)) * LOOK_S
+    assert first > 0.85 * LINE
+    assert unknown.measured == known.measured == pytest.approx(LINE)
 
 
 @pytest.mark.parametrize(
