@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -80,19 +80,23 @@ class Outbox:
     async def drain(self, call: Call) -> None:
         """Send until closed and empty."""
         while True:
-            while self._queue:
-                messages, size = [], 0
-                while self._queue and size < TOGETHER:
-                    messages.append(self._queue.popleft())
-                    size += len(messages[-1][1])
-                await call.send_together(messages)
-                self.payload_out += size
-                if self._meter is not None and size:
-                    self._meter.sent(size)
+            with nullcontext() if self._meter is None else self._meter.sending():
+                await self._send_waiting(call)
             if self._closed:
                 return
             self._changed = trio.Event()
             await self._changed.wait()
+
+    async def _send_waiting(self, call: Call) -> None:
+        while self._queue:
+            messages, size = [], 0
+            while self._queue and size < TOGETHER:
+                messages.append(self._queue.popleft())
+                size += len(messages[-1][1])
+            await call.send_together(messages)
+            self.payload_out += size
+            if self._meter is not None and size:
+                self._meter.sent(size)
 
 
 async def carry(

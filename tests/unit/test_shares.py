@@ -196,13 +196,29 @@ def test_an_exchange_is_given_three_medians_bounded_by_the_slowest_link() -> Non
 def test_the_meter_finds_the_busiest_second_and_says_nothing_of_shorter_rounds() -> None:
     now = 0.0
     meter = Meter(lambda: now)
-    for _ in range(9):  # a slow start
-        meter.sent(100_000)
-        now += 0.1
-    assert meter.mbps == 0.0
-    for _ in range(20):
-        meter.sent(500_000)
-        now += 0.1
-    now = 100.0  # waiting for others
-    meter.sent(1_000_000)
+    with meter.sending():
+        for _ in range(9):  # a slow start
+            meter.sent(100_000)
+            now += 0.1
+        assert meter.mbps == 0.0
+        for _ in range(20):
+            meter.sent(500_000)
+            now += 0.1
+        now = 100.0  # a receiver that takes nothing
+        meter.sent(1_000_000)
     assert meter.mbps == pytest.approx(5_000_000 * 8 / 1e6, rel=0.11)  # to one message
+
+
+def test_the_meter_counts_no_time_in_which_there_is_nothing_to_send() -> None:
+    now = 0.0
+    meter = Meter(lambda: now)
+    for _ in range(10):
+        with meter.sending(), meter.sending():  # two lines, one of which has more
+            for _ in range(3):
+                now += 0.05
+                meter.sent(250_000)
+        with meter.sending():
+            now += 0.05
+            meter.sent(250_000)
+        now += 2.0
+    assert meter.mbps == pytest.approx(5_000_000 * 8 / 1e6, rel=0.06)
