@@ -105,11 +105,11 @@ class Filling(Generic[K]):
         while len(self._past) > 2 and self._past[1][0] <= now - MEASURE_S:
             self._past.popleft()
         then, _ = self._past[0]
-        if now - then < MEASURE_S:
+        middle = len(self._past) // 2
+        if now - then < MEASURE_S or middle == len(self._past) - 1:  # or nobody looked meanwhile
             return
         # Windows that only just grow are no line; of a known one more may arrive at any time.
-        before, after = self._rate(0, len(self._past) // 2), self._rate(len(self._past) // 2, -1)
-        if self.line or after <= GROWING * before:
+        if self.line or self._rate(middle, -1) <= GROWING * self._rate(0, middle):
             self.measured = max(self.measured, self._rate(0, -1))
 
     def _rate(self, first: int, last: int) -> float:

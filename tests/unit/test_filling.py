@@ -269,6 +269,18 @@ def test_what_growing_windows_let_through_is_no_line_but_a_known_one_may_be_more
     assert unknown.measured == known.measured == pytest.approx(LINE)
 
 
+def test_looks_that_came_seconds_apart_measure_nothing_alone() -> None:
+    filling = Filling[str]()
+    for look in range(4):
+        path = Path(RTT_S, RTT_S, 0.0, unsent=1, arrived=int(look * 2.0 * LINE))
+        filling.look(look * 2.0, {"a": path})
+        assert filling.measured == 0
+    for look in range(1, 17):
+        path = Path(RTT_S, RTT_S, 0.0, unsent=1, arrived=int((6.0 + look * LOOK_S) * LINE))
+        filling.look(6.0 + look * LOOK_S, {"a": path})
+    assert filling.measured == pytest.approx(LINE)
+
+
 @pytest.mark.parametrize(
     ("before", "window", "rested", "is_open"),
     [
