@@ -13,6 +13,7 @@ import attrs
 import pytest
 import trio
 
+from p2p import path
 from p2p.dial import Dialer
 from p2p.errors import DialError, P2PError, PeerGone
 from p2p.event import Event
@@ -24,8 +25,10 @@ from p2p.limits import Limits
 from p2p.membership import Membership, Trust
 from p2p.multiaddr import Multiaddr
 from p2p.rpc import Call
+from p2p.sealed import BATCH, NEAR_BATCH, RECORD
 from p2p.secure import Upgraded
 from p2p.transport import TcpTransport
+from tests.net.hosts import ask, echo, two_hosts
 
 LOCAL = Multiaddr.parse("/ip4/127.0.0.1/tcp/0")
 
@@ -67,6 +70,32 @@ def test_pings_are_frequent_while_a_call_is_watched_and_rare_otherwise() -> None
             assert asked <= before + 1
 
     within(main)
+
+
+@pytest.mark.parametrize(("near_s", "most"), [(path.NEAR_S, NEAR_BATCH), (0.0, BATCH)])
+def test_sends_are_longer_to_a_peer_that_is_near(
+    near_s: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(path, "NEAR_S", near_s)
+    longest = 0
+
+    async def main() -> None:
+        async with two_hosts() as (one, two, _):
+            two.handle("/agora/echo/1", echo)
+            connection = await one.connect(two.peer_id, addrs=two.addrs, deadline=10)
+            batch = connection.sealer.batch
+
+            def counted(room: int) -> tuple[memoryview, memoryview | None]:
+                nonlocal longest
+                records, buffer = batch(room)
+                longest = max(longest, len(records))
+                return records, buffer
+
+            monkeypatch.setattr(connection.sealer, "batch", counted)
+            await ask(one, two, "/agora/echo/1", bytes(4 << 20))
+
+    within(main)
+    assert (most - 1) * RECORD < longest <= most * RECORD
 
 
 @pytest.mark.parametrize("watched", [True, False])
