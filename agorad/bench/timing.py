@@ -17,6 +17,9 @@ Work = Callable[[int], object]
 SHORTEST_S = 2e-3
 """Least time of one measurement; shorter work is repeated."""
 MOST_REPEATS = 2000
+SETTLE_S = 6e-3
+"""Before each measurement on the CPU. Torch's threads spin for milliseconds after an operation, which takes a
+core from whoever comes next, torch excepted. It is waited for busily: a core that slept begins slowly."""
 
 
 def seconds(works: Sequence[Work], device: torch.device, rounds: int) -> list[float]:
@@ -30,6 +33,9 @@ def seconds(works: Sequence[Work], device: torch.device, rounds: int) -> list[fl
     number = 2
     for _ in range(rounds):
         for times, work, repeat in zip(measured, works, repeats, strict=True):
+            settled = time.perf_counter() + SETTLE_S
+            while device.type == "cpu" and time.perf_counter() < settled:
+                pass
             times.append(_timed(work, device, number, repeat) / repeat)
             number += repeat
     return [statistics.median(times) for times in measured]
