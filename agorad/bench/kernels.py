@@ -1,7 +1,8 @@
 """``agoractl bench kernels``: each kernel at each size beside a copy, torch eager and torch.compile.
 
 All in one run, interleaved. A kernel's speed is what must move over the time it took, as a share of this
-device's copy of large buffers (bytes read and written both counted). Ratios are over 1 where ours is faster.
+device's copy of large buffers (bytes read and written both counted; the median of a copy before each kernel).
+Ratios are over 1 where ours is faster.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from agorad.bench.boundary_cases import boundary_cases
 from agorad.bench.cases import Case, sizes
 from agorad.bench.timing import seconds
 
-ROUNDS: Final = 5
 COPY_BYTES: Final = 128_000_000
 COMPILED_SIZE: Final = "8b"
 """torch.compile takes half a minute for a kernel: only this size is put beside it."""
@@ -38,17 +38,17 @@ def run(
     say: Say,
 ) -> dict[str, Any]:
     """The document of the command's ``--json``."""
-    copies = [copy_gb_per_s(device)]
+    copies = []
     rows = []
     for name in wanted_sizes:
         for case in _cases(name, device, wanted_kernels):
             say(f"{case.kernel} {case.size} {case.dtype}")
+            copies.append(copy_gb_per_s(device))
             whole = case.whole() if compiled and name == COMPILED_SIZE and case.whole else None
             works = [case.ours, *case.eager, *([whole] if whole else [])]
-            times = seconds(works, device, ROUNDS)
+            times = seconds(works, device)
             rows.append(_row(case, times, whole is not None))
         gc.collect()
-        copies.append(copy_gb_per_s(device))
     copy = sorted(copies)[len(copies) // 2]
     for row in rows:
         row["of_copy"] = row["gb_per_s"] / copy
@@ -91,5 +91,5 @@ def _row(case: Case, times: list[float], whole: bool) -> dict[str, Any]:
 def copy_gb_per_s(device: torch.device) -> float:
     """Bytes read and written a second by a copy of large buffers."""
     buffers = [torch.ones(COPY_BYTES // 4, device=device) for _ in range(4)]
-    [took] = seconds([lambda i: buffers[i % 2].copy_(buffers[2 + i % 2])], device, ROUNDS)
+    [took] = seconds([lambda i: buffers[i % 2].copy_(buffers[2 + i % 2])], device)
     return 2 * COPY_BYTES / took / 1e9

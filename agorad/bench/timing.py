@@ -17,13 +17,17 @@ Work = Callable[[int], object]
 SHORTEST_S = 2e-3
 """Least time of one measurement; shorter work is repeated."""
 MOST_REPEATS = 2000
+FEWEST_ROUNDS = 5
+MOST_ROUNDS = 15
+LONG_S = 2.0
+"""Rounds go on until they took this long: a neighbour's burst is over then."""
 SETTLE_S = 6e-3
 """Before each measurement on the CPU. Torch's threads spin for milliseconds after an operation, which takes a
 core from whoever comes next, torch excepted. It is waited for busily: a core that slept begins slowly."""
 
 
-def seconds(works: Sequence[Work], device: torch.device, rounds: int) -> list[float]:
-    """Median seconds of one call of each."""
+def seconds(works: Sequence[Work], device: torch.device) -> list[float]:
+    """Median seconds of one call of each, of FEWEST_ROUNDS to MOST_ROUNDS measurements."""
     repeats = []
     for work in works:
         once = _timed(work, device, 0, 1)  # warms up: pages, caches, compilation
@@ -31,7 +35,10 @@ def seconds(works: Sequence[Work], device: torch.device, rounds: int) -> list[fl
         repeats.append(min(MOST_REPEATS, max(1, round(SHORTEST_S / max(once, 1e-7)))))
     measured: list[list[float]] = [[] for _ in works]
     number = 2
-    for _ in range(rounds):
+    begin = time.perf_counter()
+    for done in range(MOST_ROUNDS):
+        if done >= FEWEST_ROUNDS and time.perf_counter() - begin > LONG_S:
+            break
         for times, work, repeat in zip(measured, works, repeats, strict=True):
             settled = time.perf_counter() + SETTLE_S
             while device.type == "cpu" and time.perf_counter() < settled:
