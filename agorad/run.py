@@ -102,7 +102,10 @@ class Admission:
     joins_per_minute: float = 0.0
     """Pace of grants; joins beyond it queue. 0: not paced."""
     moves_per_hour: float = 30.0
-    """How often a node of the run may go to another stage where it is missed more. 0: never."""
+    """How often a node of the run may go to another stage where it is missed more. 0: never.
+
+    At most once a minute: until a mover shows at its new stage, others would follow it there.
+    """
     queue_limit: int = 2000
     queue_timeout_s: float = 3600.0
     place_kept_s: float = 300.0
@@ -143,7 +146,7 @@ _ADMISSION_BOUNDS: Final = (
     ("max_rtt_ms", 0, 60_000),
     ("max_clock_skew_s", 0, 86_400),
     ("joins_per_minute", 0, 1e6),
-    ("moves_per_hour", 0, 3600),
+    ("moves_per_hour", 0, 60),
     ("queue_limit", 1, 100_000),
     ("queue_timeout_s", 0, 30 * 86_400),
     ("place_kept_s", 0, 86_400),

@@ -94,11 +94,16 @@ def choose_stage(
     *,
     wanted: int | None = None,
     before: int | None = None,
+    held: bool = False,
     promised: int | None = None,
     mbps: float | None = None,
     usual_mbps: float | None = None,
 ) -> Choice:
-    """The stage a node gets. ``Refused`` for one that the run does not have or the machine cannot hold."""
+    """The stage a node gets. ``Refused`` for one that the run does not have or the machine cannot hold.
+
+    ``before``: where it was. ``held``: where this very process has its place, however many are there by
+    now: who asks again because an answer was lost gets the same answer.
+    """
     count = len(stages)
     if wanted is not None and wanted >= count:
         raise refusal("wrong_stage", f"the run has stages 0 to {count - 1}; there is no stage {wanted}")
@@ -107,6 +112,8 @@ def choose_stage(
         if wanted not in modes:
             raise _too_small(stages, [wanted], facts)
         return Choice(wanted, f"stage {wanted}, as this node asked{_memory(modes[wanted], facts)}")
+    if held and before in modes:
+        return Choice(before, f"stage {before}, which this node has already{_memory(modes[before], facts)}")
     if not modes:
         raise _too_small(stages, range(count), facts)
     easiest = min(_OPTIMIZERS.index(mode.optimizer) for mode in modes.values())

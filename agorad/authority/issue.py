@@ -112,6 +112,7 @@ class Issuer:
             join.facts,
             wanted=join.stage,
             before=None if before is None else before.stage,
+            held=_at_work(before, join, now),
             promised=promised,
             mbps=mbps,
             usual_mbps=usual_mbps,
@@ -123,9 +124,7 @@ class Issuer:
         A node that was started anew asks with another session: where it begins is its user's to say.
         """
         before = self.store.grant_of(peer)
-        if before is None or before.left or before.stage == stage or before.expires <= now:
-            return
-        if before.session != join.session:
+        if before is None or before.stage == stage or not _at_work(before, join, now):
             return
         pace_s = self.manifest.admission.move_pace_s
         if math.isinf(pace_s):
@@ -214,3 +213,10 @@ class Issuer:
             pace_s=self.manifest.admission.pace_s,
         )
         return certificate
+
+
+def _at_work(before: Grant | None, join: Join, now: float) -> bool:
+    """Whether the process that asks has a place already, whose certificate may not have reached it."""
+    if before is None or before.left or before.expires <= now:
+        return False
+    return before.session == join.session

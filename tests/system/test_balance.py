@@ -19,7 +19,7 @@ from agorad.authority.store import Grant, Store
 from agorad.demo.layout import DemoNode, Layout, Plan, prepare
 from p2p.membership import issue
 
-SETTINGS = ("model.seq=64", "training.target_batch=8", "admission.moves_per_hour=3600")
+SETTINGS = ("model.seq=64", "training.target_batch=8", "admission.moves_per_hour=60")
 DAY_S = 86400.0
 
 
