@@ -56,7 +56,7 @@ struct Nothing {
 };
 
 // On AVX2 project_difference takes 16.7 ms so, beside 22.3; with AVX-512 it has not been tried.
-constexpr bool kAskTwin = kWidth == 8;
+constexpr bool kAskTwin = kZen;
 
 // Asks for the rows that will be read next, a line a step: the hardware does not foresee the jump from a
 // piece of one row to the next row's. Into L2: rows of d numbers often lie at the same places of L1, which

@@ -12,9 +12,11 @@ std::vector<const CpuKernels*> usable() {
     bool avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2) found.push_back(&avx2_kernels);
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        found.push_back(&avx512_kernels);
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512) found.push_back(&avx512_kernels);
+    if (avx512 && __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16"))
+        found.push_back(&zen4_kernels);
 #endif
     return found;
 }

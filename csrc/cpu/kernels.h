@@ -29,6 +29,7 @@ extern const CpuKernels baseline_kernels;
 #if defined(__x86_64__)
 extern const CpuKernels avx2_kernels;
 extern const CpuKernels avx512_kernels;
+extern const CpuKernels zen4_kernels;
 #endif
 
 }  // namespace agora
