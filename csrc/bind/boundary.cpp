@@ -63,7 +63,10 @@ void run_expand(const Operand& c, int c_dtype, const Operand& basis, int basis_d
                 const void* table, const Operand& h, int h_dtype, const Shape& s, uint64_t seed, float factor,
                 int threads) {
     py::gil_scoped_release unlocked;
-    Layout panels = panels_of({basis.as<void>(), basis_dtype, s.d, s.k});
+    const CpuKernels& kernels = cpu();
+    const bool pairs = kernels.pairs && c_dtype == kBfloat16 && basis_dtype == kBfloat16;
+    Basis whole{basis.as<void>(), basis_dtype, s.d, s.k};
+    Layout panels = pairs ? pair_panels_of(whole) : panels_of(whole);
     ExpandTask task{c.as<void>(),
                     panels.get(),
                     ids,
@@ -77,9 +80,10 @@ void run_expand(const Operand& c, int c_dtype, const Operand& basis, int basis_d
                     h_dtype,
                     seed,
                     factor,
-                    s.rows * s.d * (h_dtype == kFloat32 ? 4 : 2) > kBypassBytes};
+                    s.rows * s.d * (h_dtype == kFloat32 ? 4 : 2) > kBypassBytes,
+                    pairs};
     parallel_blocks(s, task.block, threads,
-                    [&](int64_t begin, int64_t end) { cpu().expand(task, begin, end); });
+                    [&](int64_t begin, int64_t end) { kernels.expand(task, begin, end); });
 }
 
 void expand(py::object c, int c_dtype, py::object basis, int basis_dtype, py::object ids, py::object h,
@@ -122,7 +126,10 @@ void project(py::object h, int h_dtype, py::object table, py::object basis, int 
     Operand to(out, packed_bytes(out_dtype, rows, k), true, 1, "out");
     py::gil_scoped_release unlocked;
     Basis whole{u.as<void>(), basis_dtype, d, k};
-    Layout u_rows = rows_of(whole, whole_columns(k)), last = last_columns(whole);
+    const CpuKernels& kernels = cpu();
+    const bool pairs = kernels.pairs && !minus && h_dtype == kBfloat16 && basis_dtype == kBfloat16;
+    Layout u_rows = pairs ? pair_rows_of(whole, whole_columns(k)) : rows_of(whole, whole_columns(k));
+    Layout last = pairs ? pair_last_columns(whole) : last_columns(whole);
     ProjectTask task{from.as<void>(),
                      minus ? less.as<void>() : nullptr,
                      u_rows.get(),
@@ -133,9 +140,10 @@ void project(py::object h, int h_dtype, py::object table, py::object basis, int 
                      k,
                      block_of(s, threads),
                      h_dtype,
-                     out_dtype};
+                     out_dtype,
+                     pairs};
     parallel_blocks(s, task.block, threads,
-                    [&](int64_t begin, int64_t end) { cpu().project(task, begin, end); });
+                    [&](int64_t begin, int64_t end) { kernels.project(task, begin, end); });
 }
 
 void wire_pack(py::object c, int c_dtype, py::object out, int wire, int64_t rows, int64_t k, int threads) {

@@ -91,6 +91,11 @@ void spread(float* out, const Basis& basis, int64_t row, int64_t d, int64_t colu
         spread(out, static_cast<const Fp16*>(basis.u) + at, d, k, basis.k, down, right);
 }
 
+// The bits of two numbers that are neighbours along a sum.
+uint32_t paired(Bf16 first, Bf16 second) { return uint32_t(first.bits) | uint32_t(second.bits) << 16; }
+
+void put(float* to, uint32_t unit) { memcpy(to, &unit, sizeof unit); }
+
 }  // namespace
 
 void Return::operator()(float* memory) const { store().give(memory, bytes); }
@@ -112,6 +117,43 @@ Layout last_columns(const Basis& basis) {
     int64_t columns = std::min(kLast, basis.k), length = padded(basis.d);
     Layout out = zeros(kLast * length);
     spread(out.get() + (kLast - columns) * length, basis, 0, basis.d, basis.k - columns, columns, 1, length);
+    return out;
+}
+
+Layout pair_rows_of(const Basis& basis, int64_t columns) {
+    Layout out = zeros(padded((basis.d + 1) / 2, kRowGroup) * padded(columns));
+    const Bf16* u = static_cast<const Bf16*>(basis.u);
+    float* to = out.get();
+    for (int64_t i = 0; i < basis.d; i += 2, u += 2 * basis.k, to += padded(columns)) {
+        const Bf16* second = u + basis.k;
+        if (i + 1 < basis.d)
+            for (int64_t j = 0; j < columns; j++) put(to + j, paired(u[j], second[j]));
+        else
+            for (int64_t j = 0; j < columns; j++) put(to + j, paired(u[j], Bf16{}));
+    }
+    return out;
+}
+
+Layout pair_panels_of(const Basis& basis) {
+    const int64_t units = (basis.k + 1) / 2;
+    Layout out = zeros(padded(basis.d, kPanel) * units);
+    const Bf16* u = static_cast<const Bf16*>(basis.u);
+    for (int64_t row = 0; row < basis.d; row++, u += basis.k) {
+        float* to = out.get() + row / kPanel * kPanel * units + row % kPanel;
+        for (int64_t j = 0; j < basis.k / 2; j++) put(to + j * kPanel, paired(u[2 * j], u[2 * j + 1]));
+        if (basis.k % 2) put(to + (units - 1) * kPanel, paired(u[basis.k - 1], Bf16{}));
+    }
+    return out;
+}
+
+Layout pair_last_columns(const Basis& basis) {
+    const int64_t columns = std::min(kLast, basis.k), length = padded((basis.d + 1) / 2);
+    Layout out = zeros(kLast * length);
+    const Bf16* u = static_cast<const Bf16*>(basis.u) + basis.k - columns;
+    float* to = out.get() + (kLast - columns) * length;
+    for (int64_t i = 0; i < basis.d; i += 2, u += 2 * basis.k)
+        for (int64_t j = 0; j < columns; j++)
+            put(to + j * length + i / 2, paired(u[j], i + 1 < basis.d ? u[basis.k + j] : Bf16{}));
     return out;
 }
 

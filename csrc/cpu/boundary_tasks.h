@@ -19,7 +19,7 @@ struct NormalTask {
 // h = c U^T + table, where the table is given, or made from ids.
 struct ExpandTask {
     const void* c;
-    const float* basis;  // basis_panels of U^T
+    const float* basis;  // panels of U^T; `pairs`: of pairs
     const int64_t* ids;
     const void* table;  // of h's dtype; null: rows of F
     void* h;
@@ -28,6 +28,7 @@ struct ExpandTask {
     uint64_t seed;
     float factor;
     bool bypass;
+    bool pairs;  // c and U are bf16, and U's layout is one of pairs
 };
 
 // out = (h - table) U.
@@ -38,6 +39,7 @@ struct ProjectTask {
     void* out;                  // of any alignment
     int64_t rows, d, k, block;
     int h_dtype, out_dtype;  // kInt8: `rows` scales, then the codes
+    bool pairs;              // h and U are bf16, nothing is subtracted, and U's layouts are of pairs
 };
 
 // c in its form on the wire.
@@ -57,9 +59,10 @@ struct SubspaceTask {
     bool bypass;
 };
 
-// Layouts of U in fp32, padded with zeros to whole vectors of any instruction set.
-constexpr int64_t kPad = 16;    // floats to which a row of U, or of U^T, is padded
-constexpr int64_t kPanel = 48;  // columns of U^T that lie together: for each, k rows of kPanel floats
+// Layouts of U, padded with zeros to whole vectors of any instruction set. Their units are four bytes: a
+// number in fp32, or a pair of bf16 that are neighbours along the sum.
+constexpr int64_t kPad = 16;    // units to which a row of U, or of U^T, is padded
+constexpr int64_t kPanel = 48;  // columns of U^T that lie together: for each, k rows (of units) of kPanel
 constexpr int64_t kLast = 3;    // columns of U that project also has as rows (see last_columns)
 
 constexpr int64_t padded(int64_t n, int64_t unit = kPad) { return (n + unit - 1) / unit * unit; }

@@ -11,6 +11,7 @@ namespace agora {
 
 struct CpuKernels {
     const char* name;
+    bool pairs;  // whether it takes tasks whose factors are pairs of bf16
     void (*fill)(const NormalTask&, int64_t begin, int64_t end);        // chunks of a flat vector
     void (*rows)(const NormalTask&, int64_t begin, int64_t end);        // rows of a table
     void (*expand)(const ExpandTask&, int64_t begin, int64_t end);      // blocks of rows

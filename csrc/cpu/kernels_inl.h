@@ -13,7 +13,10 @@
 #include "vec_inl.h"
 #include "rows_inl.h"
 #include "normal_inl.h"
-#include "boundary_inl.h"
+#include "products_inl.h"
+#include "expand_inl.h"
+#include "project_inl.h"
+#include "subspace_inl.h"
 #include "slices_inl.h"
 #include "reduce_inl.h"
 // clang-format on
@@ -26,10 +29,10 @@
 namespace agora {
 
 const CpuKernels AGORA_JOIN(AGORA_TARGET, _kernels) = {
-    AGORA_TEXT(AGORA_TARGET),  AGORA_TARGET::fill,   AGORA_TARGET::rows,     AGORA_TARGET::expand,
-    AGORA_TARGET::project,     AGORA_TARGET::wire,   AGORA_TARGET::subspace, AGORA_TARGET::pack,
-    AGORA_TARGET::merge,       AGORA_TARGET::reduce, AGORA_TARGET::finish,   AGORA_TARGET::part_pack,
-    AGORA_TARGET::part_unpack,
+    AGORA_TEXT(AGORA_TARGET), AGORA_TARGET::kPairs,      AGORA_TARGET::fill,   AGORA_TARGET::rows,
+    AGORA_TARGET::expand,     AGORA_TARGET::project,     AGORA_TARGET::wire,   AGORA_TARGET::subspace,
+    AGORA_TARGET::pack,       AGORA_TARGET::merge,       AGORA_TARGET::reduce, AGORA_TARGET::finish,
+    AGORA_TARGET::part_pack,  AGORA_TARGET::part_unpack,
 };
 
 }  // namespace agora

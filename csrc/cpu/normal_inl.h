@@ -10,8 +10,9 @@ AGORA_FN Words lane_groups() {
     return groups;
 }
 
-// Vectors of groups that are made at once. AVX2 takes 7.9 ms for 84 MB with four, 11.4 with one.
-constexpr int kMostAbreast = kWidth == 8 ? 4 : 1;
+// Vectors of groups that are made at once. Zen 4 takes 7.9 ms for 84 MB with four, 11.4 with one (AVX2),
+// or 5.0 and 6.2 (AVX-512).
+constexpr int kMostAbreast = kZen ? 4 : 1;
 
 // Values of one table row from a group on, as long as N vectors of groups fit; how many it made.
 template <int N>

@@ -152,6 +152,14 @@ AGORA_FN Floats multiply_add(Floats wide, Floats b, Floats c) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+// Lanes are pairs of bf16: c + a.low * b.low + a.high * b.high, rounded after each, and numbers below 1.2e-38
+// (in sums too) count as zero.
+AGORA_FN Floats multiply_add_pairs(Floats a, Floats b, Floats c) {
+    return Floats(_mm512_dpbf16_ps(__m512(c), (__m512bh)(a), (__m512bh)(b)));
+}
+#endif
+
 // The first and the second half of the lanes, exact.
 AGORA_FN Doubles low_doubles(Floats x) {
 #if defined(__AVX512F__)

@@ -174,11 +174,12 @@ def test_zero_c_gives_the_table_to_the_bit(instruction_set: str) -> None:
     assert torch.equal(h, reference.token_table(ids, 130, SEED, 0.1))
 
 
-def test_a_row_depends_on_itself_alone(instruction_set: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+def test_a_row_depends_on_itself_alone(instruction_set: str, dtype: torch.dtype) -> None:
     """Coalesced microbatches give the bits that each would give alone, on any number of threads."""
-    c, basis, ids = inputs(301, 192, 19)
-    rows = kernels.token_table(ids, 192, SEED, 0.1)
-    dh = torch.randn(301, 192)
+    c, basis, ids = inputs(301, 192, 19, dtype)
+    rows = kernels.token_table(ids, 192, SEED, 0.1, dtype=dtype)
+    dh = torch.randn(301, 192).to(dtype)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -186,13 +187,49 @@ def test_a_row_depends_on_itself_alone(instruction_set: str) -> None:
         added, taken = kernels.expand_rows(c, basis, rows), kernels.project_difference(dh, rows, basis)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(added, h)
+    if dtype is torch.float32:  # rows in fewer bits were rounded before they were added
+        assert torch.equal(added, h)
     for row in (0, 1, 5, 299, 300):
         one = slice(row, row + 1)
         assert torch.equal(h[one], kernels.expand(c[one], basis, ids[one], SEED, 0.1))
         assert torch.equal(added[one], kernels.expand_rows(c[one], basis, rows[one]))
         assert torch.equal(dc[one], kernels.project(dh[one], basis))
         assert torch.equal(taken[one], kernels.project_difference(dh[one], rows[one], basis))
+
+
+@pytest.mark.parametrize(
+    ("rows", "d", "k"),
+    [(1, 1, 1), (3, 2, 3), (9, 33, 5), (17, 1025, 51), (64, 2048, 16), (40, 3104, 50), (11, 130, 300)],
+)
+def test_products_of_bf16_are_summed_in_fp32(instruction_set: str, rows: int, d: int, k: int) -> None:
+    """Both factors are bf16, the result is not: it has the precision of the sums, however they are made."""
+    c, basis, _ = inputs(rows, d, k, torch.bfloat16)
+    g = torch.Generator().manual_seed(3)
+    h = torch.randn(rows * d + 1, generator=g).to(torch.bfloat16)
+    for dh in (h[:-1].view(rows, d), h[1:].view(rows, d)):  # the second lies between two pairs
+        ours, exact = kernels.project(dh, basis, dtype=torch.float32), dh.double() @ basis.double()
+        size = dh.double().abs() @ basis.double().abs()
+        assert ((ours - exact).abs() <= 1e-6 * size).all()
+    plus = torch.randn(rows, d, generator=g)
+    ours = kernels.expand_rows(c, basis, plus)
+    exact = c.double() @ basis.double().T + plus
+    size = c.double().abs() @ basis.double().abs().T + plus.abs()
+    assert ((ours - exact).abs() <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(instruction_set: str, value: float) -> None:
+    """Padding may not let it into other rows, nor hide it."""
+    for dtype in DTYPES:
+        c, basis, _ = inputs(20, 131, 9, dtype)
+        rows, dh = torch.zeros(20, 131, dtype=dtype), torch.ones(20, 131, dtype=dtype)
+        c[13, 8] = dh[13, 130] = value
+        h, dc = kernels.expand_rows(c, basis, rows), kernels.project(dh, basis)
+        others = torch.arange(20) != 13
+        assert h[others].isfinite().all()
+        assert dc[others].isfinite().all()
+        assert not h[13].isfinite().any()
+        assert not dc[13].isfinite().any()
 
 
 def test_leading_dimensions() -> None:
