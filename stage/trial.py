@@ -4,18 +4,22 @@
 ids through forward and backward pass (all forward passes first, so that as many wait as the plan says), takes
 a step, packs and merges a slice, and says the most memory that the process ever had (VmHWM), beside what it
 had with everything imported and nothing made. What comes from other stages is zeros; memory and time do not
-depend on it.
+depend on it. The process writes lines of JSON: what it is about to do, and last what it measured.
 
 Linux, and the CPU as device.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,11 +46,19 @@ class Measured:
 
 
 def run(
-    model: ModelConfig, training: TrainingConfig, stage: int, mode: Mode, *, graphs: int = 1, threads: int = 2
+    model: ModelConfig,
+    training: TrainingConfig,
+    stage: int,
+    mode: Mode,
+    *,
+    graphs: int = 1,
+    threads: int = 2,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Measured:
     """Measure a stage, with ``graphs`` microbatches waiting for their gradient.
 
-    Raises LocalError if the process fails, e.g. for want of memory.
+    ``say`` hears what is being done: at full size each of it takes minutes. Raises LocalError if the process
+    fails, e.g. for want of memory, or has not ended after an hour.
     """
     wanted = {
         "model": attrs.asdict(model),
@@ -56,23 +68,60 @@ def run(
         "mode": attrs.asdict(mode),
         "threads": threads,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "stage.trial"],
-        input=json.dumps(wanted),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [""])[-1]
-        raise LocalError(f"the trial of stage {stage} ended with code {done.returncode}: {last}")
-    return Measured(**json.loads(done.stdout))
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "stage.trial"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+        )  # fmt: skip
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            child.kill()
+
+        deadline = threading.Timer(TIMEOUT_S, stop)
+        deadline.start()
+        try:
+            measured = _followed(child, json.dumps(wanted), say)
+            child.wait()
+        finally:
+            deadline.cancel()
+            child.kill()
+            code = child.wait()
+        if late.is_set():
+            raise LocalError(
+                f"the trial of stage {stage} had not ended after {TIMEOUT_S:.0f} s: try a shorter seq"
+            )
+        if measured is None:
+            errors.seek(0)
+            last = (errors.read().strip().splitlines() or [""])[-1]
+            raise LocalError(f"the trial of stage {stage} ended with code {code}: {last}")
+    return measured
+
+
+def _followed(child: subprocess.Popen[str], wanted: str, say: Callable[[str], object]) -> Measured | None:
+    """What the process measured; None if it ended before."""
+    assert child.stdin
+    assert child.stdout
+    with contextlib.suppress(BrokenPipeError):  # it ended; its last words say why
+        child.stdin.write(wanted)
+        child.stdin.close()
+    for line in child.stdout:
+        heard = json.loads(line)
+        if "measured" in heard:
+            return Measured(**heard["measured"])
+        say(heard["doing"])
+    return None
+
+
+def _tell(what: str, value: object) -> None:
+    print(json.dumps({what: value}), flush=True)
 
 
 def _work(wanted: dict[str, Any]) -> Measured:
     import torch
 
+    _tell("doing", "importing everything")
     torch.set_num_threads(wanted["threads"])
     model = ModelConfig(**{**wanted["model"], "layers": tuple(wanted["model"]["layers"])})
     training = TrainingConfig(**wanted["training"])
@@ -81,13 +130,15 @@ def _work(wanted: dict[str, Any]) -> Measured:
         model, vocab=256, seq=256, layers=(1, 1, 1), d=512, k=8, heads=4, kv_heads=4, head_dim=128, ffn=512
     )
     mode = Mode(**wanted["mode"])
-    _live(small, training, 1, 1, mode)
+    _live(small, training, 1, 1, mode, quiet=True)
     bare = _memory("VmRSS")
     sequence_s = _live(model, training, wanted["stage"], wanted["graphs"], mode)
     return Measured(bare, _memory("VmHWM"), sequence_s)
 
 
-def _live(model: ModelConfig, training: TrainingConfig, stage: int, graphs: int, mode: Mode) -> float:
+def _live(
+    model: ModelConfig, training: TrainingConfig, stage: int, graphs: int, mode: Mode, *, quiet: bool = False
+) -> float:
     """A replica's life in short; seconds of a sequence."""
     import torch
 
@@ -97,6 +148,17 @@ def _live(model: ModelConfig, training: TrainingConfig, stage: int, graphs: int,
     from stage.settings import ComputeSettings
     from stage.ticket import Ticket
 
+    started = told = time.perf_counter()
+
+    def doing(what: str, *, again: bool = False) -> None:
+        """``again``: like the last, and not worth a line if that was told within a second."""
+        nonlocal told
+        now = time.perf_counter()
+        if not quiet and not (again and now - told < 1.0):
+            _tell("doing", f"{now - started:.0f} s: {what}")
+            told = now
+
+    doing(f"making stage {stage}")
     settings = ComputeSettings(dtype=mode.dtype, optimizer=mode.optimizer, graph=mode.graph)
     compute = StageCompute(model, training, stage, settings=settings, in_flight=graphs)
     shape = wire_shape(model, training, stage)
@@ -119,13 +181,19 @@ def _live(model: ModelConfig, training: TrainingConfig, stage: int, graphs: int,
     )
     c, dc = memoryview(bytes(shape.c_bytes)), memoryview(bytes(shape.next_back_bytes))
     compute.samples = 1  # a step of no gradient, so that the moments are there before the first microbatch
+    doing("a step without a gradient")
     compute.step(1)
     began = time.perf_counter()
-    held = [compute.forward(header, memoryview(ids), c) for _ in range(graphs)]
-    for each in held:
+    held = []
+    for i in range(graphs):
+        doing(f"forward pass {i + 1} of {graphs}, {model.seq} tokens", again=i > 0)
+        held.append(compute.forward(header, memoryview(ids), c))
+    for i, each in enumerate(held):
+        doing(f"backward pass {i + 1} of {graphs}", again=i > 0)
         compute.backward(each, dc)
     sequence_s = (time.perf_counter() - began) / graphs
     del held, each
+    doing("a step, and a slice packed and merged")
     compute.step(2)
     packed = compute.pack(0)
     vector = memoryview(bytearray(packed.buffer()))
@@ -156,4 +224,4 @@ def _memory(name: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(attrs.asdict(_work(json.load(sys.stdin)))))
+    _tell("measured", attrs.asdict(_work(json.load(sys.stdin))))

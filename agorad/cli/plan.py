@@ -124,7 +124,10 @@ def _measured(found: Plan, index: int) -> dict[str, Any]:
     if not 0 <= index < len(found.stages):
         raise LocalError(f"--measure {index}: the stages are 0 to {len(found.stages) - 1}")
     stage = found.stages[index]
-    measured = trial.run(setting.model, setting.training, index, stage.mode, graphs=stage.in_flight)
+    measured = trial.run(
+        setting.model, setting.training, index, stage.mode, graphs=stage.in_flight,
+        say=lambda line: click.echo(f"measuring, {line}", err=True),
+    )  # fmt: skip
     return {
         "stage": index,
         "planned_bytes": stage.memory.vram_bytes + stage.memory.host_bytes,
