@@ -68,31 +68,30 @@ def run(
         "mode": attrs.asdict(mode),
         "threads": threads,
     }
-    with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        late = threading.Event()
+        with subprocess.Popen(
             [sys.executable, "-m", "stage.trial"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-        )  # fmt: skip
-        late = threading.Event()
+        ) as child:  # fmt: skip
 
-        def stop() -> None:
-            late.set()
-            child.kill()
+            def stop() -> None:
+                late.set()
+                child.kill()
 
-        deadline = threading.Timer(TIMEOUT_S, stop)
-        deadline.start()
-        try:
-            measured = _followed(child, json.dumps(wanted), say)
-            child.wait()
-        finally:
-            deadline.cancel()
-            child.kill()
-            code = child.wait()
+            deadline = threading.Timer(TIMEOUT_S, stop)
+            deadline.start()
+            try:
+                measured = _followed(child, json.dumps(wanted), say)
+                code = child.wait()
+            finally:
+                deadline.cancel()
+                child.kill()
         if late.is_set():
             raise LocalError(
                 f"the trial of stage {stage} had not ended after {TIMEOUT_S:.0f} s: try a shorter seq"
             )
-        if measured is None:
+        if measured is None or code:
             errors.seek(0)
             last = (errors.read().strip().splitlines() or [""])[-1]
             raise LocalError(f"the trial of stage {stage} ended with code {code}: {last}")
@@ -107,7 +106,10 @@ def _followed(child: subprocess.Popen[str], wanted: str, say: Callable[[str], ob
         child.stdin.write(wanted)
         child.stdin.close()
     for line in child.stdout:
-        heard = json.loads(line)
+        try:
+            heard = json.loads(line)
+        except ValueError:
+            continue  # a library's note
         if "measured" in heard:
             return Measured(**heard["measured"])
         say(heard["doing"])
@@ -119,9 +121,9 @@ def _tell(what: str, value: object) -> None:
 
 
 def _work(wanted: dict[str, Any]) -> Measured:
+    _tell("doing", "importing everything")
     import torch
 
-    _tell("doing", "importing everything")
     torch.set_num_threads(wanted["threads"])
     model = ModelConfig(**{**wanted["model"], "layers": tuple(wanted["model"]["layers"])})
     training = TrainingConfig(**wanted["training"])

@@ -125,11 +125,8 @@ Layout pair_rows_of(const Basis& basis, int64_t columns) {
     const Bf16* u = static_cast<const Bf16*>(basis.u);
     float* to = out.get();
     for (int64_t i = 0; i < basis.d; i += 2, u += 2 * basis.k, to += padded(columns)) {
-        const Bf16* second = u + basis.k;
-        if (i + 1 < basis.d)
-            for (int64_t j = 0; j < columns; j++) put(to + j, paired(u[j], second[j]));
-        else
-            for (int64_t j = 0; j < columns; j++) put(to + j, paired(u[j], Bf16{}));
+        const bool both = i + 1 < basis.d;
+        for (int64_t j = 0; j < columns; j++) put(to + j, paired(u[j], both ? u[basis.k + j] : Bf16{}));
     }
     return out;
 }

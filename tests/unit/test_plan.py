@@ -329,10 +329,20 @@ def test_a_stage_is_measured_from_the_command_line(run_plan: RunPlan) -> None:
     measured = json.loads(done.stdout)["measured"]
     assert measured["peak_bytes"] == pytest.approx(measured["planned_bytes"], rel=0.1)
     assert measured["sequence_s"] > 0
+    assert "backward pass 1 of" in done.stderr
     for arguments in (["--measure", "1"], ["--device", "cpu", "--measure", "3"]):
         done = run_plan("--preset", "demo", "--graph", "retain", *arguments)
         assert (done.returncode, done.stdout) == (2, "")
         assert "--measure" in done.stderr
+
+
+def test_a_trial_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, mode = setting("demo"), Mode("fp32", "device", "retain")
+    with pytest.raises(LocalError, match=r"trial of stage 99 ended with code 1: \S"):
+        trial.run(chosen.model, chosen.training, 99, mode)
+    monkeypatch.setattr(trial, "TIMEOUT_S", 0.2)
+    with pytest.raises(LocalError, match="had not ended"):
+        trial.run(chosen.model, chosen.training, 1, mode)
 
 
 @pytest.mark.long
