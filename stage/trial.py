@@ -1,10 +1,11 @@
 """One real stage at work, in a process of its own: what a plan's memory is held against.
 
 ``run`` starts ``python -m stage.trial``, which makes the stage with its weights, runs microbatches of random
-ids through forward and backward pass (all forward passes first, so that as many wait as the plan says), takes
-a step, packs and merges a slice, and says the most memory that the process ever had (VmHWM), beside what it
-had with everything imported and nothing made. What comes from other stages is zeros; memory and time do not
-depend on it. The process writes lines of JSON: what it is about to do, and last what it measured.
+ids through the forward pass, so that as many wait as the plan says, and the first of them, or more if that is
+quick, through the backward pass, takes a step, packs and merges a slice, and says the most memory that the
+process ever had (VmHWM), beside what it had with everything imported and nothing made. What comes from other
+stages is zeros; memory and time do not depend on it. The process writes lines of JSON: what it is about to do,
+and last what it measured.
 
 Linux, and the CPU as device.
 """
@@ -31,6 +32,8 @@ from stage.config import ModelConfig, TrainingConfig
 from stage.memory import Mode
 
 TIMEOUT_S: Final = 3600.0
+BACKWARD_S: Final = 10.0
+"""Backward passes end after this: at full size, one takes minutes and ten would take all of the hour."""
 
 
 @attrs.frozen
@@ -190,10 +193,15 @@ def _live(
     for i in range(graphs):
         doing(f"forward pass {i + 1} of {graphs}, {model.seq} tokens", again=i > 0)
         held.append(compute.forward(header, memoryview(ids), c))
-    for i, each in enumerate(held):
-        doing(f"backward pass {i + 1} of {graphs}", again=i > 0)
+    forward_s = (time.perf_counter() - began) / graphs
+    began = time.perf_counter()
+    # The first has the most memory: everything else still waits. More of them are for the time.
+    for done, each in enumerate(held, 1):
+        doing(f"backward pass {done} of at most {graphs}", again=done > 1)
         compute.backward(each, dc)
-    sequence_s = (time.perf_counter() - began) / graphs
+        if time.perf_counter() - began > BACKWARD_S:
+            break
+    sequence_s = forward_s + (time.perf_counter() - began) / done
     del held, each
     doing("a step, and a slice packed and merged")
     compute.step(2)
