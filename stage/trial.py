@@ -4,8 +4,8 @@
 ids through the forward pass, so that as many wait as the plan says, and the first of them, or more if that is
 quick, through the backward pass, takes a step, packs and merges a slice, and says the most memory that the
 process ever had (VmHWM), beside what it had with everything imported and nothing made. What comes from other
-stages is zeros; memory and time do not depend on it. The process writes lines of JSON: what it is about to do,
-and last what it measured.
+stages is zeros; memory and time do not depend on it. The process writes lines of JSON: what it is about to
+do, and last what it measured.
 
 Linux, and the CPU as device.
 """
